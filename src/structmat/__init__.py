@@ -1,0 +1,69 @@
+"""Structured matrices for efficient deep learning: the public interface.
+
+A ``Format`` is the shape of one structured matrix, a ``Method`` fits it to a dense weight, a ``Plan`` says which layer
+of a network gets which format.
+"""
+
+from structmat._version import __version__
+from structmat.checkpoint import load, plan_of, save
+from structmat.convert import apply_plan_, compress_, densify_
+from structmat.fit import (
+    Dao2022Monarch,
+    Fit,
+    GradientFit,
+    Lee2024Blast,
+    Magnitude,
+    Method,
+    TruncatedSvd,
+    default_method,
+)
+from structmat.formats import (
+    Blast,
+    BlockDiagonal,
+    BlockSparse,
+    Dense,
+    Format,
+    LowRank,
+    Monarch,
+    flat_butterfly,
+    format_from_json,
+    to_blast,
+)
+from structmat.nn import StructuredConv2d, StructuredLinear
+from structmat.plan import Plan, Rule, make_plan
+from structmat.report import Report, report
+
+__all__ = [
+    "Blast",
+    "BlockDiagonal",
+    "BlockSparse",
+    "Dao2022Monarch",
+    "Dense",
+    "Fit",
+    "Format",
+    "GradientFit",
+    "Lee2024Blast",
+    "LowRank",
+    "Magnitude",
+    "Method",
+    "Monarch",
+    "Plan",
+    "Report",
+    "Rule",
+    "StructuredConv2d",
+    "StructuredLinear",
+    "TruncatedSvd",
+    "__version__",
+    "apply_plan_",
+    "compress_",
+    "default_method",
+    "densify_",
+    "flat_butterfly",
+    "format_from_json",
+    "load",
+    "make_plan",
+    "plan_of",
+    "report",
+    "save",
+    "to_blast",
+]

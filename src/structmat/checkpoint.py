@@ -1,0 +1,119 @@
+"""Save and load a structured network: one safetensors file with the plan inside."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from torch import Tensor, nn
+
+from structmat import _checks
+from structmat._files import read_tensors, write_tensors
+from structmat.convert import apply_plan_
+from structmat.nn import StructuredModule, find_sites
+from structmat.plan import Plan
+
+SCHEMA_VERSION = 1
+"""Of the checkpoint's metadata."""
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that the structured layers of a network follow.
+
+    Args:
+        model: The network.
+
+    Returns:
+        Format of each structured layer; one that several names share is there under the first.
+    """
+    layers: dict[str, StructuredModule] = {}
+    seen: set[tuple[int, ...]] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, StructuredModule):
+            shared = tuple(id(factor) for factor in module.factors.values())
+            if shared not in seen:
+                seen.add(shared)
+                layers[name] = module
+    return Plan({name: module.format for name, module in layers.items()})
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a network to one safetensors file, atomically.
+
+    The file holds the state dict, each shared tensor once, and in its metadata the plan, the names that share a
+    tensor, and a schema version.
+
+    Args:
+        model: The network, structured or not.
+        path: Of the file; an existing one is replaced.
+
+    Raises:
+        ValueError: If a tensor of the network is on the meta device.
+    """
+    owners: dict[tuple[object, ...], str] = {}
+    storages: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"expected a model with values, but {name!r} is on the meta device; load it first")
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if key in owners:
+            aliases[name] = owners[key]
+            continue
+        owners[key] = name
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    header = {"schema": SCHEMA_VERSION, "plan": json.loads(plan_of(model).to_json()), "aliases": aliases}
+    write_tensors(path, tensors, {"structmat": json.dumps(header)})
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Fill a network from a file that ``save`` wrote, replacing its layers as the file's plan says, in place.
+
+    Everything is checked before anything changes.
+
+    Args:
+        model: The network with its dense layers, as its constructor makes it; on the meta device it takes over the
+            file's tensors, otherwise they are copied into its own dtype and device.
+        path: Of the file.
+
+    Returns:
+        The same network.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no structmat checkpoint, is of a newer schema, its plan does not fit the network, or
+            a tensor is missing, is extra, or has another shape.
+    """  # noqa: DOC502 - FileNotFoundError comes from the reader
+    tensors, metadata = read_tensors(path)
+    if "structmat" not in metadata:
+        raise ValueError(f"expected a checkpoint written by structmat.save, got {os.fspath(path)!r} without its header")
+    header = json.loads(metadata["structmat"])
+    if header["schema"] != SCHEMA_VERSION:
+        raise ValueError(f"expected a checkpoint of schema {SCHEMA_VERSION}, got {header['schema']}; update structmat")
+    plan = Plan.from_json(json.dumps(header["plan"]))
+    state = {**tensors, **{alias: tensors[name] for alias, name in header["aliases"].items() if name in tensors}}
+    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _checks.same_shapes(got, _expected_shapes(model, plan), f"the checkpoint {os.fspath(path)!r}")
+    apply_plan_(model, plan)
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(state, assign=on_meta)
+    if on_meta:  # assigning makes a new parameter for every name
+        for alias, name in header["aliases"].items():
+            parent, _, child = alias.rpartition(".")
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, getattr(model.get_submodule(owner), own))
+    return model
+
+
+def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state dict that the network will have under the plan."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    sites = {name: site for site in find_sites(model).values() for name in site.names}
+    for planned, format in plan.items():
+        for name in sites[planned].names if planned in sites else ():
+            shapes.pop(f"{name}.weight", None)
+            shapes.update((f"{name}.{factor}", spec.shape) for factor, spec in format.factor_specs().items())
+    return shapes

@@ -1,0 +1,266 @@
+"""``structmat demo``: one trained network, compressed by every structure."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from structmat._files import write_atomically
+from structmat._version import __version__
+from structmat.bench import time_side_by_side
+from structmat.convert import apply_plan_, compress_
+from structmat.fit import Fit
+from structmat.formats import FORMATS, Blast, Format
+from structmat.nn import StructuredModule
+from structmat.plan import Plan, Rule, make_plan
+from structmat.plot import couplings, trade_off
+from structmat.report import report, share, table
+
+try:
+    from structmat.demo.vit import VisionTransformer, accuracy, digits, train
+except ImportError as error:
+    raise ImportError("the demo needs scikit-learn and matplotlib: pip install 'structmat[demo]'") from error
+
+LAYERS = r"blocks\..*"
+BLOCKS = {"monarch": 4, "block_sparse": 8, "blast": 8}
+STRUCTURES = tuple(name for name in FORMATS if name != "dense")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the demo does.
+
+    Attributes:
+        keep: Share of the parameters of the linear layers, at most, in the table.
+        formats: Names of the structures.
+        seeds: How many times everything is done, from seed 0.
+        out: Folder for pictures and results.
+        quick: Fewer epochs and keeps: a look, not a comparison.
+    """
+
+    keep: float = 0.3
+    formats: tuple[str, ...] = STRUCTURES
+    seeds: int = 1
+    out: Path = Path("structmat-demo")
+    quick: bool = False
+
+    @property
+    def epochs(self) -> tuple[int, int]:
+        """Of training, and of retraining."""
+        return (8, 2) if self.quick else (30, 10)
+
+    @property
+    def keeps(self) -> tuple[float, ...]:
+        """The budgets of the trade-off curve, in ascending order."""
+        return (self.keep,) if self.quick else tuple(sorted({self.keep / 2, self.keep, min(2 * self.keep, 0.9)}))
+
+
+@dataclass
+class Result:
+    """What one structure made of one budget, over the seeds.
+
+    Attributes:
+        name: Of the structure, or ``"dense"``.
+        keep: The budget that was asked for.
+        real_keep: The share of the linear layers' parameters that the structure has.
+        parameters: Of the whole network.
+        multiplications: Of its linear layers, per image.
+        relative_multiplications: Those of the dense network being 1.
+        weight_error: Relative Frobenius error over all compressed weights, for each seed.
+        before: Test accuracy before retraining, for each seed.
+        after: Test accuracy after it, for each seed.
+        scratch: Test accuracy when trained from a random init, for each seed.
+        relative_time: Inference time, that of the dense network being 1; None where it was not measured.
+    """
+
+    name: str
+    keep: float
+    real_keep: float = 1.0
+    parameters: int = 0
+    multiplications: int = 0
+    relative_multiplications: float = 1.0
+    weight_error: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+    scratch: list[float] = field(default_factory=list)
+    relative_time: float | None = None
+
+
+def run_demo(settings: Settings) -> dict[str, Any]:
+    """Train, compress, retrain, and show what came out.
+
+    Everything that is printed also goes to ``results.json`` in the folder, beside ``trade_off.png`` and
+    ``couplings.png``. It runs on one thread, so that a seed gives the same accuracies on any number of cores.
+
+    Args:
+        settings: What to do.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        ValueError: If no structure fits the budget.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    try:
+        results, refused, blast = _measure(settings)
+    finally:
+        torch.set_num_threads(threads)
+    if len(results) == 1:
+        raise ValueError("no structure fits the budget: " + "; ".join(f"{n}: {why}" for (n, _), why in refused.items()))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    _draw(settings, results, blast)
+    shown = [r for r in results if r.keep in (settings.keep, 1.0)]
+    print(_table(shown))
+    for (name, keep), reason in refused.items():
+        print(f"{name} does not fit keep {keep:g}: {reason}")
+    content = {
+        "structmat": __version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {platform.system()}, one thread",
+        "settings": {**asdict(settings), "out": None},
+        "seconds": time.perf_counter() - started,
+        "results": [asdict(result) for result in results],
+        "refused": [{"format": n, "keep": k, "reason": why} for (n, k), why in refused.items()],
+    }
+    text = json.dumps(content, indent=1)
+    write_atomically(settings.out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+    print(f"\nresults.json and the pictures are in {settings.out}/, after {content['seconds']:.0f} seconds")
+    return content
+
+
+def _measure(
+    settings: Settings,
+) -> tuple[list[Result], dict[tuple[str, float], str], StructuredModule | None]:
+    data = digits()
+    long, short = settings.epochs
+    images = data.test_images
+    dense_result = Result("dense", 1.0)
+    results: dict[tuple[str, float], Result] = {}
+    refused: dict[tuple[str, float], str] = {}
+    to_time: dict[str, nn.Module] = {}
+    blast: StructuredModule | None = None
+    cells = [(name, keep) for keep in settings.keeps for name in settings.formats]
+    epochs = settings.seeds * (long + len(cells) * short + len(settings.formats) * long)
+
+    with tqdm(total=epochs, unit="epoch", file=sys.stderr) as bar:
+        for seed in range(settings.seeds):
+            bar.set_description("train dense")
+            torch.manual_seed(seed)
+            dense = VisionTransformer()
+            train(dense, data, epochs=long, learning_rate=2e-3, seed=seed, progress=bar.update)
+            dense_result.before.append(accuracy(dense, data))
+            if seed == 0:
+                costs = report(dense, example_inputs=images[:1])
+                dense_result.parameters, dense_result.multiplications = costs.parameters, costs.multiplications
+                to_time["dense"] = dense
+            for name, keep in cells:
+                bar.set_description(f"{name} at keep {keep:g}")
+                at_table = math.isclose(keep, settings.keep)
+                try:
+                    plan = _plan(dense, name, keep)
+                except ValueError as error:
+                    refused[name, keep] = str(error)
+                    bar.update(short + (long if at_table else 0))
+                    continue
+                result = results.setdefault((name, keep), Result(name, keep))
+                model = copy.deepcopy(dense)
+                fits = compress_(model, plan, progress=False)
+                result.weight_error.append(_pooled_error(dense, fits))
+                result.before.append(accuracy(model, data))
+                train(model, data, epochs=short, learning_rate=1e-3, seed=seed, progress=bar.update)
+                result.after.append(accuracy(model, data))
+                if seed == 0:
+                    _count(result, plan, model, dense_result, images)
+                if at_table:
+                    if seed == 0:
+                        to_time[name] = model
+                        blast = model.get_submodule("blocks.0.qkv") if name == "blast" else blast  # pyright: ignore
+                    bar.set_description(f"{name} from scratch")
+                    torch.manual_seed(seed)
+                    fresh = apply_plan_(VisionTransformer(), plan)
+                    train(fresh, data, epochs=long, learning_rate=2e-3, seed=seed, progress=bar.update)
+                    result.scratch.append(accuracy(fresh, data))
+
+    _time(to_time, images, [dense_result, *results.values()], settings.keep)
+    return [dense_result, *results.values()], refused, blast
+
+
+def _plan(model: nn.Module, name: str, keep: float) -> Plan:
+    return make_plan(model, {LAYERS: Rule(FORMATS[name], blocks=BLOCKS.get(name))}, keep=keep)
+
+
+def _pooled_error(dense: nn.Module, fits: Mapping[str, Fit]) -> float:
+    energies = {name: float(dense.get_submodule(name).get_parameter("weight").square().sum()) for name in fits}
+    return math.sqrt(sum(fit.error**2 * energies[name] for name, fit in fits.items()) / sum(energies.values()))
+
+
+def _count(result: Result, plan: Mapping[str, Format], model: nn.Module, dense: Result, images: torch.Tensor) -> None:
+    costs = report(model, example_inputs=images[:1])
+    result.real_keep = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
+    result.parameters = costs.parameters
+    result.multiplications = costs.multiplications
+    result.relative_multiplications = costs.multiplications / dense.multiplications
+
+
+@torch.no_grad()
+def _time(models: Mapping[str, nn.Module], images: torch.Tensor, results: Sequence[Result], keep: float) -> None:
+    times = time_side_by_side({name: (lambda m=model: m(images)) for name, model in models.items()})
+    for result in results:
+        if result.keep in (keep, 1.0):
+            result.relative_time = times[result.name] / times["dense"]
+
+
+def _draw(settings: Settings, results: Sequence[Result], blast: StructuredModule | None) -> None:
+    dense = results[0]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for result in results[1:]:
+        point = (result.relative_multiplications, statistics.mean(result.after))
+        curves.setdefault(result.name.replace("_", "-"), []).append(point)
+    title = f"ViT on digits, compressed and retrained for {settings.epochs[1]} epochs"
+    figure = trade_off(curves, reference=(1.0, statistics.mean(dense.before)), title=title)
+    write_atomically(settings.out / "trade_off.png", lambda path: figure.savefig(path, format="png"))
+    if blast is not None and isinstance(blast.format, Blast):
+        I, J = blast.format.blocks
+        picture = couplings(blast, title=f"blocks.0.qkv as BLAST, {I} x {J} blocks, rank {blast.format.rank}")
+        write_atomically(settings.out / "couplings.png", lambda path: picture.savefig(path, format="png"))
+
+
+def _table(results: Sequence[Result]) -> str:
+    head = (
+        "structure", "keep", "parameters", "mult./image", "of dense", "weight error",
+        "acc. compressed", "retrained", "from scratch", "time / dense",
+    )  # fmt: skip
+    lines = [head]
+    for r in results:
+        dense = r.name == "dense"
+        lines.append(
+            (
+                r.name, f"{r.real_keep:.3f}", f"{r.parameters:,}", f"{r.multiplications:,}",
+                share(r.relative_multiplications, 1), "" if dense else _spread(r.weight_error, "{:.3f}"),
+                "" if dense else _spread(r.before), "" if dense else _spread(r.after),
+                _spread(r.before if dense else r.scratch), f"{r.relative_time:.2f}",
+            )
+        )  # fmt: skip
+    return table(lines, right=tuple(range(1, 10)))
+
+
+def _spread(values: Sequence[float], form: str = "{:.1%}") -> str:
+    """The mean, and over several seeds the standard deviation."""
+    text = form.format(statistics.mean(values))
+    return text if len(values) == 1 else f"{text} ± {form.format(statistics.stdev(values))}"

@@ -1,0 +1,143 @@
+"""The normal equations of a BLAST fit: for each factor, with the others fixed, a least-squares problem.
+
+Shapes are ``weights (B, M, N)``, ``left (B, I, P, R)``, ``diag (B, I, J, R)``, ``right (B, J, R, Q)``. Each factor's
+loss gradient is ``2 (factor · gram - target)`` (BLAST paper, section 3.2 and appendix A; block indices as in
+``W_ij = left_i Diag(diag_ij) right_j``). Nothing here forms the approximation, or an ``I J R R`` tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_DAMPING = 1e3
+
+
+def gram_of_rows(right: Tensor) -> Tensor:
+    """``C_j = right_j right_j^T``, ``(B, J, R, R)``."""
+    return right @ right.mT
+
+
+def gram_of_columns(left: Tensor) -> Tensor:
+    """``A_i = left_i^T left_i``, ``(B, I, R, R)``."""
+    return left.mT @ left
+
+
+def left_gram(diag: Tensor, right_grams: Tensor) -> Tensor:
+    """``G_i = sum_j D_ij C_j D_ij``, ``(B, I, R, R)``."""
+    return _coupled_grams(diag, right_grams)
+
+
+def right_gram(diag: Tensor, left_grams: Tensor) -> Tensor:
+    """``G_j = sum_i D_ij A_i D_ij``, ``(B, J, R, R)``."""
+    return _coupled_grams(diag.transpose(1, 2), left_grams)
+
+
+def _coupled_grams(diag: Tensor, grams: Tensor) -> Tensor:
+    """``sum_b Diag(diag_ab) grams_b Diag(diag_ab)`` for every ``a``, from ``diag (B, A, K, R)``, ``grams (B, K, R, R)``."""
+    total = diag.new_zeros(*diag.shape[:2], *grams.shape[2:])
+    for k in range(diag.shape[2]):
+        one = diag[:, :, k]
+        total.addcmul_(one[..., :, None] * one[..., None, :], grams[:, None, k])
+    return total
+
+
+def left_target(weights: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+    """``B_i = sum_j W_ij right_j^T D_ij``, ``(B, I, P, R)``: one product of width ``N`` for each block row."""
+    B, M, N = weights.shape
+    I, R = diag.shape[1], diag.shape[-1]
+    target = weights.new_empty(B, I, M // I, R)
+    for i in range(I):
+        coupled = (diag[:, i, :, :, None] * right).transpose(2, 3).reshape(B, N, R)
+        torch.bmm(weights.view(B, I, M // I, N)[:, i], coupled, out=target[:, i])
+    return target
+
+
+def projected_blocks(weights: Tensor, left: Tensor) -> Tensor:
+    """``left_i^T W_ij`` for all columns at once, ``(B, I, R, N)``: what the right and the diagonal targets share."""
+    B, I, P, R = left.shape
+    return left.mT @ weights.view(B, I, P, -1)
+
+
+def right_target(projected: Tensor, diag: Tensor) -> Tensor:
+    """``B_j = sum_i D_ij left_i^T W_ij``, ``(B, J, R, Q)``, from ``projected_blocks``."""
+    B, I, J, R = diag.shape
+    blocks = projected.view(B, I, R, J, -1)
+    target = (diag[:, 0].mT[..., None] * blocks[:, 0]).contiguous()
+    for i in range(1, I):
+        target.addcmul_(diag[:, i].mT[..., None], blocks[:, i])
+    return target.transpose(1, 2)
+
+
+def diag_target(projected: Tensor, right: Tensor) -> Tensor:
+    """``g_ij = rowsum((left_i^T W_ij) ∘ right_j)``, ``(B, I, J, R)``, from ``projected_blocks``."""
+    B, I, R, N = projected.shape
+    J = right.shape[1]
+    blocks = projected.view(B, I, R, J, -1)
+    rights = right.transpose(1, 2)  # (B, R, J, Q)
+    return torch.stack([(blocks[:, i] * rights).sum(-1) for i in range(I)], 1).mT
+
+
+def diag_grams(left_grams: Tensor, right_grams: Tensor, i: int) -> Tensor:
+    """``H_ij = A_i ∘ C_j`` for one ``i``, ``(B, J, R, R)``."""
+    return left_grams[:, i, None] * right_grams
+
+
+def factorize(grams: Tensor, damping: Tensor) -> Tensor:
+    """Cholesky factors of ``grams + damping I``; where that is not definite, the damping grows until it is.
+
+    Args:
+        grams: ``(..., R, R)``, symmetric and, up to rounding, positive semi-definite; changed in place.
+        damping: ``(...)``, broadcast against the leading dimensions; not negative.
+
+    Returns:
+        Lower triangular factors, ``(..., R, R)``.
+
+    Raises:
+        FloatingPointError: If a system has non-finite entries.
+    """
+    diagonal = grams.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    if not torch.isfinite(mean).all():
+        raise FloatingPointError("the normal equations of a BLAST fit are not finite; lower its step or raise its damping")
+    diagonal += damping.expand(mean.shape)[..., None]
+    factors, info = torch.linalg.cholesky_ex(grams)
+    growth = torch.finfo(grams.dtype).eps * grams.shape[-1]
+    while bool((info != 0).any()):
+        floor = mean.abs().clamp_min(torch.finfo(grams.dtype).tiny ** 0.5)
+        diagonal += ((info != 0) * growth * floor)[..., None]
+        factors, info = torch.linalg.cholesky_ex(grams)
+        growth *= 10
+    return factors
+
+
+def conjugate_gradients(
+    grams: Tensor, damping: Tensor, rhs: Tensor, iterations: int
+) -> Tensor:
+    """Approximate ``(grams + damping I)^-1 rhs`` by Jacobi-preconditioned conjugate gradients from zero.
+
+    Args:
+        grams: ``(..., R, R)``.
+        damping: ``(...)``, broadcast against the leading dimensions.
+        rhs: ``(..., R)``.
+        iterations: How many; each reads ``grams`` once.
+
+    Returns:
+        ``(..., R)``.
+    """
+    damping = damping[..., None]
+    jacobi = grams.diagonal(dim1=-2, dim2=-1) + damping
+    jacobi = jacobi.where(jacobi > 0, 1).reciprocal()
+    x, r = torch.zeros_like(rhs), rhs.clone()
+    z = jacobi * r
+    p, rz = z, (r * z).sum(-1, keepdim=True)
+    for _ in range(iterations):
+        Ap = (grams @ p[..., None])[..., 0] + damping * p
+        curvature = (p * Ap).sum(-1, keepdim=True)
+        step = torch.where(curvature > 0, rz / curvature.where(curvature > 0, 1), 0)
+        x, r = x + step * p, r - step * Ap
+        z = jacobi * r
+        rz_next = (r * z).sum(-1, keepdim=True)
+        p = z + torch.where(rz > 0, rz_next / rz.where(rz > 0, 1), 0) * p
+        rz = rz_next
+    return x

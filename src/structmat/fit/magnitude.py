@@ -1,0 +1,77 @@
+"""Fits for matrices that are zero outside some blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from structmat import _checks
+from structmat.fit.base import Method, Progress, no_history
+from structmat.fit.svd import split_svd
+from structmat.formats import BlockDiagonal, BlockSparse, Factors, Format
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Copy the blocks: the best approximation in Frobenius norm on a given pattern.
+
+    With a low-rank term, blocks and low-rank term are fitted in turn to what the other leaves (alternating
+    projections: Zhou & Tao 2011, GoDec); the error never grows from one round to the next.
+
+    Attributes:
+        rounds: Most rounds with a low-rank term.
+        tolerance: Stop once a round lowers the relative error by less than this share of it.
+
+    Raises:
+        ValueError: If ``rounds`` is below 1.
+    """
+
+    rounds: int = 30
+    tolerance: float = 1e-4
+
+    formats: ClassVar[tuple[type[Format], ...]] = (BlockDiagonal, BlockSparse)
+
+    def __post_init__(self) -> None:
+        _checks.positive_int(self.rounds, "rounds")
+
+    def _solve(
+        self, weights: Tensor, format: BlockDiagonal | BlockSparse, progress: Progress | None
+    ) -> tuple[Factors, Tensor]:
+        if isinstance(format, BlockDiagonal):
+            rows = columns = list(range(format.blocks))
+            counts, rank = (format.blocks, format.blocks), 0
+        else:
+            rows, columns = map(list, zip(*format.positions, strict=True))
+            counts, rank = format.blocks, format.rank
+        (I, J), (P, Q), (B, M, N) = counts, format.block_shape, weights.shape
+
+        def grid(matrix: Tensor) -> Tensor:
+            return matrix.view(B, I, P, J, Q).transpose(2, 3)  # (B, I, J, P, Q)
+
+        def on_pattern(matrix: Tensor) -> Tensor:
+            return grid(matrix)[:, rows, columns]  # (B, n, P, Q)
+
+        blocks = on_pattern(weights)
+        if not rank:
+            return {"blocks": blocks.reshape(B, -1, Q)}, no_history(weights)
+
+        norm = torch.linalg.matrix_norm(weights)
+        norm = norm.where(norm > 0, 1)
+        left, right = weights.new_zeros(B, M, rank), weights.new_zeros(B, rank, N)
+        history: list[Tensor] = []
+        for step in range(self.rounds):
+            rest = weights.clone()
+            grid(rest)[:, rows, columns] -= blocks
+            left, right = split_svd(*torch.linalg.svd(rest, full_matrices=False), rank)
+            blocks = on_pattern(weights - left @ right)
+            rest -= left @ right
+            grid(rest)[:, rows, columns] = 0
+            history.append(torch.linalg.matrix_norm(rest) / norm)
+            if progress is not None:
+                progress(step + 1, self.rounds, tuple(history[-1].tolist()))
+            if step and (history[-2] - history[-1] <= self.tolerance * history[-2]).all():
+                break
+        return {"blocks": blocks.reshape(B, -1, Q), "left": left, "right": right}, torch.stack(history)

@@ -1,0 +1,73 @@
+"""Low-rank fits: the truncated singular value decomposition, exact or randomised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from structmat import _checks
+from structmat.fit.base import Method, Progress, no_history
+from structmat.formats import Factors, Format, LowRank
+
+
+@dataclass(frozen=True)
+class TruncatedSvd(Method):
+    """The best approximation of rank ``R`` in Frobenius norm (Eckart & Young 1936), split evenly over the factors.
+
+    The randomised form finds the range by power iterations on a random sketch (Halko, Martinsson & Tropp 2011,
+    algorithm 4.4); its error is within a fraction of a percent of the exact one for the spectra of trained weights.
+
+    Attributes:
+        randomized: Whether to use it; None for where it is much faster: ``16 R <= min(M, N)`` and ``min(M, N) >= 512``.
+        oversample: Columns of the sketch beyond the rank.
+        power_iterations: How often the sketch is multiplied by ``W W^T``.
+        seed: Of the sketch.
+
+    Raises:
+        ValueError: If ``oversample`` or ``power_iterations`` is negative.
+    """
+
+    randomized: bool | None = None
+    oversample: int = 16
+    power_iterations: int = 4
+    seed: int = 0
+
+    formats: ClassVar[tuple[type[Format], ...]] = (LowRank,)
+
+    def __post_init__(self) -> None:
+        _checks.natural_int(self.oversample, "oversample")
+        _checks.natural_int(self.power_iterations, "power_iterations")
+
+    def is_randomized(self, format: LowRank) -> bool:
+        """Whether this format's fit is randomised."""
+        if self.randomized is not None:
+            return self.randomized
+        return format.max_rank >= 512 and 16 * format.rank <= format.max_rank
+
+    def _solve(self, weights: Tensor, format: Format, progress: Progress | None) -> tuple[Factors, Tensor]:
+        if self.is_randomized(format):
+            U, S, Vh = self._randomized_svd(weights, format.rank)
+        else:
+            U, S, Vh = torch.linalg.svd(weights, full_matrices=False)
+        left, right = split_svd(U, S, Vh, format.rank)
+        return {"left": left, "right": right}, no_history(weights)
+
+    def _randomized_svd(self, weights: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        N = weights.shape[-1]
+        columns = min(rank + self.oversample, *weights.shape[1:])
+        generator = torch.Generator().manual_seed(self.seed)
+        sketch = torch.randn(N, columns, generator=generator).to(weights)
+        basis = torch.linalg.qr(weights @ sketch).Q  # (B, M, columns)
+        for _ in range(self.power_iterations):
+            basis = torch.linalg.qr(weights @ torch.linalg.qr(weights.mT @ basis).Q).Q
+        U, S, Vh = torch.linalg.svd(basis.mT @ weights, full_matrices=False)
+        return basis @ U, S, Vh
+
+
+def split_svd(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first ``rank`` components as ``U sqrt(S)`` and ``sqrt(S) V^T``."""
+    root = S[..., :rank].sqrt()
+    return U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]

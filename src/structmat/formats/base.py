@@ -1,0 +1,240 @@
+"""The format: shape and hyperparameters of one structured matrix, and pure functions over its factors."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from structmat import _checks
+
+Factors = Mapping[str, Tensor]
+"""The tensors of one structured matrix by name: what a layer registers and what a state dict holds."""
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """What one factor looks like.
+
+    Attributes:
+        shape: Its shape.
+        trainable: A parameter if true, else a persistent buffer.
+        dtype: Its dtype; None for that of the layer.
+    """
+
+    shape: tuple[int, ...]
+    trainable: bool = True
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Format(abc.ABC):
+    """Shape and hyperparameters of one structured matrix ``W (M, N)``; holds no tensors.
+
+    A new format needs ``factor_specs`` and ``to_dense``; the dense matrix is the definition, and everything else has
+    a default through it that a format overrides for speed.
+
+    Attributes:
+        M: Out features.
+        N: In features.
+        name: The format's name in JSON and on the command line.
+        scale_exponents: How the factors share a change of scale: ``s W`` has the factors ``s ** exponent * factor``.
+        takes_blocks: Whether ``for_budget`` needs block counts.
+        must_save: Whether a plan refuses the format where it has as many parameters as the dense matrix or more.
+    """
+
+    M: int
+    N: int
+
+    name: ClassVar[str]
+    scale_exponents: ClassVar[dict[str, float]]
+    takes_blocks: ClassVar[bool] = False
+    must_save: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _checks.positive_int(self.M, "M (out features)")
+        _checks.positive_int(self.N, "N (in features)")
+
+    @abc.abstractmethod
+    def factor_specs(self) -> dict[str, FactorSpec]:
+        """Name, shape, kind and dtype of every factor."""
+
+    @abc.abstractmethod
+    def to_dense(self, factors: Factors) -> Tensor:
+        """The matrix ``W (M, N)`` that the factors stand for: the definition of the format."""
+
+    @classmethod
+    @abc.abstractmethod
+    def for_budget(cls, M: int, N: int, *, keep: float, **options: Any) -> Format:
+        """The largest member of the format with at most ``keep M N`` parameters."""
+
+    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+        """Compute ``x @ W.T``.
+
+        Args:
+            x: Input ``(..., N)``, any number of leading dimensions.
+            factors: The factors.
+
+        Returns:
+            Output ``(..., M)``.
+        """
+        return x @ self.to_dense(factors).mT
+
+    def num_parameters(self, factors: Factors | None = None) -> int:
+        """Number of entries of the trainable factors.
+
+        Args:
+            factors: Needed only by formats whose size is learned.
+
+        Returns:
+            The count.
+        """
+        return sum(math.prod(spec.shape) for spec in self.factor_specs().values() if spec.trainable)
+
+    def multiplications(self, tokens: int = 1, factors: Factors | None = None) -> int:
+        """Number of scalar multiplications of ``matmul``; a FLOP count is twice that.
+
+        Args:
+            tokens: Number of input vectors.
+            factors: Needed only by formats whose size is learned.
+
+        Returns:
+            The count.
+        """
+        return tokens * self.num_parameters(factors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(M, N)``."""
+        return self.M, self.N
+
+    @property
+    def keep(self) -> float:
+        """The share of the dense matrix' parameters that this format has."""
+        return self.num_parameters() / (self.M * self.N)
+
+    def init(
+        self,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Random factors whose matrix has the entry variance ``1 / (3 N)`` of a fresh ``nn.Linear``.
+
+        Args:
+            generator: Source of randomness, on the CPU; None for PyTorch's global one.
+            dtype: Of the factors; None for PyTorch's default.
+            device: Of the factors; on ``"meta"`` nothing is drawn.
+
+        Returns:
+            One tensor for every entry of ``factor_specs``.
+        """
+        dtype = dtype or torch.get_default_dtype()
+        device = torch.device(device or "cpu")
+        if device.type == "meta":
+            specs = self.factor_specs().items()
+            return {name: torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device) for name, spec in specs}
+        factors = self._random_factors(generator)
+        specs = self.factor_specs()
+        return {name: factor.to(device, specs[name].dtype or dtype) for name, factor in factors.items()}
+
+    def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        factors = {n: torch.randn(spec.shape, generator=generator) for n, spec in self.factor_specs().items()}
+        variance = self.to_dense(factors).square().mean().item()
+        return self.scaled(factors, 1 / math.sqrt(3 * self.N * variance))
+
+    def scaled(self, factors: Factors, scale: float | Tensor) -> dict[str, Tensor]:
+        """Factors of ``scale * W``.
+
+        Args:
+            factors: Factors of ``W``, possibly with leading batch dimensions.
+            scale: A non-negative number, or one for each entry of the batch.
+
+        Returns:
+            New factors; ``factors`` itself is left alone.
+        """
+        if not isinstance(scale, Tensor):
+            return {n: f * scale ** self.scale_exponents.get(n, 0.0) for n, f in factors.items()}
+        specs = self.factor_specs()
+        return {
+            n: f * scale.pow(self.scale_exponents.get(n, 0.0)).reshape(*scale.shape, *[1] * len(specs[n].shape))
+            for n, f in factors.items()
+        }
+
+    def check_factors(self, factors: Factors) -> None:
+        """Check that names and shapes are those of ``factor_specs``.
+
+        Args:
+            factors: What to check.
+
+        Raises:
+            ValueError: If a factor is missing, is extra, or has another shape.
+        """  # noqa: DOC502 - raised by the check it calls
+        got = {name: tuple(factor.shape) for name, factor in factors.items()}
+        expected = {name: spec.shape for name, spec in self.factor_specs().items()}
+        _checks.same_shapes(got, expected, f"the set of factors of {self}")
+
+    def check_saves(self) -> None:
+        """Check that the format has fewer parameters than the dense matrix.
+
+        Raises:
+            ValueError: If it does not, naming the break-even rank where the format has a rank.
+        """
+        if self.must_save and self.num_parameters() >= self.M * self.N:
+            raise ValueError(
+                f"expected fewer parameters than the dense {self.M} x {self.N} = {self.M * self.N}, "
+                f"got {self.num_parameters()} from {self}; {self._how_to_save()}"
+            )
+
+    def _how_to_save(self) -> str:
+        return "use a smaller member of the format, or leave this layer dense"
+
+    def to_json(self) -> dict[str, Any]:
+        """The format as JSON-compatible data, with its name under ``"format"``."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"format": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+
+@dataclass(frozen=True)
+class RankedFormat(Format):
+    """A format whose size grows by a fixed number of parameters with its field ``rank``."""
+
+    @property
+    @abc.abstractmethod
+    def parameters_per_rank(self) -> int:
+        """Number of parameters that one more unit of rank costs."""
+
+    @property
+    @abc.abstractmethod
+    def max_rank(self) -> int:
+        """The largest rank that still adds something."""
+
+    def _how_to_save(self) -> str:
+        rank: int = getattr(self, "rank")  # noqa: B009 - declared by the subclasses, whose field order it must not fix
+        fixed = self.num_parameters() - rank * self.parameters_per_rank
+        break_even = (self.M * self.N - 1 - fixed) // self.parameters_per_rank
+        if break_even < 1:
+            return "no rank saves anything at this shape; use fewer blocks, or leave this layer dense"
+        return f"the largest rank that saves parameters here is {break_even}"
+
+    @classmethod
+    def _largest_rank(cls, smallest: RankedFormat, keep: float, least: int = 1) -> int:
+        """The rank for a budget, ``smallest`` being the format at rank ``least``: a multiple of 8 if that costs < 2 %."""
+        budget = math.floor(_checks.fraction(keep, "keep") * smallest.M * smallest.N)
+        fixed = smallest.num_parameters() - least * smallest.parameters_per_rank
+        rank = min((budget - fixed) // smallest.parameters_per_rank, smallest.max_rank)
+        if rank < least:
+            needed = smallest.num_parameters() / (smallest.M * smallest.N)
+            raise ValueError(
+                f"expected a keep of at least {needed:.4g} for a {smallest.M} x {smallest.N} {smallest.name} matrix "
+                f"with these options, got {keep}; raise keep or take fewer blocks"
+            )
+        multiple = rank // 8 * 8
+        return multiple if multiple > 0.98 * rank else rank

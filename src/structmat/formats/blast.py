@@ -1,0 +1,109 @@
+"""BLAST matrices: blocks that share their bases along rows and columns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from structmat import _checks
+from structmat.formats.base import Factors, FactorSpec, RankedFormat
+from structmat.ops import blast_matmul
+
+
+@dataclass(frozen=True)
+class Blast(RankedFormat):
+    """Blocks ``left_i Diag(diag_ij) right_j``: ``R (M + N + I J)`` parameters (BLAST: Lee et al. 2024, section 2).
+
+    The factors are stored two-dimensional, ``left (I P, R)``, ``diag (I J, R)``, ``right (J R, Q)``, and viewed as
+    ``(I, P, R)``, ``(I, J, R)``, ``(J, R, Q)``.
+
+    Attributes:
+        M: Out features.
+        N: In features.
+        blocks: ``(I, J)``, or one count for both.
+        rank: ``R``, any positive integer.
+
+    Raises:
+        ValueError: If the blocks do not divide the shape or the rank is not positive.
+
+    Example:
+        >>> Blast.for_budget(4096, 4096, keep=0.5, blocks=16)
+        Blast(M=4096, N=4096, blocks=(16, 16), rank=992)
+    """
+
+    blocks: tuple[int, int]
+    rank: int
+
+    name: ClassVar[str] = "blast"
+    takes_blocks: ClassVar[bool] = True
+    scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 3, "diag": 1 / 3, "right": 1 / 3}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "blocks", _checks.block_counts(self.blocks, self.M, self.N))
+        _checks.positive_int(self.rank, "rank")
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """``(P, Q)``."""
+        return self.M // self.blocks[0], self.N // self.blocks[1]
+
+    @property
+    def parameters_per_rank(self) -> int:
+        """``M + N + I J``."""
+        return self.M + self.N + self.blocks[0] * self.blocks[1]
+
+    @property
+    def max_rank(self) -> int:
+        """The rank at which every block can be anything: a slot of ``min(P, Q)`` components for each of them."""
+        return max(self.blocks) * min(self.block_shape)
+
+    @classmethod
+    def for_budget(cls, M: int, N: int, *, keep: float, blocks: Any) -> Blast:
+        """The largest rank with at most ``keep M N`` parameters.
+
+        Args:
+            M: Out features.
+            N: In features.
+            keep: Share of the dense parameters, in ``(0, 1]``.
+            blocks: ``(I, J)``, or one count for both.
+
+        Returns:
+            The format; its rank is a multiple of 8 where that loses under 2 %.
+
+        Raises:
+            ValueError: If not even rank 1 fits, or the blocks do not divide the shape.
+        """  # noqa: DOC502 - raised by the shared rank solver
+        smallest = cls(M, N, blocks, 1)
+        return cls(M, N, smallest.blocks, cls._largest_rank(smallest, keep))
+
+    def factor_specs(self) -> dict[str, FactorSpec]:
+        """``left (I P, R)``, ``diag (I J, R)``, ``right (J R, Q)``."""
+        (I, J), Q, R = self.blocks, self.block_shape[1], self.rank
+        return {"left": FactorSpec((self.M, R)), "diag": FactorSpec((I * J, R)), "right": FactorSpec((J * R, Q))}
+
+    def views(self, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors as ``left (I, P, R)``, ``diag (I, J, R)`` and ``right (J, R, Q)``."""
+        (I, J), (P, Q), R = self.blocks, self.block_shape, self.rank
+        return factors["left"].view(I, P, R), factors["diag"].view(I, J, R), factors["right"].view(J, R, Q)
+
+    def to_dense(self, factors: Factors) -> Tensor:
+        """Block ``(i, j)`` is ``left_i Diag(diag_ij) right_j``."""
+        left, diag, right = self.views(factors)
+        return torch.einsum("ipr,ijr,jrq->ipjq", left, diag, right).reshape(self.M, self.N)
+
+    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+        """Bases of the columns, couplings, bases of the rows (Algorithm 1)."""
+        return blast_matmul(x, *self.views(factors))
+
+    def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        (I, J), Q, R = self.blocks, self.block_shape[1], self.rank
+        return {
+            "left": torch.randn(self.M, R, generator=generator) / math.sqrt(3 * R * J),
+            "diag": torch.randn(I * J, R, generator=generator),
+            "right": torch.randn(J * R, Q, generator=generator) / math.sqrt(Q),
+        }

@@ -1,0 +1,63 @@
+"""The dense matrix as a format: what a plan says of a layer that is to stay as it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structmat import _checks
+from structmat.formats.base import Factors, FactorSpec, Format
+
+
+@dataclass(frozen=True)
+class Dense(Format):
+    """A dense matrix with the one factor ``weight (M, N)``.
+
+    Attributes:
+        M: Out features.
+        N: In features.
+    """
+
+    name: ClassVar[str] = "dense"
+    scale_exponents: ClassVar[dict[str, float]] = {"weight": 1.0}
+    must_save: ClassVar[bool] = False
+
+    def factor_specs(self) -> dict[str, FactorSpec]:
+        """``weight (M, N)``."""
+        return {"weight": FactorSpec((self.M, self.N))}
+
+    @classmethod
+    def for_budget(cls, M: int, N: int, *, keep: float, **options: Any) -> Dense:
+        """The dense format, which fits only the whole budget.
+
+        Args:
+            M: Out features.
+            N: In features.
+            keep: Must be 1.
+            **options: None are known.
+
+        Returns:
+            The format.
+
+        Raises:
+            ValueError: If ``keep`` is below 1 or an option is given.
+        """
+        if _checks.fraction(keep, "keep") < 1 or options:
+            raise ValueError(f"expected keep=1 and no options for a dense matrix, got keep={keep}, {options}")
+        return cls(M, N)
+
+    def to_dense(self, factors: Factors) -> Tensor:
+        """The weight itself."""
+        return factors["weight"]
+
+    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+        """``x @ weight.T``."""
+        return F.linear(x, factors["weight"])
+
+    def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        return {"weight": torch.randn(self.M, self.N, generator=generator) / math.sqrt(3 * self.N)}

@@ -1,0 +1,232 @@
+"""The linear layer whose weight is a structured matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from structmat import _checks
+from structmat.formats import Format
+
+
+class StructuredModule(nn.Module):
+    """A module that holds the factors of one structured matrix, under their own names, and a bias.
+
+    Args:
+        format: The structured matrix.
+        bias: Whether there is a bias.
+        factors: The factors, copied into new parameters; None for a random init.
+        generator: Source of randomness for the init, on the CPU.
+        device: Of the parameters.
+        dtype: Of the parameters, but for factors whose format fixes their dtype.
+
+    Attributes:
+        format: The structured matrix' shape and hyperparameters.
+        bias: ``(M,)`` or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        format: Format,
+        bias: bool = True,
+        *,
+        factors: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(format, Format):
+            raise TypeError(f"expected a structmat format, got {format!r}")
+        super().__init__()
+        self.format = format
+        dtype = dtype or torch.get_default_dtype()
+        if factors is None:
+            factors = format.init(generator=generator, dtype=dtype, device=device)
+        else:
+            format.check_factors(factors)
+        for name, spec in format.factor_specs().items():
+            tensor = factors[name].detach().to(device=device, dtype=spec.dtype or dtype, copy=True)
+            if spec.trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        if bias:
+            value = torch.empty(format.M, device=device, dtype=dtype)
+            if not value.is_meta:
+                bound = 1 / math.sqrt(format.N)
+                value.copy_((torch.rand(format.M, generator=generator) * 2 - 1) * bound)
+            self.bias = nn.Parameter(value)
+        else:
+            self.register_parameter("bias", None)
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The factors by name."""
+        return {name: getattr(self, name) for name in self.format.factor_specs()}
+
+    def to_dense(self) -> Tensor:
+        """The dense weight ``(M, N)``, differentiable in the factors."""
+        return self.format.to_dense(self.factors)
+
+    def _product(self, x: Tensor) -> Tensor:
+        y = self.format.matmul(x, self.factors)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class StructuredLinear(StructuredModule):
+    """``y = x W^T + b`` with a structured ``W``: the drop-in for ``nn.Linear``.
+
+    Args and attributes are those of ``StructuredModule``.
+
+    Example:
+        >>> from structmat import Blast
+        >>> layer = StructuredLinear(Blast(64, 32, blocks=4, rank=8))
+        >>> layer(torch.randn(2, 7, 32)).shape
+        torch.Size([2, 7, 64])
+    """
+
+    @property
+    def in_features(self) -> int:
+        """``N``."""
+        return self.format.N
+
+    @property
+    def out_features(self) -> int:
+        """``M``."""
+        return self.format.M
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: ``(..., N)``.
+
+        Returns:
+            ``(..., M)``.
+
+        Raises:
+            ValueError: If the last dimension is not ``N``.
+        """
+        if x.shape[-1] != self.format.N:
+            raise ValueError(f"expected an input with {self.format.N} features, got shape {tuple(x.shape)}")
+        return self._product(x)
+
+    def extra_repr(self) -> str:
+        """The format and whether there is a bias."""
+        return f"{self.format}, bias={self.bias is not None}"
+
+
+class StructuredConv2d(StructuredModule):
+    """A two-dimensional convolution whose weight, unfolded to ``(out, in * kh * kw)``, is structured.
+
+    Args:
+        format: ``M`` output channels, ``N = in_channels * kh * kw``.
+        kernel_size: ``(kh, kw)``.
+        stride: Along both axes.
+        padding: Rows and columns added on both sides, or ``"same"`` or ``"valid"``, as in ``nn.Conv2d``.
+        dilation: Along both axes.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        bias: As in ``StructuredModule``.
+        factors: As in ``StructuredModule``.
+        generator: As in ``StructuredModule``.
+        device: As in ``StructuredModule``.
+        dtype: As in ``StructuredModule``.
+
+    Raises:
+        ValueError: If ``N`` is not a multiple of ``kh * kw``, or the padding or its mode is unknown.
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] | str = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        padding_mode: str = "zeros",
+        bias: bool = True,
+        *,
+        factors: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(format, bias, factors=factors, generator=generator, device=device, dtype=dtype)
+        if format.N % math.prod(kernel_size):
+            raise ValueError(
+                f"expected N to be a multiple of the kernel's {math.prod(kernel_size)} positions, got {format.N}"
+            )
+        _checks.one_of(padding_mode, ("zeros", "reflect", "replicate", "circular"), "padding_mode")
+        if isinstance(padding, str):
+            _checks.one_of(padding, ("same", "valid"), "padding")
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.padding_mode = padding_mode
+
+    @property
+    def margins(self) -> tuple[int, int, int, int]:
+        """Columns and rows that the padding adds at ``(left, right, top, bottom)``."""
+        if isinstance(self.padding, str):
+            same = self.padding == "same"
+            totals = [d * (k - 1) if same else 0 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            (top, left), (bottom, right) = [t // 2 for t in totals], [t - t // 2 for t in totals]
+            return left, right, top, bottom
+        rows, columns = self.padding
+        return columns, columns, rows, rows
+
+    @property
+    def in_channels(self) -> int:
+        """``N / (kh kw)``."""
+        return self.format.N // math.prod(self.kernel_size)
+
+    @property
+    def out_channels(self) -> int:
+        """``M``."""
+        return self.format.M
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: ``(in, height, width)`` or ``(batch, in, height, width)``.
+
+        Returns:
+            ``(..., out, new height, new width)``.
+
+        Raises:
+            ValueError: If the input has other dimensions or another number of channels.
+        """
+        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"expected an input (batch, {self.in_channels}, height, width) or without the batch, "
+                f"got shape {tuple(x.shape)}"
+            )
+        images = x if x.ndim == 4 else x[None]
+        margins = self.margins
+        if any(margins):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            images = nn.functional.pad(images, margins, mode=mode)
+        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        height, width = (
+            (size - span) // step + 1 for size, span, step in zip(images.shape[-2:], spans, self.stride, strict=True)
+        )
+        if self.kernel_size == (1, 1):
+            columns = images[..., :: self.stride[0], :: self.stride[1]].flatten(2)
+        else:
+            columns = nn.functional.unfold(images, self.kernel_size, self.dilation, 0, self.stride)  # (B, N, L)
+        y = self._product(columns.mT).mT.unflatten(-1, (height, width))
+        return y if x.ndim == 4 else y[0]
+
+    def extra_repr(self) -> str:
+        """The format and the convolution's geometry."""
+        return (
+            f"{self.format}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}, "
+            f"dilation={self.dilation}, padding_mode={self.padding_mode!r}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,151 @@
+"""Which modules of a network can be structured, and how one is built from the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from structmat.formats import Format
+from structmat.nn.linear import StructuredConv2d, StructuredLinear, StructuredModule
+
+
+@dataclass(frozen=True)
+class DenseKind:
+    """How a type of dense layer stores its weight and what replaces it.
+
+    Attributes:
+        matrix: The weight of a layer as ``(M, N)``.
+        problem: Why this layer has no structured counterpart, or None.
+        structured: The counterpart of a layer for a format, its factors (None: random) and a source of randomness;
+            without the bias' values.
+    """
+
+    matrix: Callable[[nn.Module], Tensor]
+    problem: Callable[[nn.Module], str | None]
+    structured: Callable[[nn.Module, Format, Mapping[str, Tensor] | None, torch.Generator | None], StructuredModule]
+
+
+def _linear(
+    layer: nn.Module, format: Format, factors: Mapping[str, Tensor] | None, generator: torch.Generator | None
+) -> StructuredLinear:
+    weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
+    return StructuredLinear(
+        format, bias is not None, factors=factors, generator=generator, device=weight.device, dtype=weight.dtype
+    )
+
+
+def _conv2d(
+    layer: nn.Module, format: Format, factors: Mapping[str, Tensor] | None, generator: torch.Generator | None
+) -> StructuredConv2d:
+    if not isinstance(layer, nn.Conv2d):
+        raise TypeError(f"expected an nn.Conv2d, got {type(layer).__name__}")
+    return StructuredConv2d(
+        format,
+        _pair(layer.kernel_size),
+        _pair(layer.stride),
+        layer.padding if isinstance(layer.padding, str) else _pair(layer.padding),
+        _pair(layer.dilation),
+        layer.padding_mode,
+        layer.bias is not None,
+        factors=factors,
+        generator=generator,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+    )
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _conv2d_problem(layer: nn.Module) -> str | None:
+    return f"it is a convolution with {layer.groups} groups; only groups=1 has one matrix" if layer.groups != 1 else None
+
+
+DENSE_KINDS: dict[type[nn.Module], DenseKind] = {
+    nn.Linear: DenseKind(lambda layer: layer.get_parameter("weight"), lambda layer: None, _linear),
+    nn.Conv2d: DenseKind(lambda layer: layer.get_parameter("weight").flatten(1), _conv2d_problem, _conv2d),
+}
+"""Every type of dense layer that can be structured. A subclass is another type: its forward may do other things."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that can be structured, and everything in the network that uses it.
+
+    Attributes:
+        name: The first name of its first module.
+        names: Every name under which a module of it hangs in the network.
+        modules: The module, and after it others that share its weight.
+        problem: Why it cannot be structured, or None.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    problem: str | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module of that name."""
+        return self.modules[0]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The dense weight ``(M, N)``."""
+        return DENSE_KINDS[type(self.module)].matrix(self.module)
+
+
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """Every dense weight of the network that could be structured, each once however often it is used.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The sites by name, in the order of ``named_modules``.
+    """
+    names: dict[int, list[str]] = {}
+    users: dict[int, list[nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = id(module) not in names
+        names.setdefault(id(module), []).append(name)
+        if first:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    users.setdefault(id(parameter), []).append(module)
+
+    sites: dict[str, Site] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        kind = DENSE_KINDS.get(type(module))
+        if kind is None or id(module.weight) in seen:
+            continue
+        seen.add(id(module.weight))
+        sharing = users[id(module.weight)]
+        others = [m for m in sharing if type(m) is not type(module) or m.weight is not module.weight]
+        if others:
+            culprit = f"{names[id(others[0])][0]!r} ({type(others[0]).__name__})"
+            problem = f"its weight is shared with {culprit}, which would keep the dense one; untie them first"
+        elif name == "":
+            problem = "it is the whole model, which cannot be replaced in place; wrap it in nn.Sequential"
+        else:
+            problem = kind.problem(module)
+        modules = tuple(sharing)
+        sites[name] = Site(name, tuple(n for m in modules for n in names[id(m)]), modules, problem)
+    return sites
+
+
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Hang ``module`` under ``name``."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, module)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # its fused inference path reads the dense weights of its children
+        for ancestor in model.modules():
+            if isinstance(ancestor, nn.TransformerEncoder) and parent in ancestor.layers:
+                ancestor.use_nested_tensor = False

@@ -1,0 +1,107 @@
+"""Pictures: trade-off curves and couplings (needs the extra ``plot``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from structmat.formats import Blast
+from structmat.nn import StructuredModule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette, which colour-blind people can tell apart."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def _figure(width: float, height: float, **grid: object):
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional dependency at its one door
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'structmat[plot]'") from error
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.subplots(**grid)
+
+
+def trade_off(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    reference: tuple[float, float],
+    x_label: str = "multiplications, share of dense",
+    y_label: str = "test accuracy",
+    title: str = "",
+) -> Figure:
+    """Draw what each structure makes of a budget.
+
+    Args:
+        curves: Points ``(cost, quality)`` of each structure by name.
+        reference: The dense network's point.
+        x_label: Of the cost.
+        y_label: Of the quality.
+        title: Of the figure.
+
+    Returns:
+        The figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """  # noqa: DOC502 - raised at the door
+    figure, axes = _figure(6.4, 4.2)
+    axes.axhline(reference[1], color="0.6", linewidth=1, linestyle="--", zorder=0)
+    axes.plot(*reference, "*", color="black", markersize=11, linestyle="none", label="dense")
+    for k, (name, points) in enumerate(curves.items()):
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, color=COLORS[k % 6], marker=MARKERS[k % 6], markersize=5, linewidth=1.5, label=name)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def couplings(layer: StructuredModule, *, title: str = "") -> Figure:
+    """Draw the couplings of a BLAST layer: how much of each shared component every block uses.
+
+    On the left, the root mean square of ``diag_ij`` over the components, as the ``I x J`` grid of blocks. On the
+    right, ``diag_ij`` of every component, the components ordered by how unevenly the blocks use them; a low-rank
+    matrix would show the same value in all of a column.
+
+    Args:
+        layer: A layer whose format is ``Blast``.
+        title: Of the figure.
+
+    Returns:
+        The figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        TypeError: If the layer is not BLAST.
+        ImportError: If matplotlib is missing.
+    """  # noqa: DOC502 - raised at the door
+    if not isinstance(layer.format, Blast):
+        raise TypeError(f"expected a layer with a Blast format, got {layer.format}")
+    I, J = layer.format.blocks
+    left, diag, right = (factor.detach().float().cpu() for factor in layer.format.views(layer.factors))
+    # each component's couplings in units of what it contributes to a typical block
+    diag = diag * (left.square().sum((0, 1)) * right.square().sum((0, 2))).sqrt()
+    diag = diag / diag.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    spread = diag.abs().std((0, 1)) / diag.abs().mean((0, 1)).clamp_min(1e-12)
+    ordered = diag.view(I * J, -1)[:, spread.argsort(descending=True)]
+
+    figure, (grid, lines) = _figure(9.2, 3.8, ncols=2, width_ratios=(1, 2))
+    image = grid.imshow(diag.square().mean(-1).sqrt(), cmap="viridis", vmin=0)
+    grid.set(xlabel="block column j", ylabel="block row i", title="strength of each block")
+    grid.set_xticks(range(J))
+    grid.set_yticks(range(I))
+    figure.colorbar(image, ax=grid, shrink=0.8)
+    limit = float(ordered.abs().quantile(0.99))
+    image = lines.imshow(ordered, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    lines.set(xlabel="component r, most uneven first", ylabel="block (i, j)", title="couplings s_ij,r")
+    step = max(1, I * J // 8)
+    lines.set_yticks(range(0, I * J, step), [f"({b // J}, {b % J})" for b in range(0, I * J, step)])
+    figure.colorbar(image, ax=lines, shrink=0.8)
+    figure.suptitle(title)
+    return figure

@@ -1,0 +1,222 @@
+"""The report: what each layer is, what it costs, and how far it is from the weight it replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structmat.fit import Fit
+from structmat.nn import DENSE_KINDS, StructuredConv2d, StructuredModule
+from structmat.plan import Plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight.
+
+    Attributes:
+        name: The first name of its module.
+        format: The format's name, ``"dense"`` for a layer that is not structured.
+        settings: The format's hyperparameters, as text.
+        shape: ``(M, N)``.
+        parameters: Entries of its factors, without the bias; 0 where an earlier row has the same.
+        dense_parameters: ``M N``, or 0 likewise.
+        multiplications: Per token, or over the example inputs where they were given.
+        dense_multiplications: Those of the dense weight.
+        error: Relative error of its fit; None where there was none.
+        note: Why it is as it is, where the plan says.
+    """
+
+    name: str
+    format: str
+    settings: str
+    shape: tuple[int, int]
+    parameters: int
+    dense_parameters: int
+    multiplications: int
+    dense_multiplications: int
+    error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a network's weights are and cost; ``print`` shows it as a table.
+
+    Attributes:
+        rows: One for each linear layer and convolution.
+        parameters: Of the whole network, biases, norms and embeddings included.
+        dense_parameters: Those of the network with every structured layer dense.
+        multiplications: Of the layers in ``rows``.
+        dense_multiplications: Those of the same layers dense.
+        per_token: Whether multiplications are per token and layer; otherwise they are over the example inputs.
+    """
+
+    rows: tuple[Row, ...]
+    parameters: int
+    dense_parameters: int
+    multiplications: int
+    dense_multiplications: int
+    per_token: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-compatible data."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        unit = "per token" if self.per_token else "in all"
+        head = ("layer", "format", "settings", "shape", "parameters", "keep", f"mult. {unit}", "error", "")
+        body = [
+            (
+                row.name,
+                row.format,
+                row.settings,
+                f"{row.shape[0]} x {row.shape[1]}",
+                f"{row.parameters:,}",
+                share(row.parameters, row.dense_parameters),
+                f"{row.multiplications:,}",
+                "" if row.error is None else f"{row.error:.4f}",
+                row.note,
+            )
+            for row in self.rows
+        ]
+        total = (
+            "whole model", "", "", "", f"{self.parameters:,}", share(self.parameters, self.dense_parameters),
+            f"{self.multiplications:,}", "", f"{share(self.multiplications, self.dense_multiplications)} of dense",
+        )  # fmt: skip
+        return table([head, *body, total], right=(4, 5, 6, 7))
+
+
+def report(
+    model: nn.Module,
+    *,
+    fits: Mapping[str, Fit] | None = None,
+    plan: Plan | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
+) -> Report:
+    """Describe the linear layers and convolutions of a network.
+
+    Args:
+        model: The network.
+        fits: What ``compress_`` returned, for the errors.
+        plan: For the reasons why layers were skipped.
+        example_inputs: Input or inputs of one call; multiplications are then counted over that call, so that layers
+            that see more tokens weigh more. None for multiplications per token.
+
+    Returns:
+        The report.
+    """
+    fits = fits or {}
+    tokens = _count_tokens(model, example_inputs) if example_inputs is not None else {}
+    counted: set[int] = set()
+    rows: list[Row] = []
+    extra = 0
+    for name, module in model.named_modules():
+        if isinstance(module, StructuredModule):
+            format, factors, (M, N) = module.format, module.factors, module.format.shape
+            parameters, one_token = format.num_parameters(factors), format.multiplications(1, factors)
+            kind, settings = format.name, _settings(format.to_json())
+        elif type(module) in DENSE_KINDS:
+            weight = DENSE_KINDS[type(module)].matrix(module)
+            factors, (M, N) = {"weight": module.get_parameter("weight")}, weight.shape
+            parameters = one_token = M * N
+            kind, settings = "dense", ""
+        else:
+            continue
+        shared = id(next(iter(factors.values()))) in counted
+        counted.update(id(factor) for factor in factors.values())
+        times = tokens.get(name, 0) if example_inputs is not None else 1
+        rows.append(
+            Row(
+                name, kind, settings, (M, N), 0 if shared else parameters, 0 if shared else M * N, one_token * times,
+                M * N * times, fits[name].error if name in fits else None,
+                "shares its weight" if shared else plan.skipped.get(name, "") if plan else "",
+            )
+        )  # fmt: skip
+        extra += rows[-1].dense_parameters - rows[-1].parameters
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Report(
+        tuple(rows),
+        parameters,
+        parameters + extra,
+        sum(row.multiplications for row in rows),
+        sum(row.dense_multiplications for row in rows),
+        example_inputs is None,
+    )
+
+
+def _settings(fields: dict[str, Any]) -> str:
+    """The hyperparameters beside format and shape, short."""
+    shown = []
+    for key, value in fields.items():
+        if key == "mask":
+            shown.append(f"{sum(row.count('1') for row in value)} of {len(value)} x {len(value[0])} blocks")
+        elif key == "blocks" and isinstance(value, list):
+            shown.append(f"{value[0]} x {value[1]} blocks")
+        elif key not in ("format", "M", "N") and value is not False:
+            shown.append(key if value is True else f"{key} {value}")
+    return ", ".join(shown)
+
+
+@torch.no_grad()
+def _count_tokens(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> dict[str, int]:
+    """How many vectors each linear layer, and positions each convolution, processes in one call."""
+    counts: dict[str, int] = {}
+
+    def hook(name: str):
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            convolution = isinstance(module, (nn.Conv2d, StructuredConv2d))
+            channels = output.shape[-3] if convolution else output.shape[-1]
+            counts[name] = counts.get(name, 0) + (output.numel() // channels if channels else 0)
+
+        return count
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, StructuredModule) or type(module) in DENSE_KINDS
+    ]
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return counts
+
+
+def share(part: float, whole: float) -> str:
+    """``part / whole`` as text, empty where there is no whole."""
+    return f"{part / whole:.3f}" if whole else ""
+
+
+def table(lines: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
+    """Lines of cells as aligned text, the first line being the head.
+
+    Args:
+        lines: The cells.
+        right: Columns that are aligned to the right.
+
+    Returns:
+        The text.
+    """
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    texts = [
+        "  ".join(cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    texts.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text.rstrip() for text in texts)
