@@ -44,6 +44,12 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and the metadata of a safetensors file.
 
+    Args:
+        path: Of the file.
+
+    Returns:
+        Both, by name.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a safetensors file.

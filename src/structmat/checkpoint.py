@@ -86,7 +86,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no structmat checkpoint, is of a newer schema, its plan does not fit the network, or
             a tensor is missing, is extra, or has another shape.
-    """  # noqa: DOC502 - FileNotFoundError comes from the reader
+    """
     tensors, metadata = read_tensors(path)
     if "structmat" not in metadata:
         raise ValueError(f"expected a checkpoint written by structmat.save, got {os.fspath(path)!r} without its header")

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from structmat._version import __version__
 from structmat.fit import Fit, Method, default_method
 from structmat.formats import Dense, Format
 from structmat.nn import DENSE_KINDS, Site, StructuredConv2d, StructuredModule, find_sites, put_module
-from structmat.plan import Plan
 
 BATCH_BYTES = 64 * 2**20
 """Weights of one shape are fitted together up to this much memory for a copy of them."""
@@ -50,10 +50,10 @@ def apply_plan_(
     Raises:
         ValueError: If the plan names layers that are not there or cannot be replaced, a shape differs, a format would
             not save parameters, or factors do not fit their format.
-    """  # noqa: DOC502 - raised by the check
+    """
     sites = _planned_sites(model, plan)
     factors = factors or {}
-    _checks.same_shapes({n: () for n in factors}, {n: () for n in plan if n in factors}, "the set of fitted layers")
+    _checks.same_shapes(dict.fromkeys(factors, ()), {n: () for n in plan if n in factors}, "the set of fitted layers")
     for name, given in factors.items():
         plan[name].check_factors(given)
     for name, site in sites.items():
@@ -124,7 +124,7 @@ def compress_(
     model: nn.Module,
     plan: Mapping[str, Format],
     *,
-    method: Method | Callable[[Format], Method] | None = None,
+    method: Method[Any] | Callable[[Format], Method[Any]] | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Fit]:
@@ -148,7 +148,7 @@ def compress_(
     Raises:
         ValueError: If the plan does not fit the network, or a weight contains NaN or infinity; named by layer.
         TypeError: If the method cannot fit a format.
-    """  # noqa: DOC502 - raised by the checks and the methods
+    """
     sites = _planned_sites(model, plan)
     for name, site in sites.items():
         _checks.matrix(site.matrix, plan[name].shape, f"the weight of layer {name!r}")
@@ -183,10 +183,10 @@ def compress_(
 
 
 def _batches(
-    sites: Mapping[str, Site], plan: Mapping[str, Format], methods: Mapping[str, Method]
+    sites: Mapping[str, Site], plan: Mapping[str, Format], methods: Mapping[str, Method[Any]]
 ) -> Iterable[list[str]]:
     """Names of layers with one format, method, dtype and device, in groups of bounded memory."""
-    groups: dict[tuple[Format, Method, torch.dtype, torch.device], list[str]] = {}
+    groups: dict[tuple[Format, Method[Any], torch.dtype, torch.device], list[str]] = {}
     for name, site in sites.items():
         groups.setdefault((plan[name], methods[name], site.matrix.dtype, site.matrix.device), []).append(name)
     for (format, *_), names in groups.items():
@@ -201,12 +201,12 @@ class _Store:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def _path(self, weight: Tensor, format: Format, method: Method) -> Path:
+    def _path(self, weight: Tensor, format: Format, method: Method[Any]) -> Path:
         digest = hashlib.sha256(f"{__version__}|{format!r}|{method!r}|{weight.dtype}|{tuple(weight.shape)}|".encode())
         digest.update(weight.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
 
-    def get(self, weight: Tensor, format: Format, method: Method) -> Fit | None:
+    def get(self, weight: Tensor, format: Format, method: Method[Any]) -> Fit | None:
         path = self._path(weight, format, method)
         if not path.exists():
             return None
@@ -216,7 +216,7 @@ class _Store:
         factors = {name: factor.to(weight.device) for name, factor in factors.items()}
         return Fit(format, factors, facts["error"], tuple(facts["history"]), facts["seconds"])
 
-    def put(self, weight: Tensor, method: Method, fit: Fit) -> None:
+    def put(self, weight: Tensor, method: Method[Any], fit: Fit) -> None:
         facts = {"error": fit.error, "history": fit.history, "seconds": fit.seconds, "saved": time.time()}
         write_tensors(self._path(weight, fit.format, method), dict(fit.factors), {"fit": json.dumps(facts)})
 
@@ -243,7 +243,9 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     wanted = list(names) if names is not None else list(layers)
     unknown = [name for name in wanted if name not in layers]
     if unknown:
-        raise ValueError(f"expected names of structured layers, got {unknown}; there are: {', '.join(layers) or 'none'}")
+        raise ValueError(
+            f"expected names of structured layers, got {unknown}; there are: {', '.join(layers) or 'none'}"
+        )
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     for old in {id(layers[name]): layers[name] for name in wanted}.values():
         new = _dense_layer(old)
@@ -252,7 +254,8 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
             learns = any(factor.requires_grad for factor in old.factors.values())
             weight = old.to_dense().detach().clone().view(new.weight.shape)
             weights[shared] = nn.Parameter(weight, requires_grad=learns)
-        new.weight, new.bias = weights[shared], old.bias
+        new.weight = weights[shared]
+        new.register_parameter("bias", old.bias)
         new.train(old.training)
         for name in hung[id(old)]:
             put_module(model, name, new)

@@ -179,7 +179,9 @@ def _as_rule(rule: type[Format] | Rule, keep: float, blocks: int | tuple[int, in
     if not isinstance(rule, Rule):
         raise TypeError(f"expected a format class or a Rule, got {rule!r}")
     if rule.blocks is not None and not rule.format.takes_blocks:
-        raise ValueError(f"expected no blocks for {rule.format.__name__}, whose budget alone decides, got {rule.blocks}")
+        raise ValueError(
+            f"expected no blocks for {rule.format.__name__}, whose budget alone decides, got {rule.blocks}"
+        )
     return Rule(
         rule.format,
         keep if rule.keep is None else rule.keep,

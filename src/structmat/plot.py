@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +18,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def _figure(width: float, height: float, **grid: object):
+def _figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional dependency at its one door
     except ImportError as error:
@@ -49,7 +49,7 @@ def trade_off(
 
     Raises:
         ImportError: If matplotlib is missing.
-    """  # noqa: DOC502 - raised at the door
+    """
     figure, axes = _figure(6.4, 4.2)
     axes.axhline(reference[1], color="0.6", linewidth=1, linestyle="--", zorder=0)
     axes.plot(*reference, "*", color="black", markersize=11, linestyle="none", label="dense")
@@ -80,7 +80,7 @@ def couplings(layer: StructuredModule, *, title: str = "") -> Figure:
     Raises:
         TypeError: If the layer is not BLAST.
         ImportError: If matplotlib is missing.
-    """  # noqa: DOC502 - raised at the door
+    """
     if not isinstance(layer.format, Blast):
         raise TypeError(f"expected a layer with a Blast format, got {layer.format}")
     I, J = layer.format.blocks

@@ -215,7 +215,9 @@ def table(lines: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
     """
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     texts = [
-        "  ".join(cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     ]
     texts.insert(1, "  ".join("-" * width for width in widths))

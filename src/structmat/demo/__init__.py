@@ -246,7 +246,7 @@ def _table(results: Sequence[Result]) -> str:
         "structure", "keep", "parameters", "mult./image", "of dense", "weight error",
         "acc. compressed", "retrained", "from scratch", "time / dense",
     )  # fmt: skip
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for r in results:
         dense = r.name == "dense"
         lines.append(

@@ -124,7 +124,9 @@ def train(
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     n = len(images)
     chosen = torch.rand(n, generator=generator) < 0.3
-    offsets = torch.where(chosen[:, None], torch.randint(0, 3, (n, 2), generator=generator), 1)[..., None] + torch.arange(8)
+    offsets = torch.where(chosen[:, None], torch.randint(0, 3, (n, 2), generator=generator), 1)[
+        ..., None
+    ] + torch.arange(8)
     padded = F.pad(images, (1, 1, 1, 1), value=float(images.min()))
     return padded[torch.arange(n)[:, None, None], offsets[:, 0, :, None], offsets[:, 1, None, :]]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from structmat.fit.base import Fit, Method, Progress
 from structmat.fit.dao2022monarch import Dao2022Monarch
 from structmat.fit.gradient import GradientFit
@@ -10,7 +12,7 @@ from structmat.fit.magnitude import Magnitude
 from structmat.fit.svd import TruncatedSvd
 from structmat.formats import Blast, BlockDiagonal, BlockSparse, Format, LowRank, Monarch
 
-DEFAULT_METHODS: dict[type[Format], Method] = {
+DEFAULT_METHODS: dict[type[Format], Method[Any]] = {
     LowRank: TruncatedSvd(),
     BlockDiagonal: Magnitude(),
     BlockSparse: Magnitude(),
@@ -20,7 +22,7 @@ DEFAULT_METHODS: dict[type[Format], Method] = {
 """The method for each format where none is given."""
 
 
-def default_method(format: Format) -> Method:
+def default_method(format: Format) -> Method[Any]:
     """The method for a format where none is given.
 
     Args:

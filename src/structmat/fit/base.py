@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ Progress = Callable[[int, int, tuple[float, ...]], None]
 
 An exception that it raises, a ``KeyboardInterrupt`` for one, ends the fit.
 """
+
+
+FormatT = TypeVar("FormatT", bound=Format)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Method(abc.ABC):
+class Method(abc.ABC, Generic[FormatT]):
     """How to approximate a dense weight by a format.
 
     A method computes in float32, or in float64 for a float64 weight, on the weight's device, and on the weight divided
@@ -54,7 +57,7 @@ class Method(abc.ABC):
 
     formats: ClassVar[tuple[type[Format], ...]]
 
-    def __call__(self, weight: Tensor, format: Format, *, progress: Progress | None = None) -> Fit:
+    def __call__(self, weight: Tensor, format: FormatT, *, progress: Progress | None = None) -> Fit:
         """Fit one weight.
 
         Args:
@@ -68,13 +71,13 @@ class Method(abc.ABC):
         Raises:
             TypeError: If the method cannot fit this format, or the weight is no floating-point tensor.
             ValueError: If the weight has another shape, or contains NaN or infinity.
-        """  # noqa: DOC502 - raised by fit_many
+        """
         return self.fit_many([weight], format, progress=progress)[0]
 
     def fit_many(
         self,
         weights: Sequence[Tensor],
-        format: Format,
+        format: FormatT,
         *,
         names: Sequence[str] | None = None,
         progress: Progress | None = None,
@@ -122,21 +125,22 @@ class Method(abc.ABC):
                 format,
                 {n: f[b].clone() if len(weights) > 1 else f[b] for n, f in solved.items()},
                 error,
-                tuple(history[:, b].tolist()),
+                tuple(value for value in history[:, b].tolist() if value == value),
                 seconds,
             )
             for b, error in enumerate(errors)
         ]
 
     @abc.abstractmethod
-    def _solve(self, weights: Tensor, format: Format, progress: Progress | None) -> tuple[Factors, Tensor]:
+    def _solve(self, weights: Tensor, format: FormatT, progress: Progress | None) -> tuple[Factors, Tensor]:
         """Fit ``weights (B, M, N)``, each of root mean square 1 (or zero).
 
         Returns:
-            The factors with a leading dimension ``B``, and the history ``(iterations, B)`` of relative errors.
+            The factors with a leading dimension ``B``, and the relative errors ``(iterations, B)``, NaN where a weight was
+            finished earlier.
         """
 
-    def _relative_errors(self, weights: Tensor, scale: Tensor, format: Format, factors: Factors) -> list[float]:
+    def _relative_errors(self, weights: Tensor, scale: Tensor, format: FormatT, factors: Factors) -> list[float]:
         """Relative error of each weight, ``factors`` being those of ``scale * weights``."""
         errors = []
         for b, weight in enumerate(weights):
@@ -149,7 +153,7 @@ class Method(abc.ABC):
             errors.append(float((squared**0.5) / norm) if norm > 0 else 0.0)
         return errors
 
-    def _dense_rows(self, format: Format, factors: Factors):
+    def _dense_rows(self, format: FormatT, factors: Factors) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the rows with the dense matrix there; a method for large matrices yields it piece by piece."""
         yield slice(None), format.to_dense(factors)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_DAMPING = 1e3
+CHUNK_BYTES = 8 * 2**20
+"""Temporaries of many ``R x R`` systems are worked on in chunks of this size, which stay in the cache."""
 
 
 def gram_of_rows(right: Tensor) -> Tensor:
@@ -34,12 +35,19 @@ def right_gram(diag: Tensor, left_grams: Tensor) -> Tensor:
 
 
 def _coupled_grams(diag: Tensor, grams: Tensor) -> Tensor:
-    """``sum_b Diag(diag_ab) grams_b Diag(diag_ab)`` for every ``a``, from ``diag (B, A, K, R)``, ``grams (B, K, R, R)``."""
+    """``sum_k D_ak grams_k D_ak`` for every ``a``, from ``diag (B, A, K, R)`` and ``grams (B, K, R, R)``."""
     total = diag.new_zeros(*diag.shape[:2], *grams.shape[2:])
-    for k in range(diag.shape[2]):
-        one = diag[:, :, k]
-        total.addcmul_(one[..., :, None] * one[..., None, :], grams[:, None, k])
+    for rows in chunks(diag.shape[1], total[:, :1].nbytes):
+        for k in range(diag.shape[2]):
+            one = diag[:, rows, k]
+            total[:, rows].addcmul_(one[..., :, None] * grams[:, None, k], one[..., None, :])
     return total
+
+
+def chunks(count: int, bytes_each: int) -> list[slice]:
+    """Slices that cover ``count`` items of a size, each at most ``CHUNK_BYTES`` or one item."""
+    size = max(1, CHUNK_BYTES // max(1, bytes_each))
+    return [slice(k, min(k + size, count)) for k in range(0, count, size)]
 
 
 def left_target(weights: Tensor, diag: Tensor, right: Tensor) -> Tensor:
@@ -47,15 +55,16 @@ def left_target(weights: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     B, M, N = weights.shape
     I, R = diag.shape[1], diag.shape[-1]
     target = weights.new_empty(B, I, M // I, R)
+    transposed = right.mT.contiguous()  # (B, J, Q, R)
     for i in range(I):
-        coupled = (diag[:, i, :, :, None] * right).transpose(2, 3).reshape(B, N, R)
+        coupled = (diag[:, i, :, None] * transposed).view(B, N, R)
         torch.bmm(weights.view(B, I, M // I, N)[:, i], coupled, out=target[:, i])
     return target
 
 
 def projected_blocks(weights: Tensor, left: Tensor) -> Tensor:
     """``left_i^T W_ij`` for all columns at once, ``(B, I, R, N)``: what the right and the diagonal targets share."""
-    B, I, P, R = left.shape
+    B, I, P, _ = left.shape
     return left.mT @ weights.view(B, I, P, -1)
 
 
@@ -71,16 +80,38 @@ def right_target(projected: Tensor, diag: Tensor) -> Tensor:
 
 def diag_target(projected: Tensor, right: Tensor) -> Tensor:
     """``g_ij = rowsum((left_i^T W_ij) ∘ right_j)``, ``(B, I, J, R)``, from ``projected_blocks``."""
-    B, I, R, N = projected.shape
+    B, I, R, _ = projected.shape
     J = right.shape[1]
     blocks = projected.view(B, I, R, J, -1)
     rights = right.transpose(1, 2)  # (B, R, J, Q)
     return torch.stack([(blocks[:, i] * rights).sum(-1) for i in range(I)], 1).mT
 
 
-def diag_grams(left_grams: Tensor, right_grams: Tensor, i: int) -> Tensor:
-    """``H_ij = A_i ∘ C_j`` for one ``i``, ``(B, J, R, R)``."""
-    return left_grams[:, i, None] * right_grams
+def diag_gram(left_grams: Tensor, right_grams: Tensor, out: Tensor | None = None) -> Tensor:
+    """``H_ij = A_i ∘ C_j`` for every pair of the given ones.
+
+    Args:
+        left_grams: ``A (B, I, R, R)``.
+        right_grams: ``C (B, J, R, R)``.
+        out: At least as large; memory in use already is written to several times faster than fresh pages.
+
+    Returns:
+        ``(B, I, J, R, R)``.
+    """
+    left, right = left_grams[:, :, None], right_grams[:, None]
+    return torch.mul(left, right, out=None if out is None else out[:, : left.shape[1], : right.shape[2]])
+
+
+def times_vectors(grams: Tensor, vectors: Tensor) -> Tensor:
+    """``H v`` for symmetric ``grams (..., R, R)``, as ``v^T H``: batched libraries are several times faster so."""
+    return (vectors[..., None, :] @ grams)[..., 0, :]
+
+
+def diag_chunks(left_grams: Tensor, right_grams: Tensor) -> list[tuple[slice, slice]]:
+    """Ranges of ``i`` and ``j`` that cover all pairs, few enough at a time that their systems stay in the cache."""
+    one_row = right_grams.nbytes
+    columns = chunks(right_grams.shape[1], right_grams[:, :1].nbytes)
+    return [(rows, some) for rows in chunks(left_grams.shape[1], one_row) for some in columns]
 
 
 def factorize(grams: Tensor, damping: Tensor) -> Tensor:
@@ -99,7 +130,9 @@ def factorize(grams: Tensor, damping: Tensor) -> Tensor:
     diagonal = grams.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
     if not torch.isfinite(mean).all():
-        raise FloatingPointError("the normal equations of a BLAST fit are not finite; lower its step or raise its damping")
+        raise FloatingPointError(
+            "the normal equations of a BLAST fit are not finite; lower its step or raise its damping"
+        )
     diagonal += damping.expand(mean.shape)[..., None]
     factors, info = torch.linalg.cholesky_ex(grams)
     growth = torch.finfo(grams.dtype).eps * grams.shape[-1]
@@ -111,9 +144,7 @@ def factorize(grams: Tensor, damping: Tensor) -> Tensor:
     return factors
 
 
-def conjugate_gradients(
-    grams: Tensor, damping: Tensor, rhs: Tensor, iterations: int
-) -> Tensor:
+def conjugate_gradients(grams: Tensor, damping: Tensor, rhs: Tensor, iterations: int) -> Tensor:
     """Approximate ``(grams + damping I)^-1 rhs`` by Jacobi-preconditioned conjugate gradients from zero.
 
     Args:
@@ -132,7 +163,7 @@ def conjugate_gradients(
     z = jacobi * r
     p, rz = z, (r * z).sum(-1, keepdim=True)
     for _ in range(iterations):
-        Ap = (grams @ p[..., None])[..., 0] + damping * p
+        Ap = times_vectors(grams, p) + damping * p
         curvature = (p * Ap).sum(-1, keepdim=True)
         step = torch.where(curvature > 0, rz / curvature.where(curvature > 0, 1), 0)
         x, r = x + step * p, r - step * Ap

@@ -14,7 +14,7 @@ from structmat.formats import Factors, Format, Monarch
 
 
 @dataclass(frozen=True)
-class Dao2022Monarch(Method):
+class Dao2022Monarch(Method[Monarch]):
     """The best Monarch approximation in Frobenius norm: a truncated SVD of every block (of the permuted matrix)."""
 
     formats: ClassVar[tuple[type[Format], ...]] = (Monarch,)

@@ -14,7 +14,7 @@ from structmat.formats import Factors, Format
 
 
 @dataclass(frozen=True)
-class GradientFit(Method):
+class GradientFit(Method[Format]):
     """Adam on the relative squared error, with a cosine schedule, from the format's random init.
 
     The method for a format that has no better one, and an independent check of those that have. It keeps the best
@@ -53,7 +53,10 @@ class GradientFit(Method):
         trainable = [name for name, spec in format.factor_specs().items() if spec.trainable]
         factors = {n: f.requires_grad_() if n in trainable else f for n, f in start.items()}
         groups = [
-            {"params": [factors[n]], "lr": self.learning_rate * max(factors[n].detach().square().mean().sqrt().item(), 1e-8)}
+            {
+                "params": [factors[n]],
+                "lr": self.learning_rate * max(factors[n].detach().square().mean().sqrt().item(), 1e-8),
+            }
             for n in trainable
         ]
         optimizer = torch.optim.Adam(groups)

@@ -14,9 +14,12 @@ from structmat.fit import blast_systems as systems
 from structmat.fit.base import Method, Progress
 from structmat.formats import Blast, Factors, Format
 
+PATIENCE = 10
+"""Over how many sweeps the tolerance looks back."""
+
 
 @dataclass(frozen=True)
-class Lee2024Blast(Method):
+class Lee2024Blast(Method[Blast]):
     """Sweeps ``left -> right -> diag``, each step preconditioned by its damped Gram matrix.
 
     With ``step`` 1 and no damping this is alternating least squares. The default over-relaxes: a step near 2 reflects
@@ -29,9 +32,11 @@ class Lee2024Blast(Method):
         step: ``eta`` of the first sweep.
         settling: Share of the sweeps, at the end, that run at step 1; None for a step that falls linearly to 0.
         damping: ``delta``; ``epsilon = delta |W - W_hat|_F`` is added to each Gram matrix' diagonal, ``W`` having root
-            mean square 1.
+            mean square 1. None for ``0.09 / sweeps``: longer runs can afford, and gain from, a lower one.
+        balanced: Whether each sweep begins by giving every component the same size in all three factors, without
+            which the damping weighs on them unevenly.
         start: Standard deviation of the entries of ``left right`` per component times ``R``, before the first sweep.
-        tolerance: Stop once the error has fallen by less than this share of it over the last ten sweeps, and settle;
+        tolerance: Once a weight's error has fallen by less than this share of it over ten sweeps, settle it and stop;
             0 for never.
         cg_iterations: Conjugate-gradient steps in place of each of the ``I J`` solves for ``diag``.
         direct_rank: Up to this rank those systems are solved by Cholesky instead.
@@ -44,7 +49,8 @@ class Lee2024Blast(Method):
     sweeps: int = 50
     step: float = 1.98
     settling: float | None = 0.07
-    damping: float = 0.003
+    damping: float | None = None
+    balanced: bool = True
     start: float = 1e-2
     tolerance: float = 0.0
     cg_iterations: int = 4
@@ -62,7 +68,7 @@ class Lee2024Blast(Method):
         if self.settling is not None and not 0 <= self.settling <= 1:
             raise ValueError(f"expected settling in [0, 1] or None, got {self.settling}")
         for name in ("damping", "tolerance"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} to be at least 0, got {getattr(self, name)}")
         if not self.start > 0:
             raise ValueError(f"expected a positive start, got {self.start}")
@@ -78,28 +84,45 @@ class Lee2024Blast(Method):
         Returns:
             The method.
         """
-        return cls(sweeps=sweeps, step=2.0, settling=None, damping=0.1, start=1e-3, seed=seed)
+        return cls(sweeps=sweeps, step=2.0, settling=None, damping=0.1, balanced=False, start=1e-3, seed=seed)
 
-    def steps(self) -> Iterator[float]:
+    @property
+    def delta(self) -> float:
+        """``damping``, resolved."""
+        return 0.09 / self.sweeps if self.damping is None else self.damping
+
+    @property
+    def settling_sweeps(self) -> int:
+        """How many of the sweeps, at the end, run at step 1 (none where the step falls to 0 by itself)."""
+        return 0 if self.settling is None else max(1, round(self.settling * self.sweeps))
+
+    def steps(self) -> list[float]:
         """``eta`` of each sweep."""
-        for k in range(self.sweeps):
-            if self.settling is None:
-                yield self.step * (1 - k / self.sweeps)
-            else:
-                yield self.step if k < self.sweeps - max(1, round(self.settling * self.sweeps)) else 1.0
+        if self.settling is None:
+            return [self.step * (1 - k / self.sweeps) for k in range(self.sweeps)]
+        settling = self.settling_sweeps
+        return [self.step] * (self.sweeps - settling) + [1.0] * settling
 
     def _solve(self, weights: Tensor, format: Blast, progress: Progress | None) -> tuple[Factors, Tensor]:
         sweeper = Sweeper(weights, *self.initial(weights, format), self)
-        history = []
-        for k, step in enumerate(self.steps()):
-            sweeper.sweep(step)
-            history.append(sweeper.relative_error())
+        schedule = weights.new_tensor([*self.steps(), 0.0])  # past its end a weight stays as it is
+        position = torch.zeros(len(weights), dtype=torch.long, device=weights.device)
+        history: list[Tensor] = []
+        while bool((position < self.sweeps).any()):
+            running = position < self.sweeps
+            sweeper.sweep(schedule[position])
+            error = sweeper.relative_error()
+            history.append(error.where(running, torch.nan))
+            position = (position + 1).clamp_max(self.sweeps)
+            if self.tolerance and len(history) > PATIENCE:
+                stalled = history[-1 - PATIENCE] - history[-1] <= self.tolerance * history[-1 - PATIENCE]
+                position = position.where(~stalled, position.clamp_min(self.sweeps - self.settling_sweeps))
             if progress is not None:
-                progress(k + 1, self.sweeps, tuple(history[-1].tolist()))
+                progress(len(history), self.sweeps, tuple(error.tolist()))
         return sweeper.factors(), torch.stack(history)
 
     def initial(self, weights: Tensor, format: Blast) -> tuple[Tensor, Tensor, Tensor]:
-        """The random start, the same for every weight of the batch: ``left``, ``diag``, ``right`` with a leading ``B``."""
+        """The random start ``left, diag, right``, the same for every weight of the batch."""
         (I, J), (P, Q), R = format.blocks, format.block_shape, format.rank
         generator = torch.Generator().manual_seed(self.seed)
         scale = self.start / R**0.5
@@ -107,9 +130,10 @@ class Lee2024Blast(Method):
         right = scale * torch.randn(J, R, Q, generator=generator, dtype=torch.float32)
         diag = torch.randn(I, J, R, generator=generator, dtype=torch.float32)
         B = len(weights)
-        return tuple(f.to(weights).expand(B, *f.shape).clone() for f in (left, diag, right))
+        left, diag, right = (f.to(weights).expand(B, *f.shape).clone() for f in (left, diag, right))
+        return left, diag, right
 
-    def _dense_rows(self, format: Blast, factors: Factors):
+    def _dense_rows(self, format: Blast, factors: Factors) -> Iterator[tuple[slice, Tensor]]:
         left, diag, right = format.views(factors)
         P = format.block_shape[0]
         for i in range(format.blocks[0]):
@@ -136,10 +160,11 @@ class Sweeper:
         self.right_grams = systems.gram_of_rows(right)
         self.loss = self.energy
 
-    def sweep(self, step: float) -> None:
-        """One step for each of the three factors."""
-        projected = self._left_and_right(step)
-        self._diag(step, projected)
+    def sweep(self, step: Tensor) -> None:
+        """One step for each of the three factors, of size ``step (B,)``."""
+        if self.method.balanced:
+            self._balance()
+        self.diag_step(step, *self.outer_steps(step))
 
     def relative_error(self) -> Tensor:
         """``(B,)``, of the factors before the last step for ``diag``; from the Gram matrices, hence approximate."""
@@ -148,57 +173,72 @@ class Sweeper:
 
     def factors(self) -> dict[str, Tensor]:
         """The factors in the format's own layout, each component's scale spread evenly over the three."""
-        left, diag, right = balance(self.left, self.diag, self.right)
-        R = left.shape[-1]
-        B = len(left)
-        return {"left": left.reshape(B, -1, R), "diag": diag.reshape(B, -1, R), "right": right.flatten(1, 2)}
+        self._balance()
+        B, R = len(self.left), self.left.shape[-1]
+        return {
+            "left": self.left.reshape(B, -1, R),
+            "diag": self.diag.reshape(B, -1, R),
+            "right": self.right.flatten(1, 2),
+        }
+
+    def _balance(self) -> None:
+        """Give each component one root mean square in all three factors; the matrix stays."""
+        a, b, c = balancing(self.left, self.diag, self.right)
+        self.left = self.left * a[:, None, None]
+        self.diag = self.diag * b[:, None, None]
+        self.right = self.right * c[:, None, :, None]
+        self.left_grams.mul_(a[:, None, :, None]).mul_(a[:, None, None])
+        self.right_grams.mul_(c[:, None, :, None]).mul_(c[:, None, None])
 
     def _damping(self, inner: Tensor, quadratic: Tensor) -> Tensor:
         """``epsilon (B, 1)`` from ``loss = |W|^2 - 2 inner + quadratic``, which rounding can make negative."""
         self.loss = (self.energy - 2 * inner.double() + quadratic.double()).clamp_min(0)
-        return (self.method.damping * self.loss.sqrt()).to(self.weights.dtype)[:, None]
+        return (self.method.delta * self.loss.sqrt()).to(self.weights.dtype)[:, None]
 
-    def _left_and_right(self, step: float) -> Tensor:
+    def outer_steps(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps for ``left`` and ``right``; returns what the step for ``diag`` needs of them."""
         gram = systems.left_gram(self.diag, self.right_grams)
         target = systems.left_target(self.weights, self.diag, self.right)
         damping = self._damping((target * self.left).sum((1, 2, 3)), (gram * self.left_grams).sum((1, 2, 3)))
         # left - step (left G - B)(G + eps)^-1 = (1 - step) left + step (B + eps left)(G + eps)^-1
         target.add_(damping[..., None, None] * self.left)
         solved = torch.cholesky_solve(target.mT, systems.factorize(gram, damping)).mT
-        self.left = torch.lerp(self.left, solved, step)
+        self.left = torch.lerp(self.left, solved, step[:, None, None, None])
         self.left_grams = systems.gram_of_columns(self.left)
 
         projected = systems.projected_blocks(self.weights, self.left)
         gram = systems.right_gram(self.diag, self.left_grams)
         target = systems.right_target(projected, self.diag)
         damping = self._damping((target * self.right).sum((1, 2, 3)), (gram * self.right_grams).sum((1, 2, 3)))
-        target = target + damping[..., None, None] * self.right
-        solved = torch.cholesky_solve(target, systems.factorize(gram, damping))
-        self.right = torch.lerp(self.right, solved, step)
+        damped = target + damping[..., None, None] * self.right
+        solved = torch.cholesky_solve(damped, systems.factorize(gram.clone(), damping))
+        self.right = torch.lerp(self.right, solved, step[:, None, None, None])
         self.right_grams = systems.gram_of_rows(self.right)
-        return projected
+        damping = self._damping((target * self.right).sum((1, 2, 3)), (gram * self.right_grams).sum((1, 2, 3)))
+        return projected, damping
 
-    def _diag(self, step: float, projected: Tensor) -> None:
+    def diag_step(self, step: Tensor, projected: Tensor, damping: Tensor) -> None:
+        """The step for ``diag``, from the projected blocks and the damping that ``outer_steps`` returned."""
         target = systems.diag_target(projected, self.right)
-        I, R = target.shape[1], target.shape[-1]
-        product = torch.empty_like(target)
-        for i in range(I):
-            gram = systems.diag_grams(self.left_grams, self.right_grams, i)
-            product[:, i] = (gram @ self.diag[:, i, :, :, None])[..., 0]
-        damping = self._damping((target * self.diag).sum((1, 2, 3)), (product * self.diag).sum((1, 2, 3)))
-        residual = product - target
-        for i in range(I):
-            gram = systems.diag_grams(self.left_grams, self.right_grams, i)
-            if R <= self.method.direct_rank:
-                change = torch.cholesky_solve(residual[:, i, :, :, None], systems.factorize(gram, damping))[..., 0]
+        damping = damping[..., None]  # (B, 1, 1)
+        buffer: Tensor | None = None
+        for rows, columns in systems.diag_chunks(self.left_grams, self.right_grams):
+            gram = systems.diag_gram(self.left_grams[:, rows], self.right_grams[:, columns], buffer)
+            buffer = gram if buffer is None else buffer  # the first chunk is the largest
+            diag = self.diag[:, rows, columns]
+            residual = systems.times_vectors(gram, diag) - target[:, rows, columns]
+            if diag.shape[-1] <= self.method.direct_rank:
+                change = torch.cholesky_solve(residual[..., None], systems.factorize(gram, damping))[..., 0]
             else:
-                change = systems.conjugate_gradients(gram, damping, residual[:, i], self.method.cg_iterations)
-            self.diag[:, i] -= step * change
+                change = systems.conjugate_gradients(gram, damping, residual, self.method.cg_iterations)
+            diag -= step[:, None, None, None] * change
 
 
-def balance(left: Tensor, diag: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each component the same root mean square in all three factors; their product stays."""
+def balancing(left: Tensor, diag: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By what to multiply each component of the three factors, each ``(B, R)``, to give it one size in all of them."""
     sizes = [left.square().mean((1, 2)).sqrt(), diag.square().mean((1, 2)).sqrt(), right.square().mean((1, 3)).sqrt()]
-    geometric = (sizes[0] * sizes[1] * sizes[2]).pow(1 / 3)  # (B, R)
-    a, b, c = (torch.where(geometric > 0, geometric / size.where(size > 0, 1), 1) for size in sizes)
-    return left * a[:, None, None], diag * b[:, None, None], right * c[:, None, :, None]
+    target = (
+        (sizes[0].log() + sizes[1].log() + sizes[2].log()).div(3).exp()
+    )  # the geometric mean; 0 for a dead component
+    a, b, c = (torch.where(target > 0, target / size, 1) for size in sizes)
+    return a, b, c

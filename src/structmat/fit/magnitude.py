@@ -15,7 +15,7 @@ from structmat.formats import BlockDiagonal, BlockSparse, Factors, Format
 
 
 @dataclass(frozen=True)
-class Magnitude(Method):
+class Magnitude(Method[BlockDiagonal | BlockSparse]):
     """Copy the blocks: the best approximation in Frobenius norm on a given pattern.
 
     With a low-rank term, blocks and low-rank term are fitted in turn to what the other leaves (alternating
@@ -65,7 +65,8 @@ class Magnitude(Method):
         for step in range(self.rounds):
             rest = weights.clone()
             grid(rest)[:, rows, columns] -= blocks
-            left, right = split_svd(*torch.linalg.svd(rest, full_matrices=False), rank)
+            U, S, Vh = torch.linalg.svd(rest, full_matrices=False)
+            left, right = split_svd(U, S, Vh, rank)
             blocks = on_pattern(weights - left @ right)
             rest -= left @ right
             grid(rest)[:, rows, columns] = 0

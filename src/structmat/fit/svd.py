@@ -14,7 +14,7 @@ from structmat.formats import Factors, Format, LowRank
 
 
 @dataclass(frozen=True)
-class TruncatedSvd(Method):
+class TruncatedSvd(Method[LowRank]):
     """The best approximation of rank ``R`` in Frobenius norm (Eckart & Young 1936), split evenly over the factors.
 
     The randomised form finds the range by power iterations on a random sketch (Halko, Martinsson & Tropp 2011,
@@ -47,7 +47,7 @@ class TruncatedSvd(Method):
             return self.randomized
         return format.max_rank >= 512 and 16 * format.rank <= format.max_rank
 
-    def _solve(self, weights: Tensor, format: Format, progress: Progress | None) -> tuple[Factors, Tensor]:
+    def _solve(self, weights: Tensor, format: LowRank, progress: Progress | None) -> tuple[Factors, Tensor]:
         if self.is_randomized(format):
             U, S, Vh = self._randomized_svd(weights, format.rank)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +44,8 @@ class Format(abc.ABC):
         M: Out features.
         N: In features.
         name: The format's name in JSON and on the command line.
+        for_budget: ``for_budget(M, N, *, keep, …)``, a class method: the largest member of the format with at most
+            ``keep M N`` parameters.
         scale_exponents: How the factors share a change of scale: ``s W`` has the factors ``s ** exponent * factor``.
         takes_blocks: Whether ``for_budget`` needs block counts.
         must_save: Whether a plan refuses the format where it has as many parameters as the dense matrix or more.
@@ -53,6 +55,7 @@ class Format(abc.ABC):
     N: int
 
     name: ClassVar[str]
+    for_budget: ClassVar[Callable[..., Format]]
     scale_exponents: ClassVar[dict[str, float]]
     takes_blocks: ClassVar[bool] = False
     must_save: ClassVar[bool] = True
@@ -68,11 +71,6 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def to_dense(self, factors: Factors) -> Tensor:
         """The matrix ``W (M, N)`` that the factors stand for: the definition of the format."""
-
-    @classmethod
-    @abc.abstractmethod
-    def for_budget(cls, M: int, N: int, *, keep: float, **options: Any) -> Format:
-        """The largest member of the format with at most ``keep M N`` parameters."""
 
     def matmul(self, x: Tensor, factors: Factors) -> Tensor:
         """Compute ``x @ W.T``.
@@ -176,7 +174,7 @@ class Format(abc.ABC):
 
         Raises:
             ValueError: If a factor is missing, is extra, or has another shape.
-        """  # noqa: DOC502 - raised by the check it calls
+        """
         got = {name: tuple(factor.shape) for name, factor in factors.items()}
         expected = {name: spec.shape for name, spec in self.factor_specs().items()}
         _checks.same_shapes(got, expected, f"the set of factors of {self}")
@@ -226,7 +224,7 @@ class RankedFormat(Format):
 
     @classmethod
     def _largest_rank(cls, smallest: RankedFormat, keep: float, least: int = 1) -> int:
-        """The rank for a budget, ``smallest`` being the format at rank ``least``: a multiple of 8 if that costs < 2 %."""
+        """The rank for a budget, a multiple of 8 if that costs < 2 %; ``smallest`` is the format at rank ``least``."""
         budget = math.floor(_checks.fraction(keep, "keep") * smallest.M * smallest.N)
         fixed = smallest.num_parameters() - least * smallest.parameters_per_rank
         rank = min((budget - fixed) // smallest.parameters_per_rank, smallest.max_rank)

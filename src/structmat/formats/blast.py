@@ -77,7 +77,7 @@ class Blast(RankedFormat):
 
         Raises:
             ValueError: If not even rank 1 fits, or the blocks do not divide the shape.
-        """  # noqa: DOC502 - raised by the shared rank solver
+        """
         smallest = cls(M, N, blocks, 1)
         return cls(M, N, smallest.blocks, cls._largest_rank(smallest, keep))
 

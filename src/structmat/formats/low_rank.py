@@ -66,7 +66,7 @@ class LowRank(RankedFormat):
 
         Raises:
             ValueError: If not even rank 1 fits.
-        """  # noqa: DOC502 - raised by the shared rank solver
+        """
         return cls(M, N, cls._largest_rank(cls(M, N, 1), keep))
 
     def factor_specs(self) -> dict[str, FactorSpec]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.formats import Format
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class StructuredModule(nn.Module):
@@ -148,7 +151,7 @@ class StructuredConv2d(StructuredModule):
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] | str = (0, 0),
         dilation: tuple[int, int] = (1, 1),
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         bias: bool = True,
         *,
         factors: Mapping[str, Tensor] | None = None,
@@ -161,14 +164,14 @@ class StructuredConv2d(StructuredModule):
             raise ValueError(
                 f"expected N to be a multiple of the kernel's {math.prod(kernel_size)} positions, got {format.N}"
             )
-        _checks.one_of(padding_mode, ("zeros", "reflect", "replicate", "circular"), "padding_mode")
+        _checks.one_of(padding_mode, get_args(PaddingMode), "padding_mode")
         if isinstance(padding, str):
             _checks.one_of(padding, ("same", "valid"), "padding")
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = padding
         self.dilation = dilation
-        self.padding_mode = padding_mode
+        self.padding_mode: PaddingMode = padding_mode
 
     @property
     def margins(self) -> tuple[int, int, int, int]:

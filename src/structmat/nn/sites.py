@@ -62,7 +62,9 @@ def _pair(values: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _conv2d_problem(layer: nn.Module) -> str | None:
-    return f"it is a convolution with {layer.groups} groups; only groups=1 has one matrix" if layer.groups != 1 else None
+    return (
+        f"it is a convolution with {layer.groups} groups; only groups=1 has one matrix" if layer.groups != 1 else None
+    )
 
 
 DENSE_KINDS: dict[type[nn.Module], DenseKind] = {

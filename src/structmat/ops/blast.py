@@ -25,7 +25,7 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor
     Returns:
         Output ``(..., I P)``.
     """
-    I, P, R = left.shape
+    I, P, _ = left.shape
     J, _, Q = right.shape
     segments = x.reshape(-1, J, Q).permute(1, 2, 0)  # (J, Q, T)
     T = segments.shape[-1]

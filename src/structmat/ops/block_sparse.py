@@ -50,7 +50,7 @@ def block_sparse_matmul(x: Tensor, blocks: Tensor, columns: Sequence[Sequence[in
 
 
 def _equal_rows(segments: Tensor, blocks: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
-    """Block rows of ``count`` blocks each: ``segments (J, T, Q)``, ``blocks (rows count, P, Q)`` to ``(rows, T, P)``."""
+    """Block rows of ``count`` blocks: ``segments (J, T, Q)``, ``blocks (rows count, P, Q)`` to ``(rows, T, P)``."""
     rows, count, (P, Q) = len(columns), len(columns[0]), blocks.shape[1:]
     gathered = torch.stack([torch.cat([segments[j] for j in row], -1) for row in columns])  # (rows, T, count Q)
     weight = blocks.view(rows, count, P, Q).transpose(1, 2).reshape(rows, P, count * Q)
