@@ -43,6 +43,20 @@ def fraction(value: Any, what: str) -> float:
     return float(value)
 
 
+def budget(keep: Any, total: int) -> int:
+    """Return how many of ``total`` the share ``keep`` allows; the rounding of a float like 1/49 does not cost one.
+
+    Raises:
+        ValueError: If ``keep`` is not in ``(0, 1]``.
+    """
+    return math.floor(fraction(keep, "keep") * total * (1 + 1e-12))
+
+
+def rounded_up(share: float) -> str:
+    """``share`` in four decimals, rounded up, so that what a message asks for is enough."""
+    return f"{math.ceil(share * 10_000) / 10_000:g}"
+
+
 def block_counts(blocks: Any, M: int, N: int) -> tuple[int, int]:
     """Return ``blocks`` as the pair ``(I, J)``, of which ``I`` divides ``M`` and ``J`` divides ``N``.
 
@@ -80,6 +94,8 @@ def matrix(weight: Any, shape: tuple[int, int], what: str) -> None:
         raise TypeError(f"expected {what} to be a floating-point tensor, got {got}")
     if tuple(weight.shape) != shape:
         raise ValueError(f"expected {what} of shape {shape}, got {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError(f"expected {what} to have values, but it is on the meta device; load it first")
     if not torch.isfinite(weight).all():
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(

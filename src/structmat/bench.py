@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from structmat import _checks
+
 
 def time_side_by_side(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20) -> dict[str, float]:
     """Time callables in turn, so that a drift of the machine's speed meets all of them alike.
@@ -18,7 +20,11 @@ def time_side_by_side(candidates: Mapping[str, Callable[[], object]], *, rounds:
 
     Returns:
         Median seconds of each.
+
+    Raises:
+        ValueError: If ``rounds`` is below 1.
     """
+    _checks.positive_int(rounds, "rounds")
     for run in candidates.values():
         run()
         run()

@@ -90,18 +90,22 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     tensors, metadata = read_tensors(path)
     if "structmat" not in metadata:
         raise ValueError(f"expected a checkpoint written by structmat.save, got {os.fspath(path)!r} without its header")
-    header = json.loads(metadata["structmat"])
-    if header["schema"] != SCHEMA_VERSION:
-        raise ValueError(f"expected a checkpoint of schema {SCHEMA_VERSION}, got {header['schema']}; update structmat")
-    plan = Plan.from_json(json.dumps(header["plan"]))
-    state = {**tensors, **{alias: tensors[name] for alias, name in header["aliases"].items() if name in tensors}}
+    try:
+        header = json.loads(metadata["structmat"])
+        schema = header["schema"]
+        if schema != SCHEMA_VERSION:
+            raise ValueError(f"expected a checkpoint of schema {SCHEMA_VERSION}, got {schema}; update structmat")
+        plan, aliases = Plan.from_json(json.dumps(header["plan"])), dict(header["aliases"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"expected the header of a checkpoint in {os.fspath(path)!r}: {error!r}") from error
+    state = {**tensors, **{alias: tensors[name] for alias, name in aliases.items() if name in tensors}}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _checks.same_shapes(got, _expected_shapes(model, plan), f"the checkpoint {os.fspath(path)!r}")
     apply_plan_(model, plan)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     model.load_state_dict(state, assign=on_meta)
     if on_meta:  # assigning makes a new parameter for every name
-        for alias, name in header["aliases"].items():
+        for alias, name in aliases.items():
             parent, _, child = alias.rpartition(".")
             owner, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), child, getattr(model.get_submodule(owner), own))

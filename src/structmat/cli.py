@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from structmat import _checks
 from structmat._version import __version__
 
 
@@ -47,10 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from structmat import _checks  # noqa: PLC0415 - `structmat --version` must not wait for torch
     from structmat.demo import STRUCTURES, Settings, run_demo  # noqa: PLC0415 - the demo's own dependencies
 
-    formats = tuple(options.formats or STRUCTURES)
+    formats = tuple(dict.fromkeys(options.formats or STRUCTURES))
     for name in formats:
         _checks.one_of(name, STRUCTURES, "--formats")
     keep = _checks.fraction(options.keep, "--keep")

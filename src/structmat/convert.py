@@ -53,7 +53,9 @@ def apply_plan_(
     """
     sites = _planned_sites(model, plan)
     factors = factors or {}
-    _checks.same_shapes(dict.fromkeys(factors, ()), {n: () for n in plan if n in factors}, "the set of fitted layers")
+    unknown = [name for name in factors if name not in sites]
+    if unknown:
+        raise ValueError(f"expected factors only of layers that the plan replaces, got some of {unknown}")
     for name, given in factors.items():
         plan[name].check_factors(given)
     for name, site in sites.items():
@@ -64,7 +66,7 @@ def apply_plan_(
 def _planned_sites(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Site]:
     """The sites that the plan wants replaced, in its order, after checking all of it."""
     by_name = {name: site for site in find_sites(model).values() for name in site.names}
-    present = dict(model.named_modules())
+    present = dict(model.named_modules(remove_duplicate=False))
     planned: dict[str, Site] = {}
     for name, format in plan.items():
         if name not in present:
@@ -152,6 +154,8 @@ def compress_(
     sites = _planned_sites(model, plan)
     for name, site in sites.items():
         _checks.matrix(site.matrix, plan[name].shape, f"the weight of layer {name!r}")
+    if isinstance(method, type):
+        raise TypeError(f"expected a method or a function of the format, got the class {method.__name__}; call it")
     choose = method if callable(method) and not isinstance(method, Method) else lambda _: method
     methods = {name: choose(plan[name]) or default_method(plan[name]) for name in sites}
     store = _Store(cache) if cache is not None else None

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -60,8 +59,8 @@ class Plan(Mapping[str, Format]):
         wrong = [name for name, format in self.layers.items() if not isinstance(format, Format)]
         if wrong:
             raise TypeError(f"expected a format for every layer, got {self.layers[wrong[0]]!r} for {wrong[0]!r}")
-        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
-        object.__setattr__(self, "skipped", MappingProxyType(dict(self.skipped)))
+        object.__setattr__(self, "layers", dict(self.layers))
+        object.__setattr__(self, "skipped", dict(self.skipped))
 
     def __getitem__(self, name: str) -> Format:
         return self.layers[name]
@@ -103,6 +102,9 @@ class Plan(Mapping[str, Format]):
             raise ValueError(f"expected the JSON of a plan with 'schema', 'layers' and 'skipped': {error!r}") from error
         if schema != SCHEMA_VERSION:
             raise ValueError(f"expected a plan of schema {SCHEMA_VERSION}, got {schema}; update structmat")
+        wrong = next((name for name, value in layers.items() if not isinstance(value, dict)), None)
+        if wrong is not None:
+            raise ValueError(f"expected the JSON of a format for layer {wrong!r}, got {layers[wrong]!r}")
         return cls({name: format_from_json(value) for name, value in layers.items()}, skipped)
 
 
@@ -178,6 +180,7 @@ def _as_rule(rule: type[Format] | Rule, keep: float, blocks: int | tuple[int, in
         rule = Rule(rule)
     if not isinstance(rule, Rule):
         raise TypeError(f"expected a format class or a Rule, got {rule!r}")
+    _checks.fraction(keep if rule.keep is None else rule.keep, "keep")
     if rule.blocks is not None and not rule.format.takes_blocks:
         raise ValueError(
             f"expected no blocks for {rule.format.__name__}, whose budget alone decides, got {rule.blocks}"
@@ -198,7 +201,7 @@ def _format_for(rule: Rule, M: int, N: int) -> Format:
         if rule.blocks is None:
             raise ValueError(f"expected blocks for {rule.format.__name__}, in make_plan or in a Rule, got none")
         options["blocks"] = rule.blocks
-    format = rule.format.for_budget(M, N, keep=rule.keep or 1.0, **options)
+    format = rule.format.for_budget(M, N, keep=rule.keep, **options)
     format.check_saves()
     return format
 

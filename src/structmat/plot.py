@@ -88,17 +88,19 @@ def couplings(layer: StructuredModule, *, title: str = "") -> Figure:
     # each component's couplings in units of what it contributes to a typical block
     diag = diag * (left.square().sum((0, 1)) * right.square().sum((0, 2))).sqrt()
     diag = diag / diag.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    spread = diag.abs().std((0, 1)) / diag.abs().mean((0, 1)).clamp_min(1e-12)
+    spread = diag.abs().std((0, 1), correction=0) / diag.abs().mean((0, 1)).clamp_min(1e-12)
     ordered = diag.view(I * J, -1)[:, spread.argsort(descending=True)]
 
     figure, (grid, lines) = _figure(9.2, 3.8, ncols=2, width_ratios=(1, 2))
-    image = grid.imshow(diag.square().mean(-1).sqrt(), cmap="viridis", vmin=0)
+    image = grid.imshow(diag.square().mean(-1).sqrt().numpy(), cmap="viridis", vmin=0)
     grid.set(xlabel="block column j", ylabel="block row i", title="strength of each block")
     grid.set_xticks(range(J))
     grid.set_yticks(range(I))
     figure.colorbar(image, ax=grid, shrink=0.8)
     limit = float(ordered.abs().quantile(0.99))
-    image = lines.imshow(ordered, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    image = lines.imshow(
+        ordered.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+    )
     lines.set(xlabel="component r, most uneven first", ylabel="block (i, j)", title="couplings s_ij,r")
     step = max(1, I * J // 8)
     lines.set_yticks(range(0, I * J, step), [f"({b // J}, {b % J})" for b in range(0, I * J, step)])

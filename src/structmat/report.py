@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat.fit import Fit
-from structmat.nn import DENSE_KINDS, StructuredConv2d, StructuredModule
+from structmat.nn import DENSE_KINDS, StructuredConv2d, StructuredModule, dense_weight
 from structmat.plan import Plan
 
 
@@ -128,7 +128,7 @@ def report(
             kind, settings = format.name, _settings(format.to_json())
         elif type(module) in DENSE_KINDS:
             weight = DENSE_KINDS[type(module)].matrix(module)
-            factors, (M, N) = {"weight": module.get_parameter("weight")}, weight.shape
+            factors, (M, N) = {"weight": dense_weight(module)}, weight.shape
             parameters = one_token = M * N
             kind, settings = "dense", ""
         else:

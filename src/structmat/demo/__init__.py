@@ -36,6 +36,13 @@ except ImportError as error:
 
 LAYERS = r"blocks\..*"
 BLOCKS = {"monarch": 4, "block_sparse": 8, "blast": 8}
+TITLES = {
+    "low_rank": "low-rank",
+    "block_diagonal": "block-diagonal",
+    "monarch": "Monarch",
+    "block_sparse": "block-sparse",
+    "blast": "BLAST",
+}
 STRUCTURES = tuple(name for name in FORMATS if name != "dense")
 
 
@@ -206,7 +213,7 @@ def _plan(model: nn.Module, name: str, keep: float) -> Plan:
 
 
 def _pooled_error(dense: nn.Module, fits: Mapping[str, Fit]) -> float:
-    energies = {name: float(dense.get_submodule(name).get_parameter("weight").square().sum()) for name in fits}
+    energies = {name: float(dense.get_submodule(name).get_parameter("weight").detach().square().sum()) for name in fits}
     return math.sqrt(sum(fit.error**2 * energies[name] for name, fit in fits.items()) / sum(energies.values()))
 
 
@@ -231,7 +238,7 @@ def _draw(settings: Settings, results: Sequence[Result], blast: StructuredModule
     curves: dict[str, list[tuple[float, float]]] = {}
     for result in results[1:]:
         point = (result.relative_multiplications, statistics.mean(result.after))
-        curves.setdefault(result.name.replace("_", "-"), []).append(point)
+        curves.setdefault(TITLES[result.name], []).append(point)
     title = f"ViT on digits, compressed and retrained for {settings.epochs[1]} epochs"
     figure = trade_off(curves, reference=(1.0, statistics.mean(dense.before)), title=title)
     write_atomically(settings.out / "trade_off.png", lambda path: figure.savefig(path, format="png"))
@@ -251,7 +258,7 @@ def _table(results: Sequence[Result]) -> str:
         dense = r.name == "dense"
         lines.append(
             (
-                r.name, f"{r.real_keep:.3f}", f"{r.parameters:,}", f"{r.multiplications:,}",
+                TITLES.get(r.name, r.name), f"{r.real_keep:.3f}", f"{r.parameters:,}", f"{r.multiplications:,}",
                 share(r.relative_multiplications, 1), "" if dense else _spread(r.weight_error, "{:.3f}"),
                 "" if dense else _spread(r.before), "" if dense else _spread(r.after),
                 _spread(r.before if dense else r.scratch), f"{r.relative_time:.2f}",

@@ -136,8 +136,8 @@ class Method(abc.ABC, Generic[FormatT]):
         """Fit ``weights (B, M, N)``, each of root mean square 1 (or zero).
 
         Returns:
-            The factors with a leading dimension ``B``, and the relative errors ``(iterations, B)``, NaN where a weight was
-            finished earlier.
+            The factors with a leading dimension ``B``, and the relative errors ``(iterations, B)``, NaN where a weight
+            was finished earlier.
         """
 
     def _relative_errors(self, weights: Tensor, scale: Tensor, format: FormatT, factors: Factors) -> list[float]:

@@ -129,7 +129,7 @@ def factorize(grams: Tensor, damping: Tensor) -> Tensor:
     """
     diagonal = grams.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
-    if not torch.isfinite(mean).all():
+    if not torch.isfinite(grams.sum((-2, -1))).all():
         raise FloatingPointError(
             "the normal equations of a BLAST fit are not finite; lower its step or raise its damping"
         )

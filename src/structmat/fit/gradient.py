@@ -40,41 +40,45 @@ class GradientFit(Method[Format]):
         if not self.learning_rate > 0:
             raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}")
 
-    def _solve(self, weights: Tensor, format: Format, progress: Progress | None) -> tuple[Factors, Tensor]:
-        solved = [self._solve_one(weight, format, progress) for weight in weights]
-        factors = {name: torch.stack([factors[name] for factors, _ in solved]) for name in solved[0][0]}
-        return factors, torch.stack([history for _, history in solved], 1)
-
     @torch.enable_grad()
-    def _solve_one(self, weight: Tensor, format: Format, progress: Progress | None) -> tuple[dict[str, Tensor], Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        start = format.init(generator=generator, dtype=weight.dtype, device=weight.device)
-        start = format.scaled(start, (3 * format.N) ** 0.5)  # entries of variance 1, as the weight's
+    def _solve(self, weights: Tensor, format: Format, progress: Progress | None) -> tuple[Factors, Tensor]:
         trainable = [name for name, spec in format.factor_specs().items() if spec.trainable]
-        factors = {n: f.requires_grad_() if n in trainable else f for n, f in start.items()}
+        candidates = [self._start(weight, format, trainable) for weight in weights]
         groups = [
-            {
-                "params": [factors[n]],
-                "lr": self.learning_rate * max(factors[n].detach().square().mean().sqrt().item(), 1e-8),
-            }
-            for n in trainable
+            {"params": [factors[name]], "lr": self.learning_rate * _root_mean_square(factors[name])}
+            for factors in candidates
+            for name in trainable
         ]
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        energy = weight.square().sum()
+        energy = weights.square().sum((1, 2))
         energy = energy.where(energy > 0, 1)
 
-        best = {n: f.detach().clone() for n, f in factors.items()}
-        best_loss, history = weight.new_tensor(torch.inf), []
+        best = [{n: f.detach().clone() for n, f in factors.items()} for factors in candidates]
+        best_loss = torch.full_like(energy, torch.inf)
+        history: list[Tensor] = []
         for step in range(self.steps):
             optimizer.zero_grad()
-            loss = (weight - format.to_dense(factors)).square().sum() / energy
-            history.append(loss.detach().sqrt())
-            if loss < best_loss:
-                best_loss, best = loss.detach(), {n: f.detach().clone() for n, f in factors.items()}
-            loss.backward()
+            approximations = torch.stack([format.to_dense(factors) for factors in candidates])
+            losses = (weights - approximations).square().sum((1, 2)) / energy
+            history.append(losses.detach().sqrt())
+            for b in (losses.detach() < best_loss).nonzero().flatten().tolist():
+                best_loss[b] = losses[b].detach()
+                best[b] = {n: f.detach().clone() for n, f in candidates[b].items()}
+            losses.sum().backward()
             optimizer.step()
             schedule.step()
             if progress is not None:
-                progress(step + 1, self.steps, (float(history[-1]),))
-        return best, torch.stack(history)
+                progress(step + 1, self.steps, tuple(history[-1].tolist()))
+        return {name: torch.stack([factors[name] for factors in best]) for name in best[0]}, torch.stack(history)
+
+    def _start(self, weight: Tensor, format: Format, trainable: list[str]) -> dict[str, Tensor]:
+        """The format's init, scaled to entries of variance 1, as the weight's."""
+        generator = torch.Generator().manual_seed(self.seed)
+        start = format.init(generator=generator, dtype=weight.dtype, device=weight.device)
+        start = format.scaled(start, (3 * format.N) ** 0.5)
+        return {n: f.detach().clone().requires_grad_() if n in trainable else f for n, f in start.items()}
+
+
+def _root_mean_square(factor: Tensor) -> float:
+    return max(factor.detach().square().mean().sqrt().item(), 1e-8)

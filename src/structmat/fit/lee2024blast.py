@@ -14,6 +14,9 @@ from structmat.fit import blast_systems as systems
 from structmat.fit.base import Method, Progress
 from structmat.formats import Blast, Factors, Format
 
+WARM_UP = 3
+"""After so many sweeps a weight whose error rises by 5 % goes on without over-relaxation."""
+
 PATIENCE = 10
 """Over how many sweeps the tolerance looks back."""
 
@@ -54,7 +57,7 @@ class Lee2024Blast(Method[Blast]):
     start: float = 1e-2
     tolerance: float = 0.0
     cg_iterations: int = 4
-    direct_rank: int = 160
+    direct_rank: int = 32
     seed: int = 0
 
     formats: ClassVar[tuple[type[Format], ...]] = (Blast,)
@@ -108,10 +111,16 @@ class Lee2024Blast(Method[Blast]):
         schedule = weights.new_tensor([*self.steps(), 0.0])  # past its end a weight stays as it is
         position = torch.zeros(len(weights), dtype=torch.long, device=weights.device)
         history: list[Tensor] = []
+        best = weights.new_full((len(weights),), torch.inf)
+        calm = torch.zeros_like(position, dtype=torch.bool)
         while bool((position < self.sweeps).any()):
             running = position < self.sweeps
-            sweeper.sweep(schedule[position])
+            step = schedule[position]
+            sweeper.sweep(step.where(~calm, step.clamp_max(1)))
             error = sweeper.relative_error()
+            if self.settling is not None and len(history) >= WARM_UP:
+                best = torch.minimum(best, error)
+                calm = calm | (error > 1.05 * best)
             history.append(error.where(running, torch.nan))
             position = (position + 1).clamp_max(self.sweeps)
             if self.tolerance and len(history) > PATIENCE:

@@ -105,7 +105,8 @@ class Format(abc.ABC):
         Returns:
             The count.
         """
-        return tokens * self.num_parameters(factors)
+        through_dense = type(self).matmul is Format.matmul
+        return tokens * (self.M * self.N if through_dense else self.num_parameters(factors))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -135,11 +136,12 @@ class Format(abc.ABC):
             One tensor for every entry of ``factor_specs``.
         """
         dtype = dtype or torch.get_default_dtype()
-        device = torch.device(device or "cpu")
+        device = torch.get_default_device() if device is None else torch.device(device)
         if device.type == "meta":
             specs = self.factor_specs().items()
             return {name: torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device) for name, spec in specs}
-        factors = self._random_factors(generator)
+        with torch.device("cpu"):  # where the generator is
+            factors = self._random_factors(generator)
         specs = self.factor_specs()
         return {name: factor.to(device, specs[name].dtype or dtype) for name, factor in factors.items()}
 
@@ -218,20 +220,20 @@ class RankedFormat(Format):
         rank: int = getattr(self, "rank")  # noqa: B009 - declared by the subclasses, whose field order it must not fix
         fixed = self.num_parameters() - rank * self.parameters_per_rank
         break_even = (self.M * self.N - 1 - fixed) // self.parameters_per_rank
-        if break_even < 1:
+        if break_even < (0 if fixed else 1):
             return "no rank saves anything at this shape; use fewer blocks, or leave this layer dense"
         return f"the largest rank that saves parameters here is {break_even}"
 
     @classmethod
     def _largest_rank(cls, smallest: RankedFormat, keep: float, least: int = 1) -> int:
         """The rank for a budget, a multiple of 8 if that costs < 2 %; ``smallest`` is the format at rank ``least``."""
-        budget = math.floor(_checks.fraction(keep, "keep") * smallest.M * smallest.N)
+        budget = _checks.budget(keep, smallest.M * smallest.N)
         fixed = smallest.num_parameters() - least * smallest.parameters_per_rank
         rank = min((budget - fixed) // smallest.parameters_per_rank, smallest.max_rank)
         if rank < least:
-            needed = smallest.num_parameters() / (smallest.M * smallest.N)
+            needed = _checks.rounded_up(smallest.keep)
             raise ValueError(
-                f"expected a keep of at least {needed:.4g} for a {smallest.M} x {smallest.N} {smallest.name} matrix "
+                f"expected a keep of at least {needed} for a {smallest.M} x {smallest.N} {smallest.name} matrix "
                 f"with these options, got {keep}; raise keep or take fewer blocks"
             )
         multiple = rank // 8 * 8

@@ -58,13 +58,13 @@ class BlockDiagonal(Format):
         Raises:
             ValueError: If no common divisor of ``M`` and ``N`` is large enough.
         """
-        budget = math.floor(_checks.fraction(keep, "keep") * M * N)
+        budget = _checks.budget(keep, M * N)
         common = _checks.divisors(math.gcd(M, N))
         fitting = [count for count in common if M * N // count <= budget]
         if not fitting:
             raise ValueError(
-                f"expected a keep of at least {1 / common[-1]:.4g} for a {M} x {N} block-diagonal matrix "
-                f"(the common divisors of the shape are {', '.join(map(str, common))}), got {keep}"
+                f"expected a keep of at least {_checks.rounded_up(1 / common[-1])} for a {M} x {N} block-diagonal "
+                f"matrix (the common divisors of the shape are {', '.join(map(str, common))}), got {keep}"
             )
         return cls(M, N, fitting[0])
 

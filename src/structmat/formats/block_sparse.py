@@ -30,12 +30,13 @@ def flat_butterfly(blocks: tuple[int, int], stride: int) -> tuple[str, ...]:
         ``I`` strings of ``J`` characters, ``"1"`` where a block is on.
 
     Raises:
-        ValueError: If ``stride`` is neither 0 nor a power of two.
+        ValueError: If ``stride`` is neither 0 nor a power of two, or a count is not positive.
 
     Example:
         >>> flat_butterfly((4, 4), 1)
         ('1100', '1100', '0011', '0011')
     """
+    I, J = (_checks.positive_int(count, "a block count") for count in blocks)
     _checks.natural_int(stride, "stride")
     if stride & (stride - 1):
         raise ValueError(f"expected a stride of 0 or a power of two, got {stride}")
@@ -48,7 +49,6 @@ def flat_butterfly(blocks: tuple[int, int], stride: int) -> tuple[str, ...]:
         distance = a ^ b
         return distance == 0 or (distance & (distance - 1) == 0 and distance <= stride)
 
-    I, J = blocks
     return tuple(
         "".join("1" if any(on(a, b) for a in covered(i, I) for b in covered(j, J)) else "0" for j in range(J))
         for i in range(I)
@@ -132,11 +132,16 @@ class BlockSparse(RankedFormat):
             The format, without a low-rank term.
 
         Raises:
-            ValueError: If not even one block fits, or the blocks do not divide the shape.
+            TypeError: If the weight is not a floating-point tensor.
+            ValueError: If not even one block fits, the blocks do not divide the shape, or the weight is not a finite
+                matrix.
         """
+        if weight.ndim != 2:
+            raise ValueError(f"expected a two-dimensional weight, got shape {tuple(weight.shape)}")
         M, N = weight.shape
+        _checks.matrix(weight, (M, N), "the weight")
         I, J = _checks.block_counts(blocks, M, N)
-        count = math.floor(_checks.fraction(keep, "keep") * I * J)
+        count = _checks.budget(keep, I * J)
         if count < 1:
             raise ValueError(f"expected a keep of at least 1/{I * J} for {I} x {J} blocks, got {keep}")
         energy = weight.double().view(I, M // I, J, N // J).square().sum((1, 3)).flatten()
@@ -162,14 +167,14 @@ class BlockSparse(RankedFormat):
             ValueError: If not even the diagonal fits, or the blocks do not divide the shape.
         """
         counts = _checks.block_counts(blocks, M, N)
-        budget = math.floor(_checks.fraction(keep, "keep") * M * N)
+        budget = _checks.budget(keep, M * N)
         strides = [0] + [2**k for k in range((max(counts) - 1).bit_length())]
         members = [cls(M, N, flat_butterfly(counts, stride), rank or 0) for stride in strides]
         fitting = [member for member in members if member.num_parameters() <= budget]
         if not fitting:
             raise ValueError(
-                f"expected a keep of at least {members[0].keep:.4g} for a {M} x {N} block-sparse matrix with "
-                f"{counts[0]} x {counts[1]} blocks, got {keep}; raise keep or take more blocks"
+                f"expected a keep of at least {_checks.rounded_up(members[0].keep)} for a {M} x {N} "
+                f"block-sparse matrix with {counts[0]} x {counts[1]} blocks, got {keep}; raise keep or take more blocks"
             )
         if rank is not None:
             return fitting[-1]
@@ -232,11 +237,12 @@ class BlockSparse(RankedFormat):
 
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         P, Q = self.block_shape
-        share = 2 if self.rank else 1  # a low-rank term takes half of the variance
+        share = 2 if self.rank else 1  # a low-rank term takes half of the variance, and all of it in an empty row
         counts = torch.tensor([len(row) for row in self.columns for _ in row], dtype=torch.float32)
         blocks = torch.randn(len(counts), P, Q, generator=generator)
         factors = {"blocks": (blocks / (3 * Q * share * counts).sqrt()[:, None, None]).view(-1, Q)}
         if self.rank:
-            factors["left"] = torch.randn(self.M, self.rank, generator=generator) / math.sqrt(3 * share * self.rank)
+            shares = torch.tensor([share if row else 1 for row in self.columns]).repeat_interleave(P)[:, None]
+            factors["left"] = torch.randn(self.M, self.rank, generator=generator) / (3 * shares * self.rank).sqrt()
             factors["right"] = torch.randn(self.rank, self.N, generator=generator) / math.sqrt(self.N)
         return factors

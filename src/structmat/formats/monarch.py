@@ -49,6 +49,8 @@ class Monarch(RankedFormat):
         super().__post_init__()
         object.__setattr__(self, "blocks", _checks.block_counts(self.blocks, self.M, self.N))
         _checks.positive_int(self.rank, "rank")
+        if not isinstance(self.permute_output, bool):
+            raise ValueError(f"expected permute_output to be true or false, got {self.permute_output!r}")
         if self.rank > self.max_rank:
             raise ValueError(f"expected a rank of at most min(P, Q) = {self.max_rank}, got {self.rank}")
 

@@ -1,7 +1,7 @@
 """Layers whose weights are structured matrices."""
 
 from structmat.nn.linear import StructuredConv2d, StructuredLinear, StructuredModule
-from structmat.nn.sites import DENSE_KINDS, DenseKind, Site, find_sites, put_module
+from structmat.nn.sites import DENSE_KINDS, DenseKind, Site, dense_weight, find_sites, put_module
 
 __all__ = [
     "DENSE_KINDS",
@@ -10,6 +10,7 @@ __all__ = [
     "StructuredConv2d",
     "StructuredLinear",
     "StructuredModule",
+    "dense_weight",
     "find_sites",
     "put_module",
 ]

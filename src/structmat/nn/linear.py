@@ -62,7 +62,7 @@ class StructuredModule(nn.Module):
             value = torch.empty(format.M, device=device, dtype=dtype)
             if not value.is_meta:
                 bound = 1 / math.sqrt(format.N)
-                value.copy_((torch.rand(format.M, generator=generator) * 2 - 1) * bound)
+                value.copy_((torch.rand(format.M, generator=generator, device="cpu") * 2 - 1) * bound)
             self.bias = nn.Parameter(value)
         else:
             self.register_parameter("bias", None)
@@ -129,7 +129,7 @@ class StructuredConv2d(StructuredModule):
 
     Args:
         format: ``M`` output channels, ``N = in_channels * kh * kw``.
-        kernel_size: ``(kh, kw)``.
+        kernel_size: ``(kh, kw)``; here and below one number stands for both axes.
         stride: Along both axes.
         padding: Rows and columns added on both sides, or ``"same"`` or ``"valid"``, as in ``nn.Conv2d``.
         dilation: Along both axes.
@@ -141,16 +141,17 @@ class StructuredConv2d(StructuredModule):
         dtype: As in ``StructuredModule``.
 
     Raises:
-        ValueError: If ``N`` is not a multiple of ``kh * kw``, or the padding or its mode is unknown.
+        ValueError: If ``N`` is not a multiple of ``kh * kw``, the padding or its mode is unknown, or ``"same"`` meets a
+            stride.
     """
 
     def __init__(
         self,
         format: Format,
-        kernel_size: tuple[int, int],
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] | str = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
         padding_mode: PaddingMode = "zeros",
         bias: bool = True,
         *,
@@ -160,6 +161,7 @@ class StructuredConv2d(StructuredModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(format, bias, factors=factors, generator=generator, device=device, dtype=dtype)
+        kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
         if format.N % math.prod(kernel_size):
             raise ValueError(
                 f"expected N to be a multiple of the kernel's {math.prod(kernel_size)} positions, got {format.N}"
@@ -167,9 +169,11 @@ class StructuredConv2d(StructuredModule):
         _checks.one_of(padding_mode, get_args(PaddingMode), "padding_mode")
         if isinstance(padding, str):
             _checks.one_of(padding, ("same", "valid"), "padding")
+            if padding == "same" and stride != (1, 1):
+                raise ValueError(f"expected stride (1, 1) with padding='same', got {stride}; give it in numbers")
         self.kernel_size = kernel_size
         self.stride = stride
-        self.padding = padding
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.dilation = dilation
         self.padding_mode: PaddingMode = padding_mode
 
@@ -233,3 +237,8 @@ class StructuredConv2d(StructuredModule):
             f"{self.format}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}, "
             f"dilation={self.dilation}, padding_mode={self.padding_mode!r}, bias={self.bias is not None}"
         )
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """One number for both axes, or one for each."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ class DenseKind:
     structured: Callable[[nn.Module, Format, Mapping[str, Tensor] | None, torch.Generator | None], StructuredModule]
 
 
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The layer's ``weight``, a parameter or (where it is pruned, say) a tensor computed from others."""
+    return cast("Tensor", layer.weight)
+
+
 def _linear(
     layer: nn.Module, format: Format, factors: Mapping[str, Tensor] | None, generator: torch.Generator | None
 ) -> StructuredLinear:
@@ -44,10 +50,10 @@ def _conv2d(
         raise TypeError(f"expected an nn.Conv2d, got {type(layer).__name__}")
     return StructuredConv2d(
         format,
-        _pair(layer.kernel_size),
-        _pair(layer.stride),
-        layer.padding if isinstance(layer.padding, str) else _pair(layer.padding),
-        _pair(layer.dilation),
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
         layer.padding_mode,
         layer.bias is not None,
         factors=factors,
@@ -57,10 +63,6 @@ def _conv2d(
     )
 
 
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    return values[0], values[1]
-
-
 def _conv2d_problem(layer: nn.Module) -> str | None:
     return (
         f"it is a convolution with {layer.groups} groups; only groups=1 has one matrix" if layer.groups != 1 else None
@@ -68,8 +70,8 @@ def _conv2d_problem(layer: nn.Module) -> str | None:
 
 
 DENSE_KINDS: dict[type[nn.Module], DenseKind] = {
-    nn.Linear: DenseKind(lambda layer: layer.get_parameter("weight"), lambda layer: None, _linear),
-    nn.Conv2d: DenseKind(lambda layer: layer.get_parameter("weight").flatten(1), _conv2d_problem, _conv2d),
+    nn.Linear: DenseKind(dense_weight, lambda layer: None, _linear),
+    nn.Conv2d: DenseKind(lambda layer: dense_weight(layer).flatten(1), _conv2d_problem, _conv2d),
 }
 """Every type of dense layer that can be structured. A subclass is another type: its forward may do other things."""
 
@@ -126,6 +128,10 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
         kind = DENSE_KINDS.get(type(module))
         if kind is None or id(module.weight) in seen:
             continue
+        if "weight" not in module._parameters:
+            problem = "its weight is computed from others (pruning, weight or spectral norm); make it permanent first"
+            sites[name] = Site(name, tuple(names[id(module)]), (module,), problem)
+            continue
         seen.add(id(module.weight))
         sharing = users[id(module.weight)]
         others = [m for m in sharing if type(m) is not type(module) or m.weight is not module.weight]
@@ -136,7 +142,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             problem = "it is the whole model, which cannot be replaced in place; wrap it in nn.Sequential"
         else:
             problem = kind.problem(module)
-        modules = tuple(sharing)
+        modules = (module, *(m for m in sharing if m is not module))
         sites[name] = Site(name, tuple(n for m in modules for n in names[id(m)]), modules, problem)
     return sites
 

@@ -22,7 +22,7 @@ def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool 
     Q = right.shape[-1]
     segments = x.reshape(-1, J, Q).transpose(0, 1)  # (J, T, Q)
     z = torch.bmm(segments, right.reshape(J, I * t, Q).mT)  # (J, T, I t)
-    z = z.view(J, -1, I, t).permute(2, 1, 0, 3).reshape(I, -1, J * t) if z.numel() else z.new_zeros(I, 0, J * t)
+    z = z.view(J, -1, I, t).permute(2, 1, 0, 3).reshape(I, -1, J * t)
     y = torch.bmm(z, left.reshape(I, P, J * t).mT)  # (I, T, P)
     y = y.permute(1, 2, 0) if permute_output else y.transpose(0, 1)
     return y.reshape(*x.shape[:-1], I * P)

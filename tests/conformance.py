@@ -1,0 +1,83 @@
+"""The formats that the conformance suite runs over: a new format adds its cases here, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from structmat import Blast, BlockDiagonal, BlockSparse, Dense, Format, LowRank, Monarch, flat_butterfly
+from structmat.formats import Factors, FactorSpec
+
+
+@dataclass(frozen=True)
+class Minimal(Format):
+    """The least that a format has to define, so that the suite runs over the defaults of ``Format`` too.
+
+    ``W = (gate * column) row^T``, where the gate is a buffer that stays float32.
+    """
+
+    name: ClassVar[str] = "minimal"
+    scale_exponents: ClassVar[dict[str, float]] = {"column": 0.75, "row": 0.25}
+
+    def factor_specs(self) -> dict[str, FactorSpec]:
+        return {
+            "column": FactorSpec((self.M,)),
+            "row": FactorSpec((self.N,)),
+            "gate": FactorSpec((self.M,), trainable=False, dtype=torch.float32),
+        }
+
+    def to_dense(self, factors: Factors) -> Tensor:
+        column = factors["gate"].to(factors["column"].dtype) * factors["column"]
+        return column[:, None] * factors["row"]
+
+
+CASES: dict[str, Format] = {
+    "minimal": Minimal(6, 9),
+    "dense": Dense(12, 10),
+    "low-rank square": LowRank(9, 9, rank=3),
+    "low-rank wide, rank 1": LowRank(10, 14, rank=1),
+    "low-rank tall, full rank": LowRank(14, 10, rank=10),
+    "block-diagonal square": BlockDiagonal(12, 12, blocks=3),
+    "block-diagonal wide": BlockDiagonal(8, 20, blocks=4),
+    "block-diagonal tall": BlockDiagonal(15, 10, blocks=5),
+    "block-diagonal one block": BlockDiagonal(7, 5, blocks=1),
+    "monarch square": Monarch(12, 12, blocks=3, rank=2),
+    "monarch 3x7 blocks, I > J": Monarch(15, 21, blocks=(5, 3), rank=2),
+    "monarch I < J": Monarch(15, 21, blocks=(3, 7), rank=3),
+    "monarch one block, rank 1": Monarch(7, 5, blocks=1, rank=1),
+    "monarch permuted": Monarch(12, 12, blocks=3, rank=2, permute_output=True),
+    "monarch permuted, I > J": Monarch(15, 21, blocks=(5, 3), rank=2, permute_output=True),
+    "monarch permuted, I < J": Monarch(15, 21, blocks=(3, 7), rank=3, permute_output=True),
+    "blast square": Blast(12, 12, blocks=3, rank=4),
+    "blast 3x7 blocks, I > J": Blast(15, 21, blocks=(5, 3), rank=6),
+    "blast I < J": Blast(15, 21, blocks=(3, 7), rank=5),
+    "blast one block": Blast(7, 5, blocks=1, rank=3),
+    "blast rank 1": Blast(8, 6, blocks=2, rank=1),
+    "blast R > min(M, N)": Blast(8, 6, blocks=2, rank=11),
+    "block-sparse butterfly": BlockSparse(12, 12, flat_butterfly((4, 4), stride=1)),
+    "block-sparse butterfly, I < J": BlockSparse(12, 24, flat_butterfly((4, 8), stride=2), rank=2),
+    "block-sparse butterfly, I > J": BlockSparse(24, 12, flat_butterfly((8, 4), stride=4)),
+    "block-sparse 3x7 blocks, unequal rows": BlockSparse(15, 21, ("110", "001", "111", "010", "101"), rank=3),
+    "block-sparse empty first row": BlockSparse(9, 8, ("0000", "1010", "0100")),
+    "block-sparse empty row and column, low rank": BlockSparse(9, 8, ("1010", "0000", "0010"), rank=1),
+    "block-sparse one block": BlockSparse(7, 5, ("1",)),
+}
+"""Small ones, for what holds to float precision."""
+
+LARGE: dict[str, Format] = {
+    "minimal": Minimal(96, 160),
+    "dense": Dense(96, 160),
+    "low-rank": LowRank(96, 160, rank=24),
+    "block-diagonal": BlockDiagonal(96, 160, blocks=4),
+    "monarch": Monarch(96, 160, blocks=(4, 8), rank=6),
+    "monarch permuted": Monarch(96, 160, blocks=(8, 4), rank=6, permute_output=True),
+    "blast": Blast(96, 160, blocks=(4, 8), rank=32),
+    "block-sparse": BlockSparse(96, 160, flat_butterfly((8, 8), stride=2)),
+    "block-sparse, low rank": BlockSparse(96, 160, flat_butterfly((8, 8), stride=2), rank=16),
+    "block-sparse unequal rows": BlockSparse(96, 160, ("1100", "0010", "1111", "0101")),
+    "block-sparse empty row, low rank": BlockSparse(96, 160, ("1100", "0000", "1111", "0101"), rank=16),
+}
+"""Every format once or twice at a size at which averages mean something and training is possible."""

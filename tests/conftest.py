@@ -1,0 +1,25 @@
+"""What every test shares: fixed seeds, one thread, hypothesis without surprises, the folder of real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("structmat", deadline=None, max_examples=25, derandomize=True, database=None)
+settings.load_profile("structmat")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of trained weights and data sets; a test that asks for it is skipped where there is none."""
+    if "STRUCTMAT_DATA" not in os.environ:
+        pytest.skip("the environment variable STRUCTMAT_DATA, the folder with trained weights, is not set")
+    return Path(os.environ["STRUCTMAT_DATA"]).resolve(strict=True)

@@ -1,0 +1,160 @@
+"""What the source may import and where, what is public, and how lean the import is."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import structmat
+
+SOURCE = Path(structmat.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+LEVELS = {
+    0: ("_checks", "_files", "_version"),
+    1: ("ops",),
+    2: ("formats",),
+    3: ("fit", "nn"),
+    4: ("plan",),
+    5: ("convert", "checkpoint", "report", "plot", "bench"),
+    6: ("cli", "demo"),
+}
+"""A part imports from lower levels and from its own; ``fit`` and ``nn`` never from each other."""
+
+LEVEL = {part: level for level, parts in LEVELS.items() for part in parts}
+
+
+def part_of(path: Path) -> str:
+    """The top-level part of the package that a file belongs to; ``""`` for the package's own ``__init__``."""
+    first = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imported_parts(tree: ast.AST) -> set[str]:
+    """The parts of the package that a file imports."""
+    parts: set[str] = set()
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        parts |= {name.split(".")[1] for name in names if name.startswith("structmat.")}
+        assert "structmat" not in names, "import of the whole package"
+    return parts
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+
+
+def test_every_part_has_a_level() -> None:
+    assert {part_of(path) for path in FILES} - {""} == set(LEVEL)
+
+
+@each_file
+def test_imports_point_down(path: Path) -> None:
+    part, imported = part_of(path), imported_parts(tree_of(path))
+    if part == "":
+        return
+    assert imported <= set(LEVEL)
+    assert {other for other in imported if LEVEL[other] > LEVEL[part]} == set()
+    assert not (part == "fit" and "nn" in imported)
+    assert not (part == "nn" and "fit" in imported)
+
+
+def test_the_direction_test_sees_imports() -> None:
+    source = (
+        "from structmat import _checks\nfrom structmat.fit.base import Fit\nimport structmat.nn.linear\nimport torch"
+    )
+    assert imported_parts(ast.parse(source)) == {"_checks", "fit", "nn"}
+
+
+@each_file
+def test_imports_inside_functions_give_a_reason(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    functions = [
+        n for n in ast.walk(tree_of(path)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    ]
+    inside = {n.lineno for f in functions for n in ast.walk(f) if isinstance(n, (ast.Import, ast.ImportFrom))}
+    assert [lines[k - 1] for k in sorted(inside) if "# noqa: PLC0415 - " not in lines[k - 1]] == []
+
+
+@each_file
+def test_input_is_never_checked_by_assert(path: Path) -> None:
+    assert [node.lineno for node in ast.walk(tree_of(path)) if isinstance(node, ast.Assert)] == []
+
+
+def fresh(code: str) -> str:
+    """What a new interpreter prints."""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_import_is_lean() -> None:
+    code = """
+import importlib, json, sys
+for name in ("torch", "numpy", "tqdm.auto", "safetensors.torch"):
+    importlib.import_module(name)
+before = {name.partition(".")[0] for name in sys.modules}
+import structmat, structmat.cli
+after = {name.partition(".")[0] for name in sys.modules}
+optional = ["matplotlib", "sklearn", "scipy", "pandas", "transformers", "diffusers", "triton", "datasets"]
+print(json.dumps([sorted(after - before - set(sys.stdlib_module_names)), sorted(after & set(optional) - before)]))
+print(json.dumps([name for name in sys.modules if name.startswith(("structmat.demo", "structmat.plot"))]))
+"""
+    lines = [json.loads(line) for line in fresh(code).splitlines()]
+    assert lines == [[["structmat"], []], []]
+
+
+@pytest.mark.parametrize("module", ["structmat", "structmat.fit", "structmat.formats", "structmat.nn", "structmat.ops"])
+def test_public_names_are_sorted_unique_and_there(module: str) -> None:
+    imported = importlib.import_module(module)
+    names = imported.__all__
+    # as ruff sorts them: SCREAMING_CASE, then CamelCase, then the rest
+    order = sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    assert names == order
+    assert len(set(names)) == len(names)
+    assert all(hasattr(imported, name) for name in names)
+
+
+@pytest.mark.parametrize("module", ["structmat", "structmat.fit", "structmat.formats", "structmat.nn", "structmat.ops"])
+def test_public_names_are_complete(module: str) -> None:
+    tree = tree_of(Path(str(importlib.import_module(module).__file__)))
+    defined = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("structmat.")
+        and (module == "structmat" or str(node.module).startswith(module + "."))
+        for alias in node.names
+    }  # fmt: skip
+    defined |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    defined |= {
+        node.target.id for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert {name for name in defined if not name.startswith("_") or name == "__version__"} == set(
+        importlib.import_module(module).__all__
+    )
+
+
+def test_the_public_list() -> None:
+    assert structmat.__all__ == [
+        "Blast", "BlockDiagonal", "BlockSparse", "Dao2022Monarch", "Dense", "Fit", "Format", "GradientFit",
+        "Lee2024Blast", "LowRank", "Magnitude", "Method", "Monarch", "Plan", "Report", "Rule", "StructuredConv2d",
+        "StructuredLinear", "TruncatedSvd", "__version__", "apply_plan_", "compress_", "default_method", "densify_",
+        "flat_butterfly", "format_from_json", "load", "make_plan", "plan_of", "report", "save", "to_blast",
+    ]  # fmt: skip
+
+
+def test_a_star_import_gives_the_public_list() -> None:
+    names = json.loads(fresh("import json\nfrom structmat import *\nprint(json.dumps(sorted(globals())))"))
+    assert set(structmat.__all__) <= set(names)

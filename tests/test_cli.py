@@ -1,0 +1,131 @@
+"""The command line, and the demo that it runs."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import structmat
+from structmat import cli
+from structmat.demo import STRUCTURES, Settings
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of one quick demo and the content of its results."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    words = ["demo", "--quick", "--formats", "blast", "low_rank", "--keep", "0.3", "--out", str(out)]
+    threads = torch.get_num_threads()
+    assert cli.main(words) == 0
+    assert torch.get_num_threads() == threads
+    return out, json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_demo_writes_its_files(demo: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = demo
+    assert sorted(path.name for path in out.iterdir()) == ["couplings.png", "results.json", "trade_off.png"]
+    assert all((out / name).read_bytes().startswith(PNG) for name in ("couplings.png", "trade_off.png"))
+
+
+def test_the_demo_says_what_it_did(demo: tuple[Path, dict[str, Any]]) -> None:
+    content = demo[1]
+    assert (content["structmat"], content["torch"]) == (structmat.__version__, torch.__version__)
+    assert content["settings"] == {
+        "keep": 0.3, "formats": ["blast", "low_rank"], "seeds": 1, "out": None, "quick": True
+    }  # fmt: skip
+    assert content["seconds"] > 0
+    assert content["refused"] == []
+
+
+def test_the_demos_counts(demo: tuple[Path, dict[str, Any]]) -> None:
+    dense, *others = demo[1]["results"]
+    assert [result["name"] for result in (dense, *others)] == ["dense", "blast", "low_rank"]
+    body = 3 * (64 * 192 + 64 * 64 + 2 * 64 * 128)
+    assert dense["multiplications"] == 16 * (4 * 64 + body) + 10 * 64
+    norms, biases, embedding = 7 * 2 * 64, 3 * (192 + 64 + 128 + 64), 5 * 64 + 16 * 64
+    assert dense["parameters"] == body + norms + biases + embedding + 10 * 65
+    for result in others:
+        assert 0.25 < result["real_keep"] <= 0.3
+        assert result["parameters"] == dense["parameters"] - round(body * (1 - result["real_keep"]))
+        assert result["relative_multiplications"] == result["multiplications"] / dense["multiplications"]
+
+
+def test_the_demos_accuracies(demo: tuple[Path, dict[str, Any]]) -> None:
+    dense, blast, low_rank = demo[1]["results"]
+    (accuracy,) = dense["before"]
+    assert accuracy > 0.93
+    for result in (blast, low_rank):
+        for name in ("before", "after", "scratch", "weight_error"):
+            assert len(result[name]) == 1
+            assert 0 < result[name][0] < 1
+        assert result["after"][0] > max(0.85, result["before"][0])  # retraining pays
+        assert result["scratch"][0] > 0.8
+        assert result["relative_time"] > 0
+    assert blast["weight_error"][0] < low_rank["weight_error"][0]
+    for value in (accuracy, *blast["after"], *low_rank["scratch"]):  # of 450 test images
+        assert value * 450 == pytest.approx(round(value * 450), abs=1e-3)
+
+
+def test_settings_of_a_full_run() -> None:
+    assert (Settings().epochs, Settings(quick=True).epochs) == ((30, 10), (8, 2))
+    assert Settings(keep=0.3).keeps == (0.15, 0.3, 0.6)
+    assert Settings(keep=0.6).keeps == (0.3, 0.6, 0.9)
+    assert Settings(keep=0.3, quick=True).keeps == (0.3,)
+    assert set(Settings().formats) == {"low_rank", "block_diagonal", "monarch", "block_sparse", "blast"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--formats", "butterfly"], "expected --formats to be one of 'low_rank', .*, got 'butterfly'"),
+        (["--formats", "blast", "dense"], "expected --formats to be one of .*, got 'dense'"),
+        (["--keep", "0"], r"expected --keep to be in \(0, 1\], got 0.0"),
+        (["--keep", "1.5"], r"expected --keep to be in \(0, 1\], got 1.5"),
+        (["--keep", "nan"], r"expected --keep to be in \(0, 1\], got nan"),
+        (["--seeds", "0"], "expected --seeds to be an integer of at least 1, got 0"),
+    ],
+)
+def test_wrong_words_are_explained(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", *words, "--out", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(f"structmat: {message}\n", captured.err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["demo", "--keep", "much"]])
+def test_words_that_do_not_parse_exit_with_two(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2
+    assert "usage: structmat" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"structmat {structmat.__version__}\n"
+
+
+def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name.startswith("structmat.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(structmat, "demo")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert cli.main(["demo", "--quick"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "structmat: the demo needs scikit-learn and matplotlib: pip install 'structmat[demo]'"
+    )
+
+
+def test_every_structure_is_in_the_demo() -> None:
+    assert set(STRUCTURES) == set(structmat.formats.FORMATS) - {"dense"}

@@ -1,0 +1,95 @@
+"""Pictures: they are drawn from the numbers given, and written."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from structmat import Blast, LowRank, StructuredLinear
+from structmat.plot import COLORS, MARKERS, couplings, trade_off
+
+PNG = b"\x89PNG\r\n\x1a\n"
+CURVES = {"BLAST": [(0.6, 0.9), (0.3, 0.8)], "low-rank": [(0.5, 0.7)]}
+
+
+def blast(I: int = 2, J: int = 3, rank: int = 5) -> StructuredLinear:
+    return StructuredLinear(Blast(4 * I, 5 * J, (I, J), rank), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("draw", [lambda: trade_off(CURVES, reference=(1, 0.95)), lambda: couplings(blast())])
+def test_figures_are_written(draw: Callable[[], object], tmp_path: Path) -> None:
+    draw().savefig(tmp_path / "figure.png")  # pyright: ignore
+    content = (tmp_path / "figure.png").read_bytes()
+    assert content.startswith(PNG)
+    assert len(content) > 10_000
+
+
+def test_trade_off_shows_every_curve_in_order_of_cost() -> None:
+    figure = trade_off(CURVES, reference=(1, 0.95), x_label="cost", y_label="quality", title="what pays")
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("cost", "quality", "what pays")
+    lines = {line.get_label(): line for line in axes.lines}
+    assert {"dense", "BLAST", "low-rank"} <= set(lines)
+    assert lines["BLAST"].get_xydata().tolist() == [[0.3, 0.8], [0.6, 0.9]]
+    assert lines["dense"].get_xydata().tolist() == [[1, 0.95]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "BLAST", "low-rank"]
+
+
+def test_more_curves_than_colours() -> None:
+    curves = {str(k): [(k, k)] for k in range(len(COLORS) + 1)}
+    lines = trade_off(curves, reference=(1, 1)).axes[0].lines
+    assert len(lines) == len(curves) + 2
+    assert len(COLORS) == len(MARKERS)
+
+
+def test_couplings_show_every_block_and_component() -> None:
+    layer = blast()
+    with torch.no_grad():
+        layer.diag[1] = 0  # block (0, 1)
+        layer.diag[:, 0] = 1  # a component that all blocks share, but for that one
+    figure = couplings(layer, title="a layer")
+    grid, lines = figure.axes[:2]
+    strength, ordered = (axes.images[0].get_array() for axes in (grid, lines))
+    assert (strength.shape, ordered.shape) == ((2, 3), (6, 5))
+    assert [lines.get_yticklabels()[k].get_text() for k in (0, 1, 3)] == ["(0, 0)", "(0, 1)", "(1, 0)"]
+    assert figure.get_suptitle() == "a layer"
+    assert strength[0, 0] > strength[0, 1] > 0
+
+
+def test_couplings_order_components_by_how_unevenly_they_are_used() -> None:
+    layer = blast()
+    with torch.no_grad():
+        layer.diag.fill_(1)
+        layer.diag[0, 2] = 30
+    ordered = couplings(layer).axes[1].images[0].get_array()
+    assert ordered[0, 0] == ordered.max()
+    assert ordered[1:, 1:].std(0).max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 4, 1), (8, 8, 2)])
+def test_couplings_of_any_grid(shape: tuple[int, int, int]) -> None:
+    I, J, R = shape
+    figure = couplings(blast(I, J, R))
+    assert figure.axes[0].images[0].get_array().shape == (I, J)
+    figure.canvas.draw()
+
+
+def test_couplings_of_a_zero_layer() -> None:
+    layer = blast()
+    with torch.no_grad():
+        layer.diag.zero_()
+    assert not couplings(layer).axes[1].images[0].get_array().any()
+
+
+def test_couplings_need_a_blast_layer() -> None:
+    with pytest.raises(TypeError, match="expected a layer with a Blast format, got LowRank"):
+        couplings(StructuredLinear(LowRank(4, 4, 1)))
+
+
+@pytest.mark.parametrize("draw", [lambda: trade_off(CURVES, reference=(1, 1)), lambda: couplings(blast())])
+def test_missing_matplotlib_is_named(draw: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'structmat\[plot\]'"):
+        draw()
