@@ -224,12 +224,20 @@ def test_the_whole_model_has_a_problem():
     assert "it is the whole model, which cannot be replaced in place; wrap it in" in problem(nn.Linear(4, 4), "")
 
 
-def test_subclasses_are_left_alone():
+def test_subclasses_are_found_with_their_problem():
     class Doubled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    assert find_sites(nn.Sequential(Doubled(4, 4), nn.LazyLinear(4))) == {}
+    sites = find_sites(nn.Sequential(Doubled(4, 4), nn.LazyLinear(4), nn.MultiheadAttention(8, 2)))
+    assert {name: site.problem for name, site in sites.items()} == {
+        name: f"it is a {type_name}, a Linear that may use its weight in other ways"
+        for name, type_name in (
+            ("0", "Doubled"),
+            ("1", "LazyLinear"),
+            ("2.out_proj", "NonDynamicallyQuantizableLinear"),
+        )
+    }
 
 
 def test_a_weight_that_is_computed_has_a_problem():

@@ -73,7 +73,7 @@ DENSE_KINDS: dict[type[nn.Module], DenseKind] = {
     nn.Linear: DenseKind(dense_weight, lambda layer: None, _linear),
     nn.Conv2d: DenseKind(lambda layer: dense_weight(layer).flatten(1), _conv2d_problem, _conv2d),
 }
-"""Every type of dense layer that can be structured. A subclass is another type: its forward may do other things."""
+"""Every type of dense layer that can be structured; a subclass, whose forward may do other things, cannot."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,13 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         kind = DENSE_KINDS.get(type(module))
-        if kind is None or id(module.weight) in seen:
+        if kind is None:
+            base = next((base for base in DENSE_KINDS if isinstance(module, base)), None)
+            if base is not None:
+                problem = f"it is a {type(module).__name__}, a {base.__name__} that may use its weight in other ways"
+                sites[name] = Site(name, tuple(names[id(module)]), (module,), problem)
+            continue
+        if id(module.weight) in seen:
             continue
         if "weight" not in module._parameters:
             problem = "its weight is computed from others (pruning, weight or spectral norm); make it permanent first"
