@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hardware import hardware, hardware_line
-from structmat import Blast, BlockDiagonal, Fit, Format, Lee2024Blast, LowRank, Method, Monarch, default_method
+from structmat import Blast, BlockDiagonal, Format, Lee2024Blast, LowRank, Monarch, default_method
 from structmat.demo.vit import VisionTransformer, digits, train
 from structmat.fit.lee2024blast import Sweeper
 
@@ -69,24 +69,19 @@ def synthetic(n: int = 4096) -> Tensor:
     return (U * torch.arange(1, n + 1).float().rsqrt()) @ V.T
 
 
-def timed(method: Method, weights: Sequence[Tensor], format: Format) -> list[Fit]:
-    """Fit, after a short warm-up of the allocator and the libraries for the sweeps."""
-    return method.fit_many(weights, format)
-
-
 def blast_cell(weights: dict[str, Tensor], format: Blast, budgets: Sequence[int]) -> list[dict[str, Any]]:
     """Both schedules on weights of one shape; a record for each weight."""
     stack = list(weights.values())
     default = Lee2024Blast()
-    replace(default, sweeps=2).fit_many(stack, format)
-    published = timed(Lee2024Blast.published(), stack, format)
-    fits = timed(default, stack, format)
+    replace(default, sweeps=2).fit_many(stack, format)  # warms up the allocator and the libraries
+    published = Lee2024Blast.published().fit_many(stack, format)
+    fits = default.fit_many(stack, format)
     seconds_per_sweep = fits[0].seconds / default.sweeps
     equal_sweeps = max(1, int(published[0].seconds / seconds_per_sweep))
-    equal = timed(replace(default, sweeps=equal_sweeps), stack, format)
+    equal = replace(default, sweeps=equal_sweeps).fit_many(stack, format)
     reached: dict[str, dict[str, float]] = {}
     for sweeps in budgets:
-        run = fits if sweeps == default.sweeps else timed(replace(default, sweeps=sweeps), stack, format)
+        run = fits if sweeps == default.sweeps else replace(default, sweeps=sweeps).fit_many(stack, format)
         for name, fit, goal in zip(weights, run, published, strict=True):
             if name not in reached and fit.error <= goal.error:
                 reached[name] = {"sweeps": sweeps, "time_ratio": fit.seconds / goal.seconds, "error": fit.error}
@@ -120,7 +115,7 @@ def blast_cell(weights: dict[str, Tensor], format: Blast, budgets: Sequence[int]
 
 def closed_form_cell(weights: dict[str, Tensor], format: Format) -> list[dict[str, Any]]:
     """The format's default fit; a record for each weight."""
-    fits = timed(default_method(format), list(weights.values()), format)
+    fits = default_method(format).fit_many(list(weights.values()), format)
     return [
         {"weight": n, "format": format.to_json(), "keep": format.keep, "error": f.error, "seconds": f.seconds}
         for n, f in zip(weights, fits, strict=True)
@@ -219,7 +214,7 @@ def _peak_bytes() -> int:
 
 def summary(results: dict[str, Any]) -> str:
     """The table in Markdown."""
-    lines = ["# Fits compared", "", f"Made by `benchmarks/fit.py` on: {hardware_line()}.", ""]
+    lines = ["# Fits compared", "", f"Made by `benchmarks/fit.py` on: {hardware_line(results['hardware'])}.", ""]
     for part, title in (("trained", "Trained weights"), ("large", "4096 x 4096, Haar factors, singular values k^-1/2")):
         if part not in results:
             continue
@@ -292,7 +287,8 @@ def _structures(blast: list[dict[str, Any]], others: list[dict[str, Any]]) -> li
             and (blocks is None or r["format"]["blocks"][0] == blocks)
         ]  # fmt: skip
         if not group:
-            return "does not fit"
+            refused = any(r["weight"].split(".")[0] == source and r["asked"] == asked for r in others if "refused" in r)
+            return "does not fit" if refused and name == "monarch" else "not run"
         return f"{statistics.median(r['error'] for r in group):.4f} ({statistics.median(r['keep'] for r in group):.3f})"
 
     for source, asked in sorted({(r["weight"].split(".")[0], r["asked"]) for r in blast}, reverse=True):
@@ -317,13 +313,14 @@ def main() -> None:
     """Run the parts that are asked for, and write results and table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--part", choices=("trained", "large", "sweep"), help="one part only; the others' results are kept"
+        "--part", choices=("trained", "large", "sweep", "table"), help="one part only; the others' results are kept"
     )
     options = parser.parse_args()
     path = RESULTS / "fit.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    results["hardware"] = hardware()
-    results["default"] = repr(Lee2024Blast())
+    results.setdefault("hardware", hardware())
+    if options.part != "table":
+        results |= {"hardware": hardware(), "default": repr(Lee2024Blast())}
     for part, run in (("trained", trained), ("large", large), ("sweep", sweep_profile)):
         if options.part in (None, part):
             results[part] = run()

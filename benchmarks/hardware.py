@@ -32,6 +32,6 @@ def hardware() -> dict[str, str]:
     return facts
 
 
-def hardware_line() -> str:
+def hardware_line(facts: dict[str, str]) -> str:
     """The same as one line of text."""
-    return ", ".join(f"{name} {value}" for name, value in hardware().items())
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

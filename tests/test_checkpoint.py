@@ -305,3 +305,45 @@ def test_a_truncated_file_is_refused(file: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "m", FileNotFoundError, "expected a safetensors file at '.*m', found none")
     refused(tmp_path, FileNotFoundError, "found none")
+
+
+def test_two_tensors_for_what_the_network_shares_are_refused(tmp_path: Path) -> None:
+    save(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path / "untied")
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    before = tied[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"shares one tensor under '0.weight' and '1.weight', but the file has two"):
+        load(tied, tmp_path / "untied")
+    assert torch.equal(tied[0].weight, before)
+
+
+class Rotary(nn.Module):
+    """A layer beside a buffer that no state dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("frequencies", torch.ones(2), persistent=False)
+
+
+def test_a_buffer_that_would_stay_without_values_is_refused(tmp_path: Path) -> None:
+    save(Rotary(), tmp_path / "file")
+    with torch.device("meta"):
+        skeleton = Rotary()
+    with pytest.raises(ValueError, match=r"values for the non-persistent buffers \['frequencies'\]"):
+        load(skeleton, tmp_path / "file")
+
+
+class Counted(nn.Linear):
+    """A layer with state that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tensors alone in the state dict, but '_extra_state' is a dict"):
+        save(Counted(4, 4), tmp_path / "file")

@@ -218,7 +218,9 @@ def test_state_dict_round_trip(format: Format):
 
 
 @each_case
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_equal_and_independent(format: Format, copied):
     layer = StructuredLinear(format)
     twin = copied(layer)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from structmat import (
     Blast,
     BlockDiagonal,
+    BlockSparse,
     Dense,
     Fit,
     Format,
     Lee2024Blast,
     LowRank,
+    Magnitude,
     Monarch,
     Plan,
     StructuredConv2d,
@@ -557,3 +559,72 @@ def test_densify_refuses_other_names(structured: dict[str, Format], known: str) 
     with pytest.raises(ValueError, match=re.escape(message)):
         densify_(model, [*structured, "1", "4"])
     assert snapshot(model) == before
+
+
+class Unlucky(LowRank):
+    """A format that fails when its layer is made."""
+
+    def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        raise MemoryError("no memory left")
+
+
+def test_a_failure_in_the_middle_leaves_the_network_alone() -> None:
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(MemoryError, match="no memory left"):
+        apply_plan_(model, {"0": LowRank(32, 24, 4), "2": Unlucky(32, 32, 4)})
+    assert snapshot(model) == before
+
+
+def test_densify_takes_tied_layers_together() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    apply_plan_(model, {"0": LowRank(16, 16, 4)})
+    densify_(model, ["1"])
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert model[0].weight is model[1].weight
+
+
+def test_densify_cannot_replace_the_whole_model() -> None:
+    with pytest.raises(ValueError, match="layers inside the model, but it is one layer itself"):
+        densify_(StructuredLinear(LowRank(8, 8, 2)))
+
+
+@pytest.mark.parametrize("method", ["svd", lambda _: TruncatedSvd])
+def test_what_is_no_method_is_refused(method: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a method such as TruncatedSvd\(\), or a function"):
+        compress_(mlp(), {"0": LowRank(32, 24, 4)}, method=method, progress=False)
+
+
+def test_a_plan_without_formats_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a format for layer '0', got 3"):
+        apply_plan_(mlp(), {"0": 3})  # pyright: ignore
+
+
+def test_factors_of_layers_that_are_not_replaced_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"factors only of layers that the plan replaces, got some of \['2'\]"):
+        apply_plan_(mlp(), {"0": LowRank(32, 24, 4)}, factors={"2": {}})
+
+
+def test_hooks_are_not_lost_silently() -> None:
+    model = mlp()
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="layer '0' cannot be structured: it has hooks, which would be lost"):
+        apply_plan_(model, {"0": LowRank(32, 24, 4)})
+
+
+def test_factors_that_overflow_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(32, 32, dtype=torch.float16))
+    with torch.no_grad():
+        model[0].weight.fill_(6e4)
+        model[0].weight[:2, :2] = -6e4
+    with pytest.raises(FloatingPointError, match=r"the factors of '0' overflow torch\.float16"):
+        compress_(model, {"0": BlockSparse(32, 32, ("10", "01"), 1)}, progress=False, method=Overflowing())
+
+
+class Overflowing(Magnitude):
+    """A method that gives factors twice as large as it should."""
+
+    def _solve(self, weights: Tensor, format: Any, progress: Any) -> tuple[Any, Tensor]:
+        factors, history = super()._solve(weights, format, progress)
+        return {name: 2 * factor for name, factor in factors.items()}, history

@@ -39,10 +39,27 @@ def network() -> nn.Sequential:
 def test_the_first_rule_that_matches_decides() -> None:
     plan = make_plan(network(), {r"1\..*": LowRank, nn.Linear: BlockDiagonal}, keep=0.5)
     assert dict(plan) == {"0": BlockDiagonal(32, 64, 2), "1.0": LowRank(32, 32, 8)}
-    assert dict(make_plan(network(), {nn.Linear: BlockDiagonal, r"1\..*": LowRank})) == {
-        "0": BlockDiagonal(32, 64, 2),
-        "1.0": BlockDiagonal(32, 32, 2),
-    }
+
+
+@pytest.mark.parametrize("exclude", [(), r"1\..*"])
+def test_a_rule_that_decides_nothing_is_refused(exclude: Any) -> None:
+    rules: Any = {nn.Linear: BlockDiagonal, r"1\..*": LowRank}
+    with pytest.raises(ValueError, match="all that it picks are excluded or taken by an earlier rule"):
+        make_plan(network(), rules, exclude=exclude)
+
+
+def test_a_rule_wants_a_format_class() -> None:
+    with pytest.raises(TypeError, match="expected a format class such as Blast, got 'blast'"):
+        Rule("blast")  # pyright: ignore
+
+
+def test_missing_blocks_are_no_misfit() -> None:
+    with pytest.raises(ValueError, match="expected blocks for Blast, in make_plan or in a Rule, got none"):
+        make_plan(network(), {nn.Linear: Blast}, misfits="skip")
+
+
+def test_dense_leaves_alone_what_could_not_be_structured() -> None:
+    assert list(make_plan(nn.MultiheadAttention(8, 2), {nn.Linear: Dense})) == []
 
 
 def test_expressions_match_the_whole_name() -> None:

@@ -186,3 +186,28 @@ def test_a_plan_without_skipped_layers_adds_no_notes() -> None:
 def test_tables_are_aligned() -> None:
     assert table([("a", "b"), ("long", "1")], right=(1,)) == "a     b\n----  -\nlong  1"
     assert (share(1, 4), share(0, 3), share(1, 0)) == ("0.250", "0.000", "")
+
+
+def test_a_skipped_layer_is_named_with_its_reason() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    plan = make_plan(model, {nn.Linear: LowRank}, misfits="skip")
+    notes = {row.name: row.note for row in report(model, plan=plan).rows}
+    assert notes == {"0": "", "1.out_proj": plan.skipped["1.out_proj"]}
+
+
+def test_the_error_is_found_under_any_name_of_a_module() -> None:
+    model = nn.Module()
+    model.a = model.b = nn.Linear(16, 16)
+    fits = compress_(model, {"b": LowRank(16, 16, 4)}, progress=False)
+    assert [row.error for row in report(model, fits=fits).rows] == [fits["b"].error]
+
+
+class Scaled(nn.Linear):
+    """Called by keyword."""
+
+    def forward(self, *, values: torch.Tensor) -> torch.Tensor:
+        return super().forward(values)
+
+
+def test_example_inputs_by_keyword() -> None:
+    assert report(Scaled(4, 2), example_inputs={"values": torch.zeros(3, 4)}).multiplications == 3 * 8

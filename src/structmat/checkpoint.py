@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -48,13 +49,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: Of the file; an existing one is replaced.
 
     Raises:
-        ValueError: If a tensor of the network is on the meta device.
+        ValueError: If a tensor of the network is on the meta device, or a module has extra state, which is no tensor.
     """
     owners: dict[tuple[object, ...], str] = {}
     storages: set[int] = set()
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"expected tensors alone in the state dict, but {name!r} is a {type(tensor).__name__}")
         if tensor.is_meta:
             raise ValueError(f"expected a model with values, but {name!r} is on the meta device; load it first")
         key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
@@ -76,7 +79,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         model: The network with its dense layers, as its constructor makes it; on the meta device it takes over the
-            file's tensors, otherwise they are copied into its own dtype and device.
+            file's tensors and their dtype, otherwise they are copied into its own dtype and device.
         path: Of the file.
 
     Returns:
@@ -84,8 +87,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no structmat checkpoint, is of a newer schema, its plan does not fit the network, or
-            a tensor is missing, is extra, or has another shape.
+        ValueError: If the file is no structmat checkpoint, is of a newer schema, its plan does not fit the network, a
+            tensor is missing, is extra, or has another shape, the network shares a tensor that the file does not, or a
+            non-persistent buffer is on the meta device.
     """
     tensors, metadata = read_tensors(path)
     if "structmat" not in metadata:
@@ -101,8 +105,15 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     state = {**tensors, **{alias: tensors[name] for alias, name in aliases.items() if name in tensors}}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _checks.same_shapes(got, _expected_shapes(model, plan), f"the checkpoint {os.fspath(path)!r}")
-    apply_plan_(model, plan)
+    _check_ties(model, state, aliases)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in model.state_dict()]
+    if lost:
+        raise ValueError(
+            f"expected values for the non-persistent buffers {lost}, which no checkpoint holds, but they are "
+            "on the meta device; build the model on a real device, or give the buffers their values there first"
+        )
+    apply_plan_(model, plan)
     model.load_state_dict(state, assign=on_meta)
     if on_meta:  # assigning makes a new parameter for every name
         for alias, name in aliases.items():
@@ -110,6 +121,17 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             owner, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), child, getattr(model.get_submodule(owner), own))
     return model
+
+
+def _check_ties(model: nn.Module, state: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+    """Refuse a file with two tensors for what is one in the network: the later would overwrite the earlier."""
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        other = first.setdefault(id(tensor), name) if name in state else name
+        if aliases.get(name, name) != aliases.get(other, other):
+            raise ValueError(
+                f"the model shares one tensor under {other!r} and {name!r}, but the file has two; untie them"
+            )
 
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -58,8 +58,11 @@ def apply_plan_(
         raise ValueError(f"expected factors only of layers that the plan replaces, got some of {unknown}")
     for name, given in factors.items():
         plan[name].check_factors(given)
+    replacements: dict[str, StructuredModule] = {}
     for name, site in sites.items():
-        _replace(model, site, plan[name], factors.get(name), generator)
+        replacements |= _structured(model, site, plan[name], factors.get(name), generator)
+    for name, module in replacements.items():  # nothing that can fail is left to do
+        put_module(model, name, module)
     return model
 
 
@@ -69,12 +72,16 @@ def _planned_sites(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Si
     present = dict(model.named_modules(remove_duplicate=False))
     planned: dict[str, Site] = {}
     for name, format in plan.items():
+        if not isinstance(format, Format):
+            raise TypeError(f"expected a format for layer {name!r}, got {format!r}")
         if name not in present:
             raise ValueError(f"expected a module named {name!r}, which the plan wants as {format}; the model has none")
         module = present[name]
         if isinstance(module, StructuredModule):
             if module.format != format:
                 raise ValueError(f"expected {name!r} dense or already {format}, got {module.format}; densify_ it first")
+            continue
+        if isinstance(format, Dense):
             continue
         site = by_name.get(name)
         if site is None or site.problem:
@@ -85,8 +92,6 @@ def _planned_sites(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Si
         twice = next((other for other, used in planned.items() if used is site), None)
         if twice is not None:
             raise ValueError(f"the plan names {twice!r} and {name!r}, which share one weight; keep one of them")
-        if isinstance(format, Dense):
-            continue
         try:
             format.check_saves()
         except ValueError as error:
@@ -95,17 +100,19 @@ def _planned_sites(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Si
     return planned
 
 
-def _replace(
+def _structured(
     model: nn.Module,
     site: Site,
     format: Format,
     factors: Mapping[str, Tensor] | None,
     generator: torch.Generator | None,
-) -> None:
-    hung = {id(module): [] for module in site.modules}
+) -> dict[str, StructuredModule]:
+    """The structured modules of a site by the names under which they are to hang."""
+    hung: dict[int, list[str]] = {id(module): [] for module in site.modules}
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in hung:
             hung[id(module)].append(name)
+    replacements: dict[str, StructuredModule] = {}
     first: StructuredModule | None = None
     for old in site.modules:
         new = DENSE_KINDS[type(old)].structured(old, format, factors, generator)
@@ -118,15 +125,15 @@ def _replace(
                 getattr(new, name).requires_grad_(old.get_parameter("weight").requires_grad)
         first = first or new
         new.train(old.training)
-        for name in hung[id(old)]:
-            put_module(model, name, new)
+        replacements |= dict.fromkeys(hung[id(old)], new)
+    return replacements
 
 
 def compress_(
     model: nn.Module,
     plan: Mapping[str, Format],
     *,
-    method: Method[Any] | Callable[[Format], Method[Any]] | None = None,
+    method: Method[Any] | Callable[[Format], Method[Any] | None] | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Fit]:
@@ -140,7 +147,8 @@ def compress_(
     Args:
         model: The network.
         plan: Format of each layer by name; layers planned as ``Dense`` stay.
-        method: How to fit: one method for all, or a function of the format; None for ``default_method``.
+        method: How to fit: one method for all, or a function of the format; None, also from that
+            function, for ``default_method``.
         cache: Folder for finished fits; None for none.
         progress: Whether to show a progress bar.
 
@@ -154,14 +162,11 @@ def compress_(
     sites = _planned_sites(model, plan)
     for name, site in sites.items():
         _checks.matrix(site.matrix, plan[name].shape, f"the weight of layer {name!r}")
-    if isinstance(method, type):
-        raise TypeError(f"expected a method or a function of the format, got the class {method.__name__}; call it")
-    choose = method if callable(method) and not isinstance(method, Method) else lambda _: method
-    methods = {name: choose(plan[name]) or default_method(plan[name]) for name in sites}
+    methods = {name: _method_for(plan[name], method) for name in sites}
     store = _Store(cache) if cache is not None else None
 
     fits: dict[str, Fit] = {}
-    with tqdm(total=len(sites), desc="compress", unit="layer", disable=not progress) as bar:
+    with tqdm(total=len(sites), desc="compress", unit="layer", miniters=0, disable=not progress) as bar:
         for names in _batches(sites, plan, methods):
             weights = [sites[name].matrix for name in names]
             format, how = plan[names[0]], methods[names[0]]
@@ -171,6 +176,7 @@ def compress_(
 
             def show(step: int, steps: int, errors: tuple[float, ...], first: str = names[0]) -> None:
                 bar.set_postfix_str(f"{first}, {step}/{steps}, error {max(errors):.3f}", refresh=False)
+                bar.update(0)  # draws, at most ten times a second
 
             fitted = how.fit_many(
                 [weights[index] for index in missing], format, names=[names[index] for index in missing], progress=show
@@ -184,6 +190,19 @@ def compress_(
     fits = {name: fits[name] for name in sites}
     apply_plan_(model, {n: plan[n] for n in sites}, factors={n: fit.factors for n, fit in fits.items()})
     return fits
+
+
+def _method_for(format: Format, method: Method[Any] | Callable[[Format], Method[Any] | None] | None) -> Method[Any]:
+    """The method that the caller means for this format."""
+    if callable(method) and not isinstance(method, (Method, type)):
+        method = method(format)
+    if method is None:
+        return default_method(format)
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"expected a method such as TruncatedSvd(), or a function that gives one for a format, got {method!r}"
+        )
+    return method
 
 
 def _batches(
@@ -230,13 +249,13 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
 
     Args:
         model: The network.
-        names: Which layers; None for all.
+        names: Which layers; None for all. Layers that share the factors of one of them come along.
 
     Returns:
         The same network.
 
     Raises:
-        ValueError: If a name is not that of a structured layer.
+        ValueError: If a name is not that of a structured layer, or it is the whole model.
     """
     hung: dict[int, list[str]] = {}
     layers: dict[str, StructuredModule] = {}
@@ -250,10 +269,14 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         raise ValueError(
             f"expected names of structured layers, got {unknown}; there are: {', '.join(layers) or 'none'}"
         )
+    if "" in wanted:
+        raise ValueError("expected layers inside the model, but it is one layer itself; use its to_dense()")
+    ties = {_tie(layers[name]) for name in wanted}
+    wanted = [name for name, layer in layers.items() if _tie(layer) in ties]
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     for old in {id(layers[name]): layers[name] for name in wanted}.values():
         new = _dense_layer(old)
-        shared = tuple(id(factor) for factor in old.factors.values())
+        shared = _tie(old)
         if shared not in weights:
             learns = any(factor.requires_grad for factor in old.factors.values())
             weight = old.to_dense().detach().clone().view(new.weight.shape)
@@ -264,6 +287,11 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         for name in hung[id(old)]:
             put_module(model, name, new)
     return model
+
+
+def _tie(layer: StructuredModule) -> tuple[int, ...]:
+    """What layers that share their factors have in common."""
+    return tuple(id(factor) for factor in layer.factors.values())
 
 
 def _dense_layer(old: StructuredModule) -> nn.Linear | nn.Conv2d:

@@ -42,6 +42,16 @@ class Rule:
     blocks: int | tuple[int, int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.format, type) and issubclass(self.format, Format)):
+            raise TypeError(f"expected a format class such as Blast, got {self.format!r}")
+        if self.keep is not None:
+            _checks.fraction(self.keep, "keep")
+        if self.blocks is not None and not self.format.takes_blocks:
+            raise ValueError(
+                f"expected no blocks for {self.format.__name__}, whose budget alone decides, got {self.blocks}"
+            )
+
 
 @dataclass(frozen=True)
 class Plan(Mapping[str, Format]):
@@ -114,7 +124,7 @@ def make_plan(
     *,
     keep: float = 0.5,
     blocks: int | tuple[int, int] | None = None,
-    exclude: Iterable[Selector] = (),
+    exclude: Selector | Iterable[Selector] = (),
     misfits: str = "error",
 ) -> Plan:
     """Resolve selectors to the layers of a network, and budgets to ranks.
@@ -135,7 +145,8 @@ def make_plan(
         The plan.
 
     Raises:
-        ValueError: If a selector picks nothing, a layer does not fit, or ``misfits`` is unknown.
+        ValueError: If a selector picks nothing, a rule decides nothing, a layer does not fit, blocks are missing, or
+            ``misfits`` is unknown.
         TypeError: If a rule is neither a format nor a ``Rule``.
 
     Example:
@@ -147,19 +158,31 @@ def make_plan(
     """
     _checks.one_of(misfits, ("error", "skip"), "misfits")
     resolved = {selector: _as_rule(rule, keep, blocks) for selector, rule in rules.items()}
-    exclude = list(exclude)
+    exclude = [exclude] if isinstance(exclude, (str, type)) else list(exclude)
     sites = find_sites(model)
+    deciders = {name: _decider(site, resolved, exclude) for name, site in sites.items()}
     for selector in (*resolved, *exclude):
         if not any(_matches(selector, site) for site in sites.values()):
             raise ValueError(
                 f"expected {_spell(selector)} to pick a dense linear layer or convolution, but it picks none; "
                 f"there are: {', '.join(sites) or 'none'}"
             )
+    for selector in resolved:
+        if selector not in deciders.values():
+            raise ValueError(
+                f"expected {_spell(selector)} to decide a layer, but all that it picks are excluded or taken by an "
+                "earlier rule; put special rules before general ones"
+            )
     layers: dict[str, Format] = {}
     skipped: dict[str, str] = {}
     for name, site in sites.items():
-        rule = next((rule for selector, rule in resolved.items() if _matches(selector, site)), None)
-        if rule is None or any(_matches(selector, site) for selector in exclude):
+        selector = deciders[name]
+        if selector is None:
+            continue
+        rule = resolved[selector]
+        if rule.format is Dense:
+            if not site.problem:
+                layers[name] = Dense(*site.matrix.shape)
             continue
         try:
             if site.problem:
@@ -180,11 +203,9 @@ def _as_rule(rule: type[Format] | Rule, keep: float, blocks: int | tuple[int, in
         rule = Rule(rule)
     if not isinstance(rule, Rule):
         raise TypeError(f"expected a format class or a Rule, got {rule!r}")
-    _checks.fraction(keep if rule.keep is None else rule.keep, "keep")
-    if rule.blocks is not None and not rule.format.takes_blocks:
-        raise ValueError(
-            f"expected no blocks for {rule.format.__name__}, whose budget alone decides, got {rule.blocks}"
-        )
+    _checks.fraction(keep, "keep")
+    if rule.format.takes_blocks and rule.blocks is None and blocks is None:
+        raise ValueError(f"expected blocks for {rule.format.__name__}, in make_plan or in a Rule, got none")
     return Rule(
         rule.format,
         keep if rule.keep is None else rule.keep,
@@ -194,16 +215,19 @@ def _as_rule(rule: type[Format] | Rule, keep: float, blocks: int | tuple[int, in
 
 
 def _format_for(rule: Rule, M: int, N: int) -> Format:
-    if rule.format is Dense:
-        return Dense(M, N)
     options = dict(rule.options)
     if rule.format.takes_blocks:
-        if rule.blocks is None:
-            raise ValueError(f"expected blocks for {rule.format.__name__}, in make_plan or in a Rule, got none")
         options["blocks"] = rule.blocks
     format = rule.format.for_budget(M, N, keep=rule.keep, **options)
     format.check_saves()
     return format
+
+
+def _decider(site: Site, rules: Mapping[Selector, Rule], exclude: Iterable[Selector]) -> Selector | None:
+    """The selector of the rule that decides a site, if any does."""
+    if any(_matches(selector, site) for selector in exclude):
+        return None
+    return next((selector for selector in rules if _matches(selector, site)), None)
 
 
 def _matches(selector: Selector, site: Site) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from structmat.fit import Fit
 from structmat.nn import DENSE_KINDS, StructuredConv2d, StructuredModule, dense_weight
@@ -102,7 +103,7 @@ def report(
     *,
     fits: Mapping[str, Fit] | None = None,
     plan: Plan | None = None,
-    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> Report:
     """Describe the linear layers and convolutions of a network.
 
@@ -110,8 +111,8 @@ def report(
         model: The network.
         fits: What ``compress_`` returned, for the errors.
         plan: For the reasons why layers were skipped.
-        example_inputs: Input or inputs of one call; multiplications are then counted over that call, so that layers
-            that see more tokens weigh more. None for multiplications per token.
+        example_inputs: Input or inputs of one call, a mapping for keyword arguments; multiplications are then
+            counted over that call, so that layers that see more tokens weigh more. None for multiplications per token.
 
     Returns:
         The report.
@@ -121,13 +122,17 @@ def report(
     counted: set[int] = set()
     rows: list[Row] = []
     extra = 0
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
     for name, module in model.named_modules():
+        kind_of_dense = next((kind for base, kind in DENSE_KINDS.items() if isinstance(module, base)), None)
         if isinstance(module, StructuredModule):
             format, factors, (M, N) = module.format, module.factors, module.format.shape
             parameters, one_token = format.num_parameters(factors), format.multiplications(1, factors)
             kind, settings = format.name, _settings(format.to_json())
-        elif type(module) in DENSE_KINDS:
-            weight = DENSE_KINDS[type(module)].matrix(module)
+        elif kind_of_dense is not None and not is_lazy(dense_weight(module)):
+            weight = kind_of_dense.matrix(module)
             factors, (M, N) = {"weight": dense_weight(module)}, weight.shape
             parameters = one_token = M * N
             kind, settings = "dense", ""
@@ -139,7 +144,7 @@ def report(
         rows.append(
             Row(
                 name, kind, settings, (M, N), 0 if shared else parameters, 0 if shared else M * N, one_token * times,
-                M * N * times, fits[name].error if name in fits else None,
+                M * N * times, next((fits[n].error for n in names[id(module)] if n in fits), None),
                 "shares its weight" if shared else plan.skipped.get(name, "") if plan else "",
             )
         )  # fmt: skip
@@ -169,7 +174,7 @@ def _settings(fields: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def _count_tokens(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> dict[str, int]:
+def _count_tokens(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> dict[str, int]:
     """How many vectors each linear layer, and positions each convolution, processes in one call."""
     counts: dict[str, int] = {}
 
@@ -184,12 +189,15 @@ def _count_tokens(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) ->
     handles = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
-        if isinstance(module, StructuredModule) or type(module) in DENSE_KINDS
+        if isinstance(module, (StructuredModule, *DENSE_KINDS))
     ]
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+        if isinstance(example_inputs, Mapping):
+            model(**example_inputs)
+        else:
+            model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
     finally:
         for handle in handles:
             handle.remove()

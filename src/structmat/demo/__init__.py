@@ -30,6 +30,8 @@ from structmat.plot import couplings, trade_off
 from structmat.report import report, share, table
 
 try:
+    import matplotlib  # noqa: F401 - drawing comes last, and must not be what fails then
+
     from structmat.demo.vit import VisionTransformer, accuracy, digits, train
 except ImportError as error:
     raise ImportError("the demo needs scikit-learn and matplotlib: pip install 'structmat[demo]'") from error
@@ -121,6 +123,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: If no structure fits the budget.
     """
+    settings.out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -130,8 +133,6 @@ def run_demo(settings: Settings) -> dict[str, Any]:
         torch.set_num_threads(threads)
     if len(results) == 1:
         raise ValueError("no structure fits the budget: " + "; ".join(f"{n}: {why}" for (n, _), why in refused.items()))
-    settings.out.mkdir(parents=True, exist_ok=True)
-    _draw(settings, results, blast)
     shown = [r for r in results if r.keep in (settings.keep, 1.0)]
     print(_table(shown))
     for (name, keep), reason in refused.items():
@@ -147,6 +148,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     }
     text = json.dumps(content, indent=1)
     write_atomically(settings.out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+    _draw(settings, results, blast)
     print(f"\nresults.json and the pictures are in {settings.out}/, after {content['seconds']:.0f} seconds")
     return content
 

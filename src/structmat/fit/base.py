@@ -98,6 +98,7 @@ class Method(abc.ABC, Generic[FormatT]):
         Raises:
             TypeError: If the method cannot fit this format, or a weight is no floating-point tensor.
             ValueError: If a weight has another shape, dtype or device, or contains NaN or infinity.
+            FloatingPointError: If the computation or its result is not finite.
         """
         if not isinstance(format, self.formats):
             known = ", ".join(f.__name__ for f in self.formats)
@@ -116,8 +117,17 @@ class Method(abc.ABC, Generic[FormatT]):
             stack = torch.stack([weight.detach().to(compute) for weight in weights])
             scale = _root_mean_square(stack)
             stack /= scale.where(scale > 0, 1)[:, None, None]
-            solved, history = self._solve(stack, format, progress)
+            try:
+                solved, history = self._solve(stack, format, progress)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; the batch is {list(names or range(len(weights)))}") from error
             solved = {n: f.to(dtype) for n, f in format.scaled(solved, scale).items()}
+            for b in range(len(weights)):
+                if not all(bool(torch.isfinite(factor[b]).all()) for factor in solved.values()):
+                    called = names[b] if names else "the weight"
+                    raise FloatingPointError(
+                        f"the factors of {called!r} overflow {dtype}; scale the weight or use float32"
+                    )
             errors = self._relative_errors(stack, scale, format, solved)
         seconds = (time.perf_counter() - start) / len(weights)
         return [

@@ -129,9 +129,12 @@ def factorize(grams: Tensor, damping: Tensor) -> Tensor:
     """
     diagonal = grams.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
-    if not torch.isfinite(grams.sum((-2, -1))).all():
+    finite = torch.isfinite(grams.sum((-2, -1))).reshape(len(grams), -1).all(1)
+    if not finite.all():
+        which = (~finite).nonzero().flatten().tolist()
         raise FloatingPointError(
-            "the normal equations of a BLAST fit are not finite; lower its step or raise its damping"
+            f"the normal equations of a BLAST fit are not finite, for weights {which} of its batch; lower its step or "
+            "raise its damping"
         )
     diagonal += damping.expand(mean.shape)[..., None]
     factors, info = torch.linalg.cholesky_ex(grams)

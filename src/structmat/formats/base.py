@@ -37,8 +37,9 @@ class FactorSpec:
 class Format(abc.ABC):
     """Shape and hyperparameters of one structured matrix ``W (M, N)``; holds no tensors.
 
-    A new format needs ``factor_specs`` and ``to_dense``; the dense matrix is the definition, and everything else has
-    a default through it that a format overrides for speed.
+    A new format needs a ``name``, ``factor_specs``, ``to_dense`` and ``scale_exponents``, and for budgets
+    ``for_budget``; the dense matrix is the definition, and everything else has a default through it that a format
+    overrides for speed.
 
     Attributes:
         M: Out features.

@@ -94,6 +94,8 @@ class BlockSparse(RankedFormat):
             )
         _checks.block_counts((len(mask), len(mask[0])), self.M, self.N)
         object.__setattr__(self, "mask", mask)
+        columns = tuple(tuple(j for j, on in enumerate(row) if on == "1") for row in mask)
+        object.__setattr__(self, "_columns", columns)  # no field: parsed once, since every product needs it
         _checks.natural_int(self.rank, "rank")
         if self.rank > self.max_rank:
             raise ValueError(f"expected a rank of at most min(M, N) = {self.max_rank}, got {self.rank}")
@@ -193,7 +195,7 @@ class BlockSparse(RankedFormat):
     @property
     def columns(self) -> tuple[tuple[int, ...], ...]:
         """For each block row the columns of the blocks that are on."""
-        return tuple(tuple(j for j, on in enumerate(row) if on == "1") for row in self.mask)
+        return self.__dict__["_columns"]
 
     @property
     def positions(self) -> list[tuple[int, int]]:

@@ -52,6 +52,7 @@ class StructuredModule(nn.Module):
             factors = format.init(generator=generator, dtype=dtype, device=device)
         else:
             format.check_factors(factors)
+        self._factor_names = tuple(format.factor_specs())
         for name, spec in format.factor_specs().items():
             tensor = factors[name].detach().to(device=device, dtype=spec.dtype or dtype, copy=True)
             if spec.trainable:
@@ -70,7 +71,7 @@ class StructuredModule(nn.Module):
     @property
     def factors(self) -> dict[str, Tensor]:
         """The factors by name."""
-        return {name: getattr(self, name) for name in self.format.factor_specs()}
+        return {name: getattr(self, name) for name in self._factor_names}
 
     def to_dense(self) -> Tensor:
         """The dense weight ``(M, N)``, differentiable in the factors."""

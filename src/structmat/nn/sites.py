@@ -146,6 +146,10 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             problem = f"its weight is shared with {culprit}, which would keep the dense one; untie them first"
         elif name == "":
             problem = "it is the whole model, which cannot be replaced in place; wrap it in nn.Sequential"
+        elif any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in sharing
+        ):
+            problem = "it has hooks, which would be lost; remove them first and add them to the new layer"
         else:
             problem = kind.problem(module)
         modules = (module, *(m for m in sharing if m is not module))
