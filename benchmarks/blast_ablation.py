@@ -98,8 +98,8 @@ def main() -> None:
     lines = [
         "# What each part of the default BLAST fit is worth",
         "",
-        f"Made by `benchmarks/blast_ablation.py` on: {hardware_line(hardware())}. {SWEEPS} sweeps each; errors relative "
-        "to the published schedule's after 300.",
+        f"Made by `benchmarks/blast_ablation.py` on: {hardware_line(hardware())}. {SWEEPS} sweeps each; errors "
+        "relative to the published schedule's after 300.",
         "",
         "| variant | 4 x 4, median | max | 16 x 16, median | max | time / default |",
         "|---|---|---|---|---|---|",
