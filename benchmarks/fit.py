@@ -174,9 +174,9 @@ def sweep_profile(sweeps: int = 7) -> dict[str, float]:
     outer, diag = [], []
     for _ in range(sweeps):
         start = time.perf_counter()
-        middle = sweeper.outer_steps(torch.tensor([method.step]))
+        damping = sweeper.outer_steps(torch.tensor([method.step]))
         between = time.perf_counter()
-        sweeper.diag_step(torch.tensor([method.step]), *middle)
+        sweeper.diag_step(torch.tensor([method.step]), damping)
         end = time.perf_counter()
         outer.append(between - start)
         diag.append(end - between)

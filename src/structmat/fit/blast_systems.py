@@ -62,10 +62,13 @@ def left_target(weights: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     return target
 
 
-def projected_blocks(weights: Tensor, left: Tensor) -> Tensor:
-    """``left_i^T W_ij`` for all columns at once, ``(B, I, R, N)``: what the right and the diagonal targets share."""
+def projected_blocks(weights: Tensor, left: Tensor, out: Tensor | None = None) -> Tensor:
+    """``left_i^T W_ij`` for all columns at once, ``(B, I, R, N)``, into ``out`` where it is given.
+
+    The targets of ``right`` and of ``diag`` share them.
+    """
     B, I, P, _ = left.shape
-    return left.mT @ weights.view(B, I, P, -1)
+    return torch.matmul(left.mT, weights.view(B, I, P, -1), out=out)
 
 
 def right_target(projected: Tensor, diag: Tensor) -> Tensor:

@@ -174,12 +174,13 @@ class Sweeper:
         self.left_grams = systems.gram_of_columns(left)
         self.right_grams = systems.gram_of_rows(right)
         self.loss = self.energy
+        self.projected = weights.new_empty(*left.shape[:2], left.shape[-1], weights.shape[-1])
 
     def sweep(self, step: Tensor) -> None:
         """One step for each of the three factors, of size ``step (B,)``."""
         if self.method.balanced:
             self._balance()
-        self.diag_step(step, *self.outer_steps(step))
+        self.diag_step(step, self.outer_steps(step))
 
     def relative_error(self) -> Tensor:
         """``(B,)``, of the factors before the last step for ``diag``; from the Gram matrices, hence approximate."""
@@ -210,8 +211,8 @@ class Sweeper:
         self.loss = (self.energy - 2 * inner.double() + quadratic.double()).clamp_min(0)
         return (self.method.delta * self.loss.sqrt()).to(self.weights.dtype)[:, None]
 
-    def outer_steps(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """The steps for ``left`` and ``right``; returns what the step for ``diag`` needs of them."""
+    def outer_steps(self, step: Tensor) -> Tensor:
+        """The steps for ``left`` and ``right``; returns the damping for the step for ``diag``, ``(B, 1)``."""
         gram = systems.left_gram(self.diag, self.right_grams)
         target = systems.left_target(self.weights, self.diag, self.right)
         damping = self._damping((target * self.left).sum((1, 2, 3)), (gram * self.left_grams).sum((1, 2, 3)))
@@ -221,20 +222,20 @@ class Sweeper:
         self.left = torch.lerp(self.left, solved, step[:, None, None, None])
         self.left_grams = systems.gram_of_columns(self.left)
 
-        projected = systems.projected_blocks(self.weights, self.left)
+        self.projected = systems.projected_blocks(self.weights, self.left, self.projected)
         gram = systems.right_gram(self.diag, self.left_grams)
-        target = systems.right_target(projected, self.diag)
+        target = systems.right_target(self.projected, self.diag)
         damping = self._damping((target * self.right).sum((1, 2, 3)), (gram * self.right_grams).sum((1, 2, 3)))
         damped = target + damping[..., None, None] * self.right
         solved = torch.cholesky_solve(damped, systems.factorize(gram.clone(), damping))
         self.right = torch.lerp(self.right, solved, step[:, None, None, None])
         self.right_grams = systems.gram_of_rows(self.right)
         damping = self._damping((target * self.right).sum((1, 2, 3)), (gram * self.right_grams).sum((1, 2, 3)))
-        return projected, damping
+        return damping
 
-    def diag_step(self, step: Tensor, projected: Tensor, damping: Tensor) -> None:
-        """The step for ``diag``, from the projected blocks and the damping that ``outer_steps`` returned."""
-        target = systems.diag_target(projected, self.right)
+    def diag_step(self, step: Tensor, damping: Tensor) -> None:
+        """The step for ``diag``, with the damping that ``outer_steps`` returned."""
+        target = systems.diag_target(self.projected, self.right)
         damping = damping[..., None]  # (B, 1, 1)
         buffer: Tensor | None = None
         for rows, columns in systems.diag_chunks(self.left_grams, self.right_grams):
