@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from structmat.bench import time_side_by_side
 
 
@@ -22,3 +24,8 @@ def test_the_time_is_the_median() -> None:
 def test_the_slower_one_takes_longer() -> None:
     times = time_side_by_side({"slow": lambda: time.sleep(0.01), "fast": lambda: None}, rounds=3)
     assert times["slow"] >= 0.01 > times["fast"]
+
+
+def test_there_must_be_a_round() -> None:
+    with pytest.raises(ValueError, match="rounds to be an integer of at least 1, got 0"):
+        time_side_by_side({"a": lambda: None}, rounds=0)

@@ -129,3 +129,31 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_every_structure_is_in_the_demo() -> None:
     assert set(STRUCTURES) == set(structmat.formats.FORMATS) - {"dense"}
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "demo",
+        "--formats",
+        "monarch",
+        "block_sparse",
+        "--keep",
+        "0.01",
+        "--quick",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(words) == 1
+    assert "no structure fits the budget: monarch: layer 'blocks.0.qkv' does not fit" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_is_no_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_demo", interrupted)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "structmat: interrupted\n"

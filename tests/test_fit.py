@@ -514,3 +514,16 @@ def test_a_format_without_a_default_method_is_refused(format: Format) -> None:
     message = re.escape(f"got {format}; pass method=, GradientFit() fits any")
     with pytest.raises(ValueError, match=r"expected a format with a default method \(LowRank, .*" + message):
         default_method(format)
+
+
+def test_magnitude_refuses_a_negative_tolerance() -> None:
+    with pytest.raises(ValueError, match="tolerance to be at least 0, got -1"):
+        Magnitude(tolerance=-1)
+
+
+def test_a_computation_that_is_not_finite_names_its_batch() -> None:
+    exploding = Lee2024Blast(start=1e30, sweeps=1)
+    with pytest.raises(
+        FloatingPointError, match=r"not finite, for weights \[0\] of its batch; .* the batch is \['a'\]"
+    ):
+        exploding.fit_many([randn(8, 8)], Blast(8, 8, (2, 2), 2), names=["a"])

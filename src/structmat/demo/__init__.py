@@ -123,16 +123,17 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: If no structure fits the budget.
     """
+    plans, refused = _plans(settings)
+    if not plans:
+        raise ValueError("no structure fits the budget: " + "; ".join(f"{n}: {why}" for (n, _), why in refused.items()))
     settings.out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = time.perf_counter()
     try:
-        results, refused, blast = _measure(settings)
+        results, blast = _measure(settings, plans)
     finally:
         torch.set_num_threads(threads)
-    if len(results) == 1:
-        raise ValueError("no structure fits the budget: " + "; ".join(f"{n}: {why}" for (n, _), why in refused.items()))
     shown = [r for r in results if r.keep in (settings.keep, 1.0)]
     print(_table(shown))
     for (name, keep), reason in refused.items():
@@ -153,19 +154,32 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     return content
 
 
+def _plans(settings: Settings) -> tuple[dict[tuple[str, float], Plan], dict[tuple[str, float], str]]:
+    """The plan for each structure and budget, and why there is none where a structure does not fit."""
+    model = VisionTransformer()
+    plans: dict[tuple[str, float], Plan] = {}
+    refused: dict[tuple[str, float], str] = {}
+    for keep in settings.keeps:
+        for name in settings.formats:
+            try:
+                plans[name, keep] = make_plan(model, {LAYERS: Rule(FORMATS[name], blocks=BLOCKS.get(name))}, keep=keep)
+            except ValueError as error:
+                refused[name, keep] = str(error)
+    return plans, refused
+
+
 def _measure(
-    settings: Settings,
-) -> tuple[list[Result], dict[tuple[str, float], str], StructuredModule | None]:
+    settings: Settings, plans: Mapping[tuple[str, float], Plan]
+) -> tuple[list[Result], StructuredModule | None]:
     data = digits()
     long, short = settings.epochs
     images = data.test_images
     dense_result = Result("dense", 1.0)
     results: dict[tuple[str, float], Result] = {}
-    refused: dict[tuple[str, float], str] = {}
     to_time: dict[str, nn.Module] = {}
     blast: StructuredModule | None = None
-    cells = [(name, keep) for keep in settings.keeps for name in settings.formats]
-    epochs = settings.seeds * (long + len(cells) * short + len(settings.formats) * long)
+    from_scratch = sum(math.isclose(keep, settings.keep) for _, keep in plans)
+    epochs = settings.seeds * (long + len(plans) * short + from_scratch * long)
 
     with tqdm(total=epochs, unit="epoch", file=sys.stderr) as bar:
         for seed in range(settings.seeds):
@@ -178,15 +192,9 @@ def _measure(
                 costs = report(dense, example_inputs=images[:1])
                 dense_result.parameters, dense_result.multiplications = costs.parameters, costs.multiplications
                 to_time["dense"] = dense
-            for name, keep in cells:
+            for (name, keep), plan in plans.items():
                 bar.set_description(f"{name} at keep {keep:g}")
                 at_table = math.isclose(keep, settings.keep)
-                try:
-                    plan = _plan(dense, name, keep)
-                except ValueError as error:
-                    refused[name, keep] = str(error)
-                    bar.update(short + (long if at_table else 0))
-                    continue
                 result = results.setdefault((name, keep), Result(name, keep))
                 model = copy.deepcopy(dense)
                 fits = compress_(model, plan, progress=False)
@@ -207,11 +215,7 @@ def _measure(
                     result.scratch.append(accuracy(fresh, data))
 
     _time(to_time, images, [dense_result, *results.values()], settings.keep)
-    return [dense_result, *results.values()], refused, blast
-
-
-def _plan(model: nn.Module, name: str, keep: float) -> Plan:
-    return make_plan(model, {LAYERS: Rule(FORMATS[name], blocks=BLOCKS.get(name))}, keep=keep)
+    return [dense_result, *results.values()], blast
 
 
 def _pooled_error(dense: nn.Module, fits: Mapping[str, Fit]) -> float:

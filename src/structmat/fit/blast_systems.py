@@ -63,10 +63,7 @@ def left_target(weights: Tensor, diag: Tensor, right: Tensor) -> Tensor:
 
 
 def projected_blocks(weights: Tensor, left: Tensor, out: Tensor | None = None) -> Tensor:
-    """``left_i^T W_ij`` for all columns at once, ``(B, I, R, N)``, into ``out`` where it is given.
-
-    The targets of ``right`` and of ``diag`` share them.
-    """
+    """``left_i^T W_ij``, ``(B, I, R, N)``, into ``out`` if given: what the targets of right and diag share."""
     B, I, P, _ = left.shape
     return torch.matmul(left.mT, weights.view(B, I, P, -1), out=out)
 

@@ -230,8 +230,7 @@ class Sweeper:
         solved = torch.cholesky_solve(damped, systems.factorize(gram.clone(), damping))
         self.right = torch.lerp(self.right, solved, step[:, None, None, None])
         self.right_grams = systems.gram_of_rows(self.right)
-        damping = self._damping((target * self.right).sum((1, 2, 3)), (gram * self.right_grams).sum((1, 2, 3)))
-        return damping
+        return self._damping((target * self.right).sum((1, 2, 3)), (gram * self.right_grams).sum((1, 2, 3)))
 
     def diag_step(self, step: Tensor, damping: Tensor) -> None:
         """The step for ``diag``, with the damping that ``outer_steps`` returned."""
