@@ -7,7 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+import torchvision_ops
+
 torch.set_num_threads(1)
+torchvision_ops.declare()
 settings.register_profile("structmat", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("structmat")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from structmat.fit import Fit
-from structmat.nn import DENSE_KINDS, StructuredConv2d, StructuredModule, dense_weight
+from structmat.nn import DENSE_KINDS, StructuredConv2d, StructuredModule, dense_weight, unseen_weights
 from structmat.plan import Plan
 
 
@@ -57,6 +57,7 @@ class Report:
         multiplications: Of the layers in ``rows``.
         dense_multiplications: Those of the same layers dense.
         per_token: Whether multiplications are per token and layer; otherwise they are over the example inputs.
+        unseen: Matrices that are in no linear layer or convolution, by parameter name; they are shown below the table.
     """
 
     rows: tuple[Row, ...]
@@ -65,6 +66,7 @@ class Report:
     multiplications: int
     dense_multiplications: int
     per_token: bool
+    unseen: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-compatible data."""
@@ -95,7 +97,8 @@ class Report:
             "whole model", "", "", "", f"{self.parameters:,}", share(self.parameters, self.dense_parameters),
             f"{self.multiplications:,}", "", f"{share(self.multiplications, self.dense_multiplications)} of dense",
         )  # fmt: skip
-        return table([head, *body, total], right=(4, 5, 6, 7))
+        notes = [f"not in any row: {name} ({what})" for name, what in self.unseen.items()]
+        return "\n".join([table([head, *body, total], right=(4, 5, 6, 7)), *notes])
 
 
 def report(
@@ -118,6 +121,7 @@ def report(
         The report.
     """
     fits = fits or {}
+    unseen = unseen_weights(model)
     tokens = _count_tokens(model, example_inputs) if example_inputs is not None else {}
     counted: set[int] = set()
     rows: list[Row] = []
@@ -157,6 +161,7 @@ def report(
         sum(row.multiplications for row in rows),
         sum(row.dense_multiplications for row in rows),
         example_inputs is None,
+        unseen,
     )
 
 

@@ -1,11 +1,21 @@
 """Layers whose weights are structured matrices."""
 
-from structmat.nn.linear import StructuredConv2d, StructuredLinear, StructuredModule
-from structmat.nn.sites import DENSE_KINDS, DenseKind, Site, dense_weight, find_sites, put_module
+from structmat.nn.linear import StructuredConv2d, StructuredLinear, StructuredModule, unfolded
+from structmat.nn.sites import (
+    DENSE_KINDS,
+    DenseKind,
+    Site,
+    dense_weight,
+    find_sites,
+    put_module,
+    unseen_weights,
+)
+from structmat.nn.weight import ReadOnlyWeight
 
 __all__ = [
     "DENSE_KINDS",
     "DenseKind",
+    "ReadOnlyWeight",
     "Site",
     "StructuredConv2d",
     "StructuredLinear",
@@ -13,4 +23,6 @@ __all__ = [
     "dense_weight",
     "find_sites",
     "put_module",
+    "unfolded",
+    "unseen_weights",
 ]

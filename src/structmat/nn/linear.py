@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.formats import Format
+from structmat.nn.weight import ReadOnlyWeight
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -54,7 +55,9 @@ class StructuredModule(nn.Module):
             format.check_factors(factors)
         self._factor_names = tuple(format.factor_specs())
         for name, spec in format.factor_specs().items():
-            tensor = factors[name].detach().to(device=device, dtype=spec.dtype or dtype, copy=True)
+            tensor = (
+                factors[name].detach().to(device, spec.dtype or dtype, copy=True, memory_format=torch.contiguous_format)
+            )
             if spec.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -76,6 +79,25 @@ class StructuredModule(nn.Module):
     def to_dense(self) -> Tensor:
         """The dense weight ``(M, N)``, differentiable in the factors."""
         return self.format.to_dense(self.factors)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the dense layer, in its layout, to read alone: writing to it is an error."""
+        if "weight" in self._factor_names:
+            return cast("Tensor", self.__getattr__("weight"))
+        factor = next(iter(self.factors.values()))
+        shape = self.in_dense_layout(torch.empty(self.format.shape, device="meta")).shape
+        return ReadOnlyWeight.of(
+            lambda: self.in_dense_layout(self.to_dense()), tuple(shape), factor.dtype, factor.device
+        )
+
+    def dense_layer(self) -> nn.Module:
+        """The dense layer that this one stands in for, on the meta device."""
+        return nn.Linear(self.format.N, self.format.M, device="meta")
+
+    def in_dense_layout(self, matrix: Tensor) -> Tensor:
+        """The matrix ``(M, N)`` as a view in the layout of the dense layer's ``weight``."""
+        return matrix
 
     def _product(self, x: Tensor) -> Tensor:
         y = self.format.matmul(x, self.factors)
@@ -179,17 +201,6 @@ class StructuredConv2d(StructuredModule):
         self.padding_mode: PaddingMode = padding_mode
 
     @property
-    def margins(self) -> tuple[int, int, int, int]:
-        """Columns and rows that the padding adds at ``(left, right, top, bottom)``."""
-        if isinstance(self.padding, str):
-            same = self.padding == "same"
-            totals = [d * (k - 1) if same else 0 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            (top, left), (bottom, right) = [t // 2 for t in totals], [t - t // 2 for t in totals]
-            return left, right, top, bottom
-        rows, columns = self.padding
-        return columns, columns, rows, rows
-
-    @property
     def in_channels(self) -> int:
         """``N / (kh kw)``."""
         return self.format.N // math.prod(self.kernel_size)
@@ -198,6 +209,23 @@ class StructuredConv2d(StructuredModule):
     def out_channels(self) -> int:
         """``M``."""
         return self.format.M
+
+    def dense_layer(self) -> nn.Conv2d:
+        """The dense convolution that this one stands in for, on the meta device."""
+        return nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            padding_mode=self.padding_mode,
+            device="meta",
+        )
+
+    def in_dense_layout(self, matrix: Tensor) -> Tensor:
+        """The matrix as ``(out, in, kh, kw)``."""
+        return matrix.view(self.out_channels, self.in_channels, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -217,19 +245,8 @@ class StructuredConv2d(StructuredModule):
                 f"got shape {tuple(x.shape)}"
             )
         images = x if x.ndim == 4 else x[None]
-        margins = self.margins
-        if any(margins):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            images = nn.functional.pad(images, margins, mode=mode)
-        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        height, width = (
-            (size - span) // step + 1 for size, span, step in zip(images.shape[-2:], spans, self.stride, strict=True)
-        )
-        if self.kernel_size == (1, 1):
-            columns = images[..., :: self.stride[0], :: self.stride[1]].flatten(2)
-        else:
-            columns = nn.functional.unfold(images, self.kernel_size, self.dilation, 0, self.stride)  # (B, N, L)
-        y = self._product(columns.mT).mT.unflatten(-1, (height, width))
+        vectors, size = unfolded(self, images)
+        y = self._product(vectors).mT.unflatten(-1, size)
         return y if x.ndim == 4 else y[0]
 
     def extra_repr(self) -> str:
@@ -238,6 +255,43 @@ class StructuredConv2d(StructuredModule):
             f"{self.format}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}, "
             f"dilation={self.dilation}, padding_mode={self.padding_mode!r}, bias={self.bias is not None}"
         )
+
+
+def unfolded(layer: StructuredConv2d | nn.Conv2d, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """What the matrix of a convolution multiplies, and the height and width of its output.
+
+    Args:
+        layer: The convolution, structured or dense with one group.
+        images: ``(batch, in, height, width)``.
+
+    Returns:
+        Vectors ``(batch, L, N)``, one for each of the ``L`` output positions, and the output's size.
+    """
+    kernel_size, stride, dilation = _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.dilation)
+    margins = _margins(layer)
+    if any(margins):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        images = nn.functional.pad(images, margins, mode=mode)
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
+    height, width = (
+        (size - span) // step + 1 for size, span, step in zip(images.shape[-2:], spans, stride, strict=True)
+    )
+    if kernel_size == (1, 1):
+        columns = images[..., :: stride[0], :: stride[1]].flatten(2)
+    else:
+        columns = nn.functional.unfold(images, kernel_size, dilation, 0, stride)  # (B, N, L)
+    return columns.mT, (height, width)
+
+
+def _margins(layer: StructuredConv2d | nn.Conv2d) -> tuple[int, int, int, int]:
+    """Columns and rows that the padding adds at ``(left, right, top, bottom)``."""
+    if isinstance(layer.padding, str):
+        sizes = zip(_pair(layer.dilation), _pair(layer.kernel_size), strict=True)
+        totals = [d * (k - 1) if layer.padding == "same" else 0 for d, k in sizes]
+        (top, left), (bottom, right) = [t // 2 for t in totals], [t - t // 2 for t in totals]
+        return left, right, top, bottom
+    rows, columns = _pair(layer.padding)
+    return columns, columns, rows, rows
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -8,7 +8,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from structmat import _doors
 from structmat.formats import Format
 from structmat.nn.linear import StructuredConv2d, StructuredLinear, StructuredModule
 
@@ -102,6 +104,11 @@ class Site:
         """The dense weight ``(M, N)``."""
         return DENSE_KINDS[type(self.module)].matrix(self.module)
 
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The bias ``(M,)``, if there is one module, and it has one."""
+        return self.module._parameters["bias"] if len(self.modules) == 1 else None
+
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every dense weight of the network that could be structured, each once however often it is used.
@@ -112,6 +119,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     Returns:
         The sites by name, in the order of ``named_modules``.
     """
+    _doors.open_doors(model)
     names: dict[int, list[str]] = {}
     users: dict[int, list[nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -155,6 +163,34 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
         modules = (module, *(m for m in sharing if m is not module))
         sites[name] = Site(name, tuple(n for m in modules for n in names[id(m)]), modules, problem)
     return sites
+
+
+def unseen_weights(model: nn.Module) -> dict[str, str]:
+    """Every matrix of the network that no walker over its layers can see, and why.
+
+    Such are experts that a model fuses into one parameter of three dimensions, the projections inside
+    ``nn.MultiheadAttention`` and recurrent layers, transposed convolutions, and learned position tables.
+
+    Args:
+        model: The network.
+
+    Returns:
+        What holds each parameter that has at least two dimensions larger than 1 and belongs to no dense layer, no
+        embedding and no structured layer, by the parameter's name.
+    """
+    _doors.open_doors(model)
+    seen = (*DENSE_KINDS, nn.Embedding, nn.EmbeddingBag, StructuredModule)
+    unseen: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, seen):
+            continue
+        for own, parameter in module._parameters.items():
+            if parameter is not None and not is_lazy(parameter) and sum(size > 1 for size in parameter.shape) > 1:
+                shape = " x ".join(map(str, parameter.shape))
+                unseen[f"{name}.{own}" if name else own] = (
+                    f"{shape}, held by a {type(module).__name__}, which is no linear layer or convolution to replace"
+                )
+    return unseen
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:

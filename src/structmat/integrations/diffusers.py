@@ -1,0 +1,137 @@
+"""Structured networks in Hugging Face diffusers: models and whole pipelines, plain save and plain load.
+
+Importing this module, or ``structmat`` before or after diffusers, registers the quantization method ``"structmat"``.
+Surgery on ``pipeline.transformer`` or ``pipeline.unet`` writes the plan into that model's configuration;
+``from_pretrained`` of the model or of a pipeline that holds it reads it. A program that did not import structmat gets
+the ``ValueError`` of diffusers about an unknown quantization type. Layers that share one weight cannot be saved:
+diffusers refuses it for dense ones too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from enum import Enum
+from typing import Any
+
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from structmat import _doors
+from structmat.convert import apply_plan_, densify_
+from structmat.integrations._recorded import QUANT_METHOD, Recorded, is_ours, recorded
+from structmat.nn import StructuredModule
+
+
+class StructmatMethod(str, Enum):
+    """The method's name in the form that diffusers reads, with a ``value``."""
+
+    STRUCTMAT = QUANT_METHOD
+
+
+class StructmatDiffusersConfig(Recorded, QuantizationConfigMixin):
+    """The ``quantization_config`` of a structured model."""
+
+    quant_method = StructmatMethod.STRUCTMAT
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of it, which the base class' ``repr`` asks for."""
+        return self.to_dict()
+
+
+class StructmatDiffusersQuantizer(DiffusersQuantizer):
+    """Puts structured layers into a skeleton before its weights are loaded, and checks that the file has all."""
+
+    use_keep_in_fp32_modules = True
+    quantization_config: StructmatDiffusersConfig
+
+    @property
+    def is_serializable(self) -> Any:
+        """Such a model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> Any:
+        """Such a model can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Such a model can be compiled."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        apply_plan_(model, self.quantization_config.plan())
+        return model
+
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
+        """Refuse a file that lacks a tensor of a structured layer.
+
+        Args:
+            model: The skeleton.
+            missing_keys: What the file lacks.
+            prefix: Not used.
+
+        Returns:
+            ``missing_keys`` as it is.
+
+        Raises:
+            ValueError: If one of them belongs to a structured layer.
+        """
+        structured = {name for name, module in model.named_modules() if isinstance(module, StructuredModule)}
+        lost = sorted(key for key in missing_keys if key.rpartition(".")[0] in structured)
+        if lost:
+            raise ValueError(
+                f"expected values for every tensor of the structured layers, but the checkpoint has none for {lost}; "
+                "it is incomplete, or its tensors are under other names"
+            )
+        return missing_keys
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.is_quantized = False  # .half(), .float() and .to(dtype) refuse to work on models that are
+        write_down(model)
+        return model
+
+    def _dequantize(self, model: Any) -> Any:
+        densify_(model)
+        model.hf_quantizer = self  # diffusers takes it off itself
+        return model
+
+
+def write_down(model: nn.Module) -> None:
+    """Write what is structured into the configuration of every diffusers model in the network.
+
+    ``apply_plan_``, ``compress_`` and ``densify_`` do this themselves for the network that they were given.
+
+    Args:
+        model: The network; models in it are found.
+    """
+    for module in model.modules():
+        if isinstance(module, ModelMixin):
+            _write_down_one(module)
+
+
+def _write_down_one(model: Any) -> None:
+    facts = recorded(model)
+    before = model.config.get("quantization_config")
+    if before is not None and not is_ours(before):
+        if facts:
+            warnings.warn(
+                f"the model has the quantization_config {type(before).__name__}, and a model can have but one: "
+                "save_pretrained will not store its structured layers; compress it before it is quantized",
+                stacklevel=2,
+            )
+        return
+    if facts is not None:
+        model.register_to_config(quantization_config=StructmatDiffusersConfig(**facts))
+    elif before is not None:
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+        model.__dict__.pop("hf_quantizer", None)
+
+
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = StructmatDiffusersConfig  # there is no function for it
+auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = StructmatDiffusersQuantizer
+_doors.RECORDERS["diffusers"] = write_down

@@ -1,0 +1,65 @@
+"""Tasks of EleutherAI's ``lm-eval`` on a model in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import nn
+
+
+def lm_eval_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    include_path: str | os.PathLike[str] | None = None,
+    limit: int | float | None = None,
+    batch_size: int = 8,
+    length: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a causal language model on tasks of ``lm-eval``.
+
+    Args:
+        model: Of ``transformers``, structured or not.
+        tokenizer: Of the model.
+        tasks: Names of tasks, ``"arc_easy"``, or of groups of them.
+        include_path: A folder with the YAML files of own tasks; then only they are known. None for those of the
+            package, most of which load their data from the Hub.
+        limit: Examples of each task, or their share where it is below 1; None for all.
+        batch_size: Examples that are scored together.
+        length: Tokens that the model sees at once; None for what its configuration says.
+
+    Returns:
+        For each task its figures by ``"metric,filter"``, as ``lm-eval`` names them.
+
+    Raises:
+        ValueError: If no task is given, or one is unknown.
+    """
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"expected a list of names of tasks, got {tasks!r}")
+    path = None if include_path is None else os.fspath(include_path)
+    manager = TaskManager(include_path=path, include_defaults=path is None)
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown:
+        known = sorted(manager.all_tasks)
+        shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+        raise ValueError(f"expected tasks that lm-eval knows, got {unknown}; there are: {shown or 'none'}")
+    training = model.training
+    wrapper: Any = HFLM
+    evaluate: Any = simple_evaluate
+    try:
+        results = evaluate(
+            model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+        )
+    finally:
+        model.train(training)
+    return {name: dict(figures) for name, figures in results["results"].items()}

@@ -1,0 +1,69 @@
+"""What a model of ``transformers`` is for: the tasks that can be retrained and evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from structmat import _checks
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        loader: The class whose ``from_pretrained`` loads its models.
+        models: The class of its models, by architecture.
+    """
+
+    loader: Any
+    models: Mapping[Any, Any]
+
+
+TASKS: dict[str, Task] = {
+    "causal-lm": Task(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "sequence-classification": Task(
+        AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    "image-classification": Task(AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+}
+
+
+def task_of(model: nn.Module, task: str | None = None) -> str:
+    """The task of a model, from its class.
+
+    Args:
+        model: Of ``transformers``.
+        task: What the caller says; None to find out.
+
+    Returns:
+        A key of ``TASKS``.
+
+    Raises:
+        ValueError: If the given task is unknown, or the class tells none.
+    """
+    if task is not None:
+        _checks.one_of(task, TASKS, "task")
+        return task
+    names = {kind.__name__ for kind in type(model).__mro__}  # sharding makes a subclass
+    for name, known in TASKS.items():
+        classes = {c for entry in known.models.values() for c in ((entry,) if isinstance(entry, str) else entry)}
+        if names & classes:
+            return name
+    raise ValueError(
+        f"expected a model whose class tells its task, got {type(model).__name__}; pass task, one of {', '.join(TASKS)}"
+    )

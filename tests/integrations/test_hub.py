@@ -1,0 +1,132 @@
+"""Loading in one line, and the doors through which frameworks come in."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from huggingface_hub.errors import EntryNotFoundError
+from networks import build, compressed, same_state
+from torch import nn
+from transformers import AutoModel, BertForMaskedLM, LlamaForCausalLM, LlamaModel
+
+from structmat import LowRank, _doors, apply_plan_, load_pretrained
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM"])
+def test_a_transformers_model(name: str, tmp_path: Path) -> None:
+    model = compressed(build(name))
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert type(loaded) in (LlamaForCausalLM, BertForMaskedLM)
+    assert same_state(loaded, model)
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModel", AutoModel])
+def test_another_class(auto_class: Any, tmp_path: Path) -> None:
+    compressed(build("LlamaForCausalLM")).save_pretrained(tmp_path / "sub")
+    loaded = load_pretrained(str(tmp_path), auto_class=auto_class, dtype=torch.bfloat16, subfolder="sub")
+    assert type(loaded) is LlamaModel
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_a_diffusers_model(tmp_path: Path) -> None:
+    model = DiTTransformer2DModel(2, 8, num_layers=1, sample_size=8)
+    apply_plan_(model, {"transformer_blocks.0.attn1.to_q": LowRank(16, 16, 4)})
+    model.save_pretrained(tmp_path)
+    assert same_state(load_pretrained(tmp_path), model)
+
+
+def test_a_repository_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed(build("LlamaForCausalLM")).save_pretrained(tmp_path)
+    asked: list[Any] = []
+
+    def download(name: str, file: str, **options: Any) -> str:
+        asked.append((name, file, options))
+        if not (tmp_path / file).exists():
+            raise EntryNotFoundError(f"no {file}")
+        return str(tmp_path / file)
+
+    def from_pretrained(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return "loaded"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
+    assert load_pretrained("somebody/some-model", revision="r", device_map="cpu") == "loaded"
+    assert asked == [
+        ("somebody/some-model", "model_index.json", {"revision": "r"}),
+        ("somebody/some-model", "config.json", {"revision": "r"}),
+        ("somebody/some-model", {"revision": "r", "device_map": "cpu"}),
+    ]
+
+
+def test_a_folder_without_configuration(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected a folder or hub repository with config.json or model_index"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"architectures": ["NoSuchModel"]}, {"_class_name": "NoSuchModel"}])
+def test_a_class_that_the_framework_has_not(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"to name a class of (transformers|diffusers), got .*; pass auto_class"):
+        load_pretrained(tmp_path)
+
+
+def test_a_framework_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"expected transformers to be installed; run: pip install 'structmat\[trans"):
+        load_pretrained(tmp_path)
+
+
+# Doors
+
+
+def test_doors_open_for_subclasses_of_a_framework_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(_doors.importlib, "import_module", opened.append)
+
+    class Mine(LlamaForCausalLM):
+        pass
+
+    _doors.open_doors(nn.Linear(2, 2))
+    assert opened == []
+    _doors.open_doors(nn.Sequential(Mine(build("LlamaForCausalLM").config)))
+    assert opened == ["structmat.integrations.transformers"]
+    _doors.open_doors(DiTTransformer2DModel(2, 8, num_layers=1, sample_size=8))
+    assert opened[1:] == ["structmat.integrations.diffusers"]
+
+
+def test_a_class_that_only_says_so_opens_no_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    Fake = type("Fake", (nn.Module,), {"__module__": "transformers.fake"})
+    monkeypatch.delitem(sys.modules, "transformers")
+    _doors.open_doors(Fake())
+    assert "transformers" not in sys.modules
+
+
+def test_the_watch_is_kept_once() -> None:
+    _doors.watch()
+    _doors.watch()
+    watchers = [finder for finder in sys.meta_path if isinstance(finder, _doors._Watcher)]
+    assert len(watchers) == 1
+    assert watchers[0].find_spec("json", None) is None
+
+
+def test_what_is_watched_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "watched_for_a_test.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(_doors.FRAMEWORKS, "nothing", "watched_for_a_test")
+    imported: list[str] = []
+    original = _doors.importlib.import_module
+    monkeypatch.setattr(_doors.importlib, "import_module", lambda name: imported.append(name))
+    module = __import__("watched_for_a_test")
+    monkeypatch.setattr(_doors.importlib, "import_module", original)
+    assert module.value == 3
+    assert imported == ["structmat.integrations.nothing"]
+    assert not isinstance(module.__loader__, _doors._Follower)
+    del sys.modules["watched_for_a_test"]
