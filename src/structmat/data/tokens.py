@@ -1,0 +1,112 @@
+"""From texts to rows and batches of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structmat import _checks
+
+Tokenizer = Any
+"""A tokenizer of ``transformers``, or anything that is called and has the same ids of special tokens."""
+
+
+def token_rows(tokenizer: Tokenizer, texts: Iterable[str], *, length: int, packed: bool = False) -> list[list[int]]:
+    """Tokenize documents.
+
+    A BOS token is put in front of each document where the tokenizer has one and does not add it itself.
+
+    Args:
+        tokenizer: Of ``transformers``.
+        texts: The documents.
+        length: Tokens of a row, at most.
+        packed: False for a row per document, cut at ``length``. True for rows of exactly ``length`` tokens, cut from
+            all documents one after the other with an EOS token behind each; what does not fill a last row is dropped.
+
+    Returns:
+        The ids of each row.
+
+    Raises:
+        ValueError: If ``length`` is no positive integer, there is no document, the tokenizer has no EOS token to pack
+            with, or the texts do not fill one row.
+        TypeError: If ``texts`` is one text.
+    """
+    if isinstance(texts, str):
+        raise TypeError("expected several texts, got one; put it into a list")
+    _checks.positive_int(length, "length")
+    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    documents = [encode(tokenizer, text) for text in texts]
+    if not documents:
+        raise ValueError("expected at least one document, got none")
+    if not packed:
+        return [document[:length] for document in documents]
+    if eos is None:
+        raise ValueError("expected a tokenizer with an EOS token, which separates packed documents; pass packed=False")
+    stream: list[int] = []
+    for document in documents:
+        stream += document
+        if bos != eos and document[-1:] != [eos]:
+            stream.append(eos)
+    rows = [stream[k : k + length] for k in range(0, len(stream) - length + 1, length)]
+    if not rows:
+        raise ValueError(f"expected texts that fill a row of {length} tokens, got {len(stream)}; shorten the rows")
+    return rows
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a document, with a BOS token in front where the tokenizer has one."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def token_batches(
+    tokenizer: Tokenizer, texts: Iterable[str], *, length: int, batch_size: int, packed: bool = False
+) -> list[dict[str, Tensor]]:
+    """Tokenize documents into batches, for calibration and evaluation.
+
+    Args:
+        tokenizer: As in ``token_rows``, and so are ``texts``, ``length`` and ``packed``.
+        texts: The documents.
+        length: Tokens of a row, at most.
+        batch_size: Rows of a batch; the last may have fewer.
+        packed: Whether rows are cut from all documents one after the other.
+
+    Returns:
+        Batches ``{"input_ids": (rows, T), "attention_mask": (rows, T)}``, padded on the right to their longest row.
+
+    Raises:
+        ValueError: If ``batch_size`` is no positive integer, or as in ``token_rows``.
+    """
+    _checks.positive_int(batch_size, "batch_size")
+    rows = token_rows(tokenizer, texts, length=length, packed=packed)
+    padding = padding_id(tokenizer)
+    return [pad(rows[k : k + batch_size], padding) for k in range(0, len(rows), batch_size)]
+
+
+def padding_id(tokenizer: Tokenizer) -> int:
+    """The tokenizer's padding token, else its EOS token, else 0: a masked position may hold any."""
+    candidates = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((found for found in candidates if found is not None), 0)
+
+
+def pad(rows: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
+    """Rows of ids as ``{"input_ids": (rows, T), "attention_mask": (rows, T)}``, filled up on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+
+
+def language_collator(tokenizer: Tokenizer) -> Callable[[Sequence[Sequence[int]]], dict[str, Tensor]]:
+    """A collator for training: rows of ids to a padded batch with ``labels``, which are -100 on the padding."""
+    padding = padding_id(tokenizer)
+
+    def collate(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        batch = pad(rows, padding)
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    return collate

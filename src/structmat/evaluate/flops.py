@@ -1,0 +1,82 @@
+"""Floating-point operations of a network and of its dense counterpart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from structmat._calls import call, evaluating
+from structmat.nn import StructuredConv2d, StructuredModule
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one call, a multiplication and its addition being two.
+
+    Attributes:
+        compressed: Of the network as it is.
+        dense: Of the network with every structured layer dense.
+    """
+
+    compressed: int
+    dense: int
+
+    @property
+    def relative(self) -> float:
+        """What is left of the dense network's operations."""
+        return self.compressed / self.dense if self.dense else math.nan
+
+    def __str__(self) -> str:
+        return f"{self.compressed:,} FLOPs, {self.relative:.3f} of the dense {self.dense:,}"
+
+
+def relative_flops(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> Flops:
+    """Count the floating-point operations of a call, and those of the same call with dense layers.
+
+    The network runs once, under ``torch.utils.flop_counter``, which counts products of matrices, convolutions and
+    attention, and not what goes entry by entry. No dense copy is made: a structured layer's own operations are taken
+    off, and those of the dense product of the same inputs put in their place.
+
+    Args:
+        model: The network; it may live on the meta device, with inputs there.
+        example_inputs: Input or inputs of the call, a mapping for keyword arguments.
+
+    Returns:
+        Both counts.
+
+    Raises:
+        ValueError: If the counter knows no formula for what a structured layer does.
+    """
+    counter = FlopCounterMode(display=False)
+    starts: list[int] = []
+    saved: list[int] = []
+
+    def begin(layer: StructuredModule, inputs: tuple[Tensor, ...]) -> None:
+        starts.append(counter.get_total_flops())
+
+    def end(layer: StructuredModule, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        own = counter.get_total_flops() - starts.pop()
+        vectors = output.numel() // output.shape[-3 if isinstance(layer, StructuredConv2d) else -1]
+        if own == 0 and layer.format.multiplications(vectors, layer.factors) > 0:
+            raise ValueError(
+                f"expected the counter to see the operations of {layer.format}, got none; give their operator "
+                "a formula with torch.utils.flop_counter.register_flop_formula"
+            )
+        saved.append(2 * vectors * layer.format.M * layer.format.N - own)
+
+    layers = [module for module in model.modules() if isinstance(module, StructuredModule)]
+    handles = [layer.register_forward_pre_hook(begin) for layer in layers]
+    handles += [layer.register_forward_hook(end) for layer in layers]
+    try:
+        with evaluating(model), counter:
+            call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    compressed = counter.get_total_flops()
+    return Flops(compressed, compressed + sum(saved))
