@@ -4,9 +4,12 @@ A ``Format`` is the shape of one structured matrix, a ``Method`` fits it to a de
 of a network gets which format.
 """
 
+from structmat import _doors
 from structmat._version import __version__
+from structmat.calibrate import Calibration, Moments, calibrate
 from structmat.checkpoint import load, plan_of, save
-from structmat.convert import apply_plan_, compress_, densify_
+from structmat.compress import compress_
+from structmat.convert import apply_plan_, densify_
 from structmat.fit import (
     Dao2022Monarch,
     Fit,
@@ -29,14 +32,17 @@ from structmat.formats import (
     format_from_json,
     to_blast,
 )
+from structmat.hub import load_pretrained
 from structmat.nn import StructuredConv2d, StructuredLinear
 from structmat.plan import Plan, Rule, make_plan
+from structmat.refine import Refinement
 from structmat.report import Report, report
 
 __all__ = [
     "Blast",
     "BlockDiagonal",
     "BlockSparse",
+    "Calibration",
     "Dao2022Monarch",
     "Dense",
     "Fit",
@@ -46,8 +52,10 @@ __all__ = [
     "LowRank",
     "Magnitude",
     "Method",
+    "Moments",
     "Monarch",
     "Plan",
+    "Refinement",
     "Report",
     "Rule",
     "StructuredConv2d",
@@ -55,15 +63,19 @@ __all__ = [
     "TruncatedSvd",
     "__version__",
     "apply_plan_",
+    "calibrate",
     "compress_",
     "default_method",
     "densify_",
     "flat_butterfly",
     "format_from_json",
     "load",
+    "load_pretrained",
     "make_plan",
     "plan_of",
     "report",
     "save",
     "to_blast",
 ]
+
+_doors.watch()

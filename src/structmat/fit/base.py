@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from structmat import _checks
+from structmat.fit.metric import prepared
 from structmat.formats import Factors, Format
 
 Progress = Callable[[int, int, tuple[float, ...]], None]
@@ -35,6 +36,9 @@ class Fit:
             zero weight.
         history: Relative error after each iteration as the method estimates it, empty for a closed form.
         seconds: Wall-clock time, the batch's time divided by its size.
+        output_error: Relative error of the output, ``sqrt(E|W x - W_hat x|^2 / E|W x|^2)`` over the inputs whose second
+            moment the fit was given; None where it was given none.
+        bias: The bias ``(M,)`` that goes with the factors, where it is not the old one; else None.
     """
 
     format: Format
@@ -42,6 +46,8 @@ class Fit:
     error: float
     history: tuple[float, ...] = ()
     seconds: float = 0.0
+    output_error: float | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,9 @@ class Method(abc.ABC, Generic[FormatT]):
     """How to approximate a dense weight by a format.
 
     A method computes in float32, or in float64 for a float64 weight, on the weight's device, and on the weight divided
-    by its root mean square, so that the scale of the weight does not matter.
+    by its root mean square, so that the scale of the weight does not matter. Given the second moment ``C`` of the
+    layer's inputs it is activation-aware: it lowers ``tr(E C E^T)``, the mean squared error of the output, in place of
+    ``|E|_F^2``, where ``E = W - W_hat``.
 
     Attributes:
         formats: The formats it can fit.
@@ -57,12 +65,16 @@ class Method(abc.ABC, Generic[FormatT]):
 
     formats: ClassVar[tuple[type[Format], ...]]
 
-    def __call__(self, weight: Tensor, format: FormatT, *, progress: Progress | None = None) -> Fit:
+    def __call__(
+        self, weight: Tensor, format: FormatT, *, gram: Tensor | None = None, progress: Progress | None = None
+    ) -> Fit:
         """Fit one weight.
 
         Args:
             weight: ``(M, N)``, any floating-point dtype, any device; left as it is.
             format: What to fit.
+            gram: Second moment ``C = E[x x^T] (N, N)`` of the inputs, on any scale, possibly singular; None for the
+                Frobenius norm.
             progress: Called after every iteration.
 
         Returns:
@@ -70,15 +82,30 @@ class Method(abc.ABC, Generic[FormatT]):
 
         Raises:
             TypeError: If the method cannot fit this format, or the weight is no floating-point tensor.
-            ValueError: If the weight has another shape, or contains NaN or infinity.
+            ValueError: If the weight or the gram has another shape, or contains NaN or infinity.
         """
-        return self.fit_many([weight], format, progress=progress)[0]
+        grams = None if gram is None else [gram]
+        return self.fit_many([weight], format, grams=grams, progress=progress)[0]
+
+    def cost(self, format: FormatT, *, aware: bool = False) -> float:
+        """About how many multiplications one fit takes: what a time estimate weighs layers by.
+
+        Args:
+            format: What to fit.
+            aware: Whether the second moment of the inputs is given.
+
+        Returns:
+            The count; the default is that of a singular value decomposition.
+        """
+        M, N = format.shape
+        return 20.0 * M * N * min(M, N) + (20.0 * N**3 if aware else 0.0)
 
     def fit_many(
         self,
         weights: Sequence[Tensor],
         format: FormatT,
         *,
+        grams: Sequence[Tensor] | None = None,
         names: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> list[Fit]:
@@ -89,6 +116,7 @@ class Method(abc.ABC, Generic[FormatT]):
         Args:
             weights: Each ``(M, N)``, all of one dtype and on one device.
             format: What to fit to each.
+            grams: Second moment ``(N, N)`` of the inputs of each; None for the Frobenius norm.
             names: What error messages call them.
             progress: Called after every iteration.
 
@@ -97,7 +125,8 @@ class Method(abc.ABC, Generic[FormatT]):
 
         Raises:
             TypeError: If the method cannot fit this format, or a weight is no floating-point tensor.
-            ValueError: If a weight has another shape, dtype or device, or contains NaN or infinity.
+            ValueError: If a weight has another shape, dtype or device, a gram another shape, there are not as many grams
+                as weights, or one contains NaN or infinity.
             FloatingPointError: If the computation or its result is not finite.
         """
         if not isinstance(format, self.formats):
@@ -110,6 +139,12 @@ class Method(abc.ABC, Generic[FormatT]):
         dtype, device = weights[0].dtype, weights[0].device
         if any(weight.dtype != dtype or weight.device != device for weight in weights):
             raise ValueError("expected weights of one dtype on one device, got several; fit them in separate calls")
+        if grams is not None:
+            if len(grams) != len(weights):
+                raise ValueError(f"expected one gram for each of {len(weights)} weights, got {len(grams)}")
+            for index, gram in enumerate(grams):
+                called = f"the gram of {names[index]!r}" if names else "the gram"
+                _checks.matrix(gram, (format.N, format.N), called)
 
         start = time.perf_counter()
         with torch.no_grad():
@@ -117,8 +152,9 @@ class Method(abc.ABC, Generic[FormatT]):
             stack = torch.stack([weight.detach().to(compute) for weight in weights])
             scale = _root_mean_square(stack)
             stack /= scale.where(scale > 0, 1)[:, None, None]
+            metric = None if grams is None else prepared(torch.stack([g.detach().to(device) for g in grams]))
             try:
-                solved, history = self._solve(stack, format, progress)
+                solved, history = self._solve(stack, metric, format, progress)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; the batch is {list(names or range(len(weights)))}") from error
             solved = {n: f.to(dtype) for n, f in format.scaled(solved, scale).items()}
@@ -128,7 +164,7 @@ class Method(abc.ABC, Generic[FormatT]):
                     raise FloatingPointError(
                         f"the factors of {called!r} overflow {dtype}; scale the weight or use float32"
                     )
-            errors = self._relative_errors(stack, scale, format, solved)
+            errors = self._relative_errors(stack, metric, scale, format, solved)
         seconds = (time.perf_counter() - start) / len(weights)
         return [
             Fit(
@@ -137,30 +173,41 @@ class Method(abc.ABC, Generic[FormatT]):
                 error,
                 tuple(value for value in history[:, b].tolist() if value == value),
                 seconds,
+                output_error,
             )
-            for b, error in enumerate(errors)
+            for b, (error, output_error) in enumerate(errors)
         ]
 
     @abc.abstractmethod
-    def _solve(self, weights: Tensor, format: FormatT, progress: Progress | None) -> tuple[Factors, Tensor]:
-        """Fit ``weights (B, M, N)``, each of root mean square 1 (or zero).
+    def _solve(
+        self, weights: Tensor, metric: Tensor | None, format: FormatT, progress: Progress | None
+    ) -> tuple[Factors, Tensor]:
+        """Fit ``weights (B, M, N)``, each of root mean square 1 (or zero), in the norm of ``metric (B, N, N)``.
+
+        The metric is in float64, positive definite, with a mean diagonal of 1; None for the Frobenius norm.
 
         Returns:
             The factors with a leading dimension ``B``, and the relative errors ``(iterations, B)``, NaN where a weight
             was finished earlier.
         """
 
-    def _relative_errors(self, weights: Tensor, scale: Tensor, format: FormatT, factors: Factors) -> list[float]:
-        """Relative error of each weight, ``factors`` being those of ``scale * weights``."""
-        errors = []
+    def _relative_errors(
+        self, weights: Tensor, metric: Tensor | None, scale: Tensor, format: FormatT, factors: Factors
+    ) -> list[tuple[float, float | None]]:
+        """Both relative errors of each weight, ``factors`` being those of ``scale * weights``."""
+        errors: list[tuple[float, float | None]] = []
         for b, weight in enumerate(weights):
             one = {n: f[b].to(weights.dtype) for n, f in factors.items()}
-            norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
-            squared = sum(
-                torch.linalg.vector_norm(weight[rows] - piece / scale[b], dtype=torch.float64).square()
-                for rows, piece in self._dense_rows(format, one)
-            )
-            errors.append(float((squared**0.5) / norm) if norm > 0 else 0.0)
+            sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
+            for rows, piece in self._dense_rows(format, one):
+                part = weight[rows].double()
+                rest = part - (piece / scale[b]).double()
+                sums[:2] += torch.stack([part.square().sum(), rest.square().sum()])
+                if metric is not None:
+                    sums[2:] += torch.stack([((e @ metric[b]) * e).sum() for e in (part, rest)])
+            energy, loss, output_energy, output_loss = sums.clamp_min(0).sqrt().tolist()
+            output_error = None if metric is None else output_loss / output_energy if output_energy > 0 else 0.0
+            errors.append((loss / energy if energy > 0 else 0.0, output_error))
         return errors
 
     def _dense_rows(self, format: FormatT, factors: Factors) -> Iterator[tuple[slice, Tensor]]:

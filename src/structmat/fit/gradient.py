@@ -10,6 +10,7 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.fit.base import Method, Progress
+from structmat.fit.metric import roots, times_blocks
 from structmat.formats import Factors, Format
 
 
@@ -41,7 +42,10 @@ class GradientFit(Method[Format]):
             raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}")
 
     @torch.enable_grad()
-    def _solve(self, weights: Tensor, format: Format, progress: Progress | None) -> tuple[Factors, Tensor]:
+    def _solve(
+        self, weights: Tensor, metric: Tensor | None, format: Format, progress: Progress | None
+    ) -> tuple[Factors, Tensor]:
+        root = None if metric is None else roots(metric)[0]
         trainable = [name for name, spec in format.factor_specs().items() if spec.trainable]
         candidates = [self._start(weight, format, trainable) for weight in weights]
         groups = [
@@ -51,7 +55,7 @@ class GradientFit(Method[Format]):
         ]
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        energy = weights.square().sum((1, 2))
+        energy = (weights if root is None else times_blocks(weights, root)).square().sum((1, 2))
         energy = energy.where(energy > 0, 1)
 
         best = [{n: f.detach().clone() for n, f in factors.items()} for factors in candidates]
@@ -60,7 +64,8 @@ class GradientFit(Method[Format]):
         for step in range(self.steps):
             optimizer.zero_grad()
             approximations = torch.stack([format.to_dense(factors) for factors in candidates])
-            losses = (weights - approximations).square().sum((1, 2)) / energy
+            rest = weights - approximations
+            losses = (rest if root is None else times_blocks(rest, root)).square().sum((1, 2)) / energy
             history.append(losses.detach().sqrt())
             for b in (losses.detach() < best_loss).nonzero().flatten().tolist():
                 best_loss[b] = losses[b].detach()

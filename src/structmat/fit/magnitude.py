@@ -10,13 +10,18 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.fit.base import Method, Progress, no_history
-from structmat.fit.svd import split_svd
+from structmat.fit.blast_systems import factorize
+from structmat.fit.metric import roots, times_blocks
+from structmat.fit.svd import balanced, split_svd
 from structmat.formats import BlockDiagonal, BlockSparse, Factors, Format
 
 
 @dataclass(frozen=True)
 class Magnitude(Method[BlockDiagonal | BlockSparse]):
     """Copy the blocks: the best approximation in Frobenius norm on a given pattern.
+
+    Given the second moment of the inputs, the best one for the output: in each block row the regression of the full
+    output on the inputs that the pattern reads, in closed form.
 
     With a low-rank term, blocks and low-rank term are fitted in turn to what the other leaves (alternating
     projections: Zhou & Tao 2011, GoDec), the low-rank term by an SVD first and then by one step of a subspace iteration
@@ -41,7 +46,7 @@ class Magnitude(Method[BlockDiagonal | BlockSparse]):
             raise ValueError(f"expected tolerance to be at least 0, got {self.tolerance}")
 
     def _solve(
-        self, weights: Tensor, format: BlockDiagonal | BlockSparse, progress: Progress | None
+        self, weights: Tensor, metric: Tensor | None, format: BlockDiagonal | BlockSparse, progress: Progress | None
     ) -> tuple[Factors, Tensor]:
         if isinstance(format, BlockDiagonal):
             rows = columns = list(range(format.blocks))
@@ -50,26 +55,35 @@ class Magnitude(Method[BlockDiagonal | BlockSparse]):
             rows, columns = map(list, zip(*format.positions, strict=True))
             counts, rank = format.blocks, format.rank
         (I, J), (P, Q), B = counts, format.block_shape, len(weights)
+        supports = [[j for r, j in zip(rows, columns, strict=True) if r == i] for i in range(I)]
+        root, inverse_root = (None, None) if metric is None else roots(metric)
 
         def grid(matrix: Tensor) -> Tensor:
             return matrix.view(B, I, P, J, Q).transpose(2, 3)  # (B, I, J, P, Q)
 
-        def on_pattern(matrix: Tensor) -> Tensor:
-            return grid(matrix)[:, rows, columns]  # (B, n, P, Q)
+        def best_blocks(matrix: Tensor) -> Tensor:
+            """The best approximation on the pattern, ``(B, n, P, Q)``."""
+            if metric is None:
+                return grid(matrix)[:, rows, columns]
+            return torch.cat([_regressed(grid(matrix)[:, i], metric, s) for i, s in enumerate(supports) if s], 1)
 
-        blocks = on_pattern(weights)
+        def norm(matrix: Tensor) -> Tensor:
+            return torch.linalg.matrix_norm(matrix if root is None else times_blocks(matrix, root))
+
+        blocks = best_blocks(weights)
         if not rank:
             return {"blocks": blocks.reshape(B, -1, Q)}, no_history(weights)
 
-        norm = torch.linalg.matrix_norm(weights)
-        norm = norm.where(norm > 0, 1)
+        total = norm(weights)
+        total = total.where(total > 0, 1)
         running = torch.ones(B, dtype=torch.bool, device=weights.device)
         blocks = 0.9 * blocks  # all of W there is a saddle, which a low-rank term fitted to the rest cannot leave
-        left = right = weights.new_empty(0)
+        left = right = weights.new_empty(0)  # right in the coordinates in which the metric is the identity
         history: list[Tensor] = []
         for step in range(self.rounds):
             rest = weights.clone()
             grid(rest)[:, rows, columns] -= blocks
+            rest = rest if root is None else times_blocks(rest, root)
             if step == 0:
                 U, S, Vh = torch.linalg.svd(rest, full_matrices=False)
                 left, right = split_svd(U, S, Vh, rank)
@@ -77,10 +91,10 @@ class Magnitude(Method[BlockDiagonal | BlockSparse]):
                 basis = torch.linalg.qr(rest @ right.mT).Q
                 left = torch.where(running[:, None, None], basis, left)
                 right = torch.where(running[:, None, None], basis.mT @ rest, right)
-            rest = weights - left @ right
-            blocks = on_pattern(rest)
-            grid(rest)[:, rows, columns] = 0
-            error = torch.linalg.matrix_norm(rest) / norm
+            rest = weights - left @ (right if inverse_root is None else times_blocks(right, inverse_root))
+            blocks = best_blocks(rest)
+            grid(rest)[:, rows, columns] -= blocks
+            error = norm(rest) / total
             history.append(error.where(running, torch.nan))
             if progress is not None:
                 progress(step + 1, self.rounds, tuple(error.tolist()))
@@ -90,4 +104,25 @@ class Magnitude(Method[BlockDiagonal | BlockSparse]):
                     break
         U, S, Vh = torch.linalg.svd(right, full_matrices=False)
         left, right = split_svd(left @ U, S, Vh, rank)
+        if inverse_root is not None:
+            left, right = balanced(left, times_blocks(right, inverse_root))
         return {"blocks": blocks.reshape(B, -1, Q), "left": left, "right": right}, torch.stack(history)
+
+
+def _regressed(row: Tensor, metric: Tensor, support: list[int]) -> Tensor:
+    """The blocks at ``support`` that stand in best for a whole block row: the regression of its output on their inputs.
+
+    Args:
+        row: ``(B, J, P, Q)``.
+        metric: ``(B, N, N)``.
+        support: Columns of the blocks.
+
+    Returns:
+        ``(B, len(support), P, Q)``.
+    """
+    B, J, P, Q = row.shape
+    inputs = [j * Q + q for j in support for q in range(Q)]
+    target = row.transpose(1, 2).reshape(B, P, J * Q).double() @ metric[:, :, inputs]
+    gram = metric[:, inputs][:, :, inputs]
+    solved = torch.cholesky_solve(target.mT, factorize(gram, gram.new_zeros(B))).mT
+    return solved.to(row.dtype).view(B, P, len(support), Q).transpose(1, 2)

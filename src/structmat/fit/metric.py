@@ -1,0 +1,114 @@
+"""The metric of an activation-aware fit: ``|E|_C^2 = tr(E C E^T) = E|E x|^2`` with the second moment ``C`` of inputs.
+
+Lower errors in this norm are lower errors of the layer's output, where those of the Frobenius norm treat all
+directions of the input alike (``methods.md`` section 5; for low-rank matrices Chen et al. 2021, arXiv 2106.01979).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-9
+"""Least eigenvalue of a metric, relative to its largest in the same block."""
+
+SHRINKAGE = 1e-6
+"""How much of the diagonal is added to a metric, so that directions without data cannot run away."""
+
+
+def prepared(grams: Tensor) -> Tensor:
+    """Second moments ``(B, N, N)`` as metrics: symmetric, of mean diagonal 1, the diagonal slightly larger.
+
+    Inputs that are always zero get the weight of a very quiet one; a moment that is zero everywhere becomes the
+    identity.
+    """
+    grams = grams.double()
+    grams = (grams + grams.mT) / 2
+    diagonal = grams.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1)
+    eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    alive = mean > 0
+    grams = torch.where(alive[:, None, None], grams / mean.where(alive, 1)[:, None, None], eye)
+    diagonal = grams.diagonal(dim1=1, dim2=2)
+    return grams + torch.diag_embed(SHRINKAGE * diagonal + SHRINKAGE * quiet(diagonal)[:, None])
+
+
+def quiet(diagonal: Tensor) -> Tensor:
+    """The median energy ``(...)`` of the inputs that are not always zero, ``diagonal (..., N)``; 1 if there are none.
+
+    Unlike the mean it does not follow one enormous channel.
+    """
+    alive = diagonal > 0
+    median = torch.where(alive, diagonal, torch.nan).nanmedian(-1).values
+    return median.nan_to_num(1.0)
+
+
+def roots(metric: Tensor, blocks: int = 1) -> tuple[Tensor, Tensor]:
+    """Symmetric square roots of the diagonal blocks of metrics, and their inverses.
+
+    Args:
+        metric: ``(B, N, N)``, from ``prepared``.
+        blocks: ``J``.
+
+    Returns:
+        Both ``(B, J, Q, Q)``.
+    """
+    values, vectors = torch.linalg.eigh(diagonal_blocks(metric, blocks))
+    values = values.clamp_min(FLOOR * values.amax(-1, keepdim=True)).sqrt()
+    return (vectors * values[..., None, :]) @ vectors.mT, (vectors / values[..., None, :]) @ vectors.mT
+
+
+def diagonal_blocks(matrices: Tensor, blocks: int) -> Tensor:
+    """The ``J`` diagonal blocks ``(B, J, Q, Q)`` of ``matrices (B, N, N)``."""
+    B, N, _ = matrices.shape
+    grid = matrices.view(B, blocks, N // blocks, blocks, N // blocks)
+    return grid.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def times_blocks(matrices: Tensor, blocks: Tensor) -> Tensor:
+    """``matrices (B, M, N)`` times the block-diagonal matrix of ``blocks (B, J, Q, Q)``."""
+    B, J, Q, _ = blocks.shape
+    columns = matrices.view(B, -1, J, Q).transpose(1, 2)
+    return (columns @ blocks.to(matrices.dtype)).transpose(1, 2).reshape(matrices.shape)
+
+
+def whitened_metric(metric: Tensor, inverse_roots: Tensor) -> Tensor:
+    """The metric ``S^-1 C S^-1`` in the coordinates in which its diagonal blocks are the identity."""
+    return times_blocks(times_blocks(metric, inverse_roots).mT, inverse_roots)
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], rhs: Tensor, iterations: int
+) -> Tensor:
+    """Approximate the solution of ``apply(x) = rhs`` by preconditioned conjugate gradients from zero.
+
+    Args:
+        apply: A symmetric positive semi-definite operator on each entry of the batch.
+        precondition: An approximate inverse of it, likewise.
+        rhs: ``(B, ...)``.
+        iterations: How many; each applies the operator once.
+
+    Returns:
+        ``(B, ...)``.
+    """
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).flatten(1).sum(1).view(-1, *[1] * (rhs.ndim - 1))
+
+    x, residual = torch.zeros_like(rhs), rhs
+    z = precondition(residual)
+    direction, rz = z, inner(residual, z)
+    for iteration in range(iterations):
+        applied = apply(direction)
+        curvature = inner(direction, applied)
+        step = torch.where(curvature > 0, rz / curvature.where(curvature > 0, 1), 0)
+        x = x + step * direction
+        if iteration + 1 < iterations:
+            residual = residual - step * applied
+            z = precondition(residual)
+            rz_next = inner(residual, z)
+            direction = z + torch.where(rz > 0, rz_next / rz.where(rz > 0, 1), 0) * direction
+            rz = rz_next
+    return x
