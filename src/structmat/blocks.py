@@ -37,7 +37,8 @@ def tensor_of(output: Any) -> Tensor:
     """The tensor that matters in what a block or a network returns.
 
     Args:
-        output: A tensor, a tuple that begins with it, or an object with ``logits``, ``last_hidden_state`` or ``sample``.
+        output: A tensor, a tuple that begins with one, or an object with ``logits``, ``last_hidden_state`` or
+            ``sample``.
 
     Returns:
         The tensor.

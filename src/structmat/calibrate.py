@@ -166,6 +166,13 @@ def _best_ridge(learnt: Tensor, held_out: Tensor) -> float:
 
     A fit under a full second moment lets inputs stand in for others, by what the calibration data says of one given
     the rest; too small a ridge takes noise for such relations.
+
+    Args:
+        learnt: ``E[x x^T] (N, N)`` of the batches to learn from.
+        held_out: That of the others.
+
+    Returns:
+        One of ``RIDGES``.
     """
     N = len(learnt)
     known, rest = slice(0, N, 2), slice(1, N, 2)
@@ -243,7 +250,7 @@ def calibrate(
         for batch in batches:
             batch = moved(batch, device_of(model))
             if not leaders:
-                leaders = shared_inputs(sites, lambda batch=batch: call(model, batch))
+                leaders = shared_inputs(sites, lambda batch=batch: call(model, batch))[0]
                 sums = {leader: MomentSums() for leader in leaders.values()}
             captured: dict[str, list[Tensor]] = {}
             with capturing({leader: sites[leader] for leader in sums}, captured, mask_of(batch)):
@@ -264,7 +271,7 @@ def mask_of(batch: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> dict[str, str]:
+def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> tuple[dict[str, str], set[str]]:
     """For each site, in the order in which they are called, the first one that reads the same input.
 
     Args:
@@ -272,7 +279,7 @@ def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> dict[
         run: Calls the network once.
 
     Returns:
-        The leader's name by name.
+        The leader's name by name, and the names of the sites that are called once.
 
     Raises:
         ValueError: If a site is not called.
@@ -301,34 +308,44 @@ def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> dict[
             and all(a is b for a, b in zip(calls[other], tensors, strict=True))
         )
         leaders[name] = next(same, name)
-    return leaders
+    return leaders, {name for name, tensors in calls.items() if len(tensors) == 1}
 
 
-class capturing:  # noqa: N801 - a context manager, named as a verb
+class Captured(BaseException):
+    """Ends a call once the input that was wanted is there."""
+
+
+class capturing:
     """While it is entered, the inputs of sites are collected as vectors ``(T, N)``.
 
     Args:
         sites: By name.
         captured: Where to put them, by name.
         mask: Which tokens count ``(batch, tokens)``; None for all.
+        stop: Whether the first input ends the call, by a ``Captured`` that leaving the context catches.
     """
 
-    def __init__(self, sites: Mapping[str, Site], captured: dict[str, list[Tensor]], mask: Tensor | None) -> None:
-        self._sites, self._captured, self._mask = sites, captured, mask
+    def __init__(
+        self, sites: Mapping[str, Site], captured: dict[str, list[Tensor]], mask: Tensor | None, stop: bool = False
+    ) -> None:
+        self._sites, self._captured, self._mask, self._stop = sites, captured, mask, stop
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
         def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 self._captured.setdefault(name, []).append(_vectors(name, module, inputs[0], self._mask))
+                if self._stop:
+                    raise Captured
 
             return hook
 
         self._handles = _hooked(self._sites, note)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         for handle in self._handles:
             handle.remove()
+        return kind is Captured
 
 
 def _hooked(sites: Mapping[str, Site], note: Callable[[str], Callable[..., None]]) -> list[Any]:

@@ -80,7 +80,7 @@ def compress_(
         missing = [name for name in sites if name not in moments]
         if missing:
             raise ValueError(f"expected moments of every planned layer, but those of {missing} are missing")
-    methods = {name: _method_for(plan[name], method) for name in sites}
+    methods = {name: method_for(plan[name], method) for name in sites}
     store = FitStore(cache) if cache is not None else None
     aware = moments is not None or batches is not None
     total = sum(methods[name].cost(plan[name], aware=aware) for name in sites)
@@ -115,7 +115,7 @@ def _task(name: str, site: Site, format: Format, method: Method[Any], moments: M
     return Task(name, weight, format, method, target, gram)
 
 
-def _method_for(format: Format, method: MethodChoice) -> Method[Any]:
+def method_for(format: Format, method: MethodChoice) -> Method[Any]:
     """The method that the caller means for this format."""
     if callable(method) and not isinstance(method, (Method, type)):
         method = method(format)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,19 +69,12 @@ class Refinement:
         return [k for k in range(count) if k not in chosen], sorted(chosen)
 
 
-class HasStates(Protocol):
-    """The states of ``sequential.States``."""
-
-    dense: list[Any]
-    compressed: list[Any]
-    masks: list[Tensor | None]
-
-
 def refined(
-    dense: nn.Module,
     compressed: nn.Module,
     fits: Mapping[str, Fit],
-    states: HasStates,
+    inputs: Sequence[Any],
+    targets: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
     forward: Callable[[nn.Module, Any, int], Any],
     settings: Refinement,
     store: FitStore | None,
@@ -90,39 +83,44 @@ def refined(
     """Tune the fits of one block.
 
     Args:
-        dense: The block.
-        compressed: The same with the fits in place; left alone.
+        compressed: The block with the fits in place; left alone.
         fits: By name within the block.
-        states: What both read.
-        forward: Calls a block on a state.
+        inputs: What it reads, batch by batch.
+        targets: What the dense block returns, likewise.
+        masks: Which tokens count, likewise.
+        forward: Calls a block on the input of a batch, given with the batch's number.
         settings: How.
         store: Where finished fits are kept; None for nowhere.
         bar: The progress bar.
 
     Returns:
-        The fits, at least as good on the held-out batches; ``error`` is that of the new factors.
+        The fits, at least as good on the held-out batches; their errors are those that they had.
     """
     keys: dict[str, str] = {}
     if store:
-        inputs = [t for many in (states.dense, states.compressed) for t in many if isinstance(t, Tensor)]
-        state = [*dense.state_dict().values(), *compressed.state_dict().values()]
-        key = digest(
-            f"refined|{settings!r}|{sorted(fits)}", *state, *inputs, *(m for m in states.masks if m is not None)
-        )
+        tensors = [*(i for i in inputs if isinstance(i, Tensor)), *targets, *(m for m in masks if m is not None)]
+        key = digest(f"refined|{settings!r}|{sorted(fits)}", *compressed.state_dict().values(), *tensors)
         keys = {name: digest(f"{key}|{name}") for name in fits}
         found = {
             name: store.read(keys[name], fit.format, next(iter(fit.factors.values())).device)
             for name, fit in fits.items()
         }
-        if all(found.values()):
+        if all(fit is not None for fit in found.values()):
             return {name: fit for name, fit in found.items() if fit is not None}
 
     student = copy.deepcopy(compressed).float()
     factors = _trainable(student, fits)
     best = {name: tensor.detach().clone() for name, tensor in factors.items()}
-    learn, held = settings.split(len(states.dense))
-    targets = {i: tensor_of(forward(dense, states.dense[i], i)).float() for i in held}
-    least = start = _error(student, states, targets, forward)
+    learn, held = settings.split(len(inputs))
+
+    def loss_of(i: int) -> Tensor:
+        output = tensor_of(forward(student, _floating(inputs[i]), i)).float()
+        return _relative(output, targets[i].float(), masks[i])
+
+    def held_out_error() -> float:
+        return float(torch.stack([loss_of(i) for i in held]).mean().sqrt())
+
+    least = start = held_out_error()
     optimizer = torch.optim.Adam(
         [{"params": [t], "lr": settings.learning_rate * _size(t)} for t in factors.values()], betas=(0.9, 0.95)
     )
@@ -131,36 +129,29 @@ def refined(
     order: list[int] = []
     for step in range(settings.steps):
         order = order or [learn[k] for k in torch.randperm(len(learn), generator=generator).tolist()]
-        i = order.pop()
-        target = targets[i] if i in targets else tensor_of(forward(dense, states.dense[i], i)).float()
         with torch.enable_grad():
-            output = tensor_of(forward(student, _floating(states.compressed[i]), i)).float()
-            loss = _relative(output, target, states.masks[i])
-            grads = torch.autograd.grad(loss, list(factors.values()))
+            grads = torch.autograd.grad(loss_of(order.pop()), list(factors.values()))
         for tensor, grad in zip(factors.values(), grads, strict=True):
             tensor.grad = grad
         optimizer.step()
         schedule.step()
         if (step + 1) % max(1, settings.steps // EVALUATIONS) == 0 or step + 1 == settings.steps:
-            error = _error(student, states, targets, forward)
+            error = held_out_error()
             if error < least:
                 least, best = error, {name: tensor.detach().clone() for name, tensor in factors.items()}
         bar.say(f"refining, {step + 1}/{settings.steps}, held-out error {start:.4f} -> {least:.4f}")
 
-    if least >= start:
-        new = dict(fits)
-    else:
-        new = {name: _updated(dense, name, fit, best) for name, fit in fits.items()}
+    new = {name: _updated(name, fit, best) if least < start else fit for name, fit in fits.items()}
     if store:
         for name, fit in new.items():
             store.write(keys[name], fit)
     return new
 
 
-def _trainable(student: nn.Module, fits: Mapping[str, Fit]) -> dict[str, nn.Parameter]:
+def _trainable(student: nn.Module, fits: Mapping[str, Fit]) -> dict[str, Tensor]:
     """The factors and biases to tune, by name, alone with gradients."""
     student.requires_grad_(False)
-    factors: dict[str, nn.Parameter] = {}
+    factors: dict[str, Tensor] = {}
     for name, fit in fits.items():
         module = student.get_submodule(name)
         own = [*fit.factors, *(["bias"] if fit.bias is not None else [])]
@@ -168,7 +159,7 @@ def _trainable(student: nn.Module, fits: Mapping[str, Fit]) -> dict[str, nn.Para
     return factors
 
 
-def _updated(dense: nn.Module, name: str, fit: Fit, best: Mapping[str, Tensor]) -> Fit:
+def _updated(name: str, fit: Fit, best: Mapping[str, Tensor]) -> Fit:
     factors = {key: best.get(f"{name}.{key}", factor).to(factor.dtype) for key, factor in fit.factors.items()}
     bias = None if fit.bias is None else best[f"{name}.bias"].to(fit.bias.dtype)
     return dataclasses.replace(fit, factors=factors, bias=bias)
@@ -188,17 +179,3 @@ def _relative(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         output, target = output[mask], target[mask]
     energy = target.square().mean()
     return (output - target).square().mean() / energy.clamp_min(torch.finfo(energy.dtype).tiny)
-
-
-def _error(
-    student: nn.Module,
-    states: HasStates,
-    targets: Mapping[int, Tensor],
-    forward: Callable[[nn.Module, Any, int], Any],
-) -> float:
-    """Root of the mean held-out loss."""
-    losses = [
-        _relative(tensor_of(forward(student, _floating(states.compressed[i]), i)).float(), target, states.masks[i])
-        for i, target in targets.items()
-    ]
-    return float(torch.stack(losses).mean().sqrt())

@@ -18,13 +18,16 @@ from structmat.blocks import Chain, Extras, Relay, find_chain, tensor_of
 from structmat.calibrate import Moments, MomentSums, capturing, mask_of, shared_inputs
 from structmat.convert import apply_plan_
 from structmat.fit import Fit, Method
-from structmat.fit.layers import FitBar, FitStore, Task, fit_tasks
+from structmat.fit.layers import FitBar, FitStore, Task, fit_tasks, with_error
 from structmat.formats import Format
 from structmat.nn import Site, find_sites, put_module
 from structmat.refine import Refinement, refined
 
-FORWARD_COST = 8
-"""Forward passes of a block that its calibration takes, about: for each stage half of one, dense and compressed."""
+FORWARD_COST = 4
+"""Forward passes of a block that its calibration takes, about: one dense, and parts of four compressed."""
+
+KEPT_BYTES = 4 * 2**30
+"""Up to this much memory, what a dense block's layers read is kept; beyond, it is computed for each of them again."""
 
 
 def biased(fit: Fit, site: Site, moments: Moments) -> Fit:
@@ -96,10 +99,21 @@ class Sequence:
         self.refine, self.store = refine, store
         self.batches = [moved(batch, device_of(model)) for batch in batches]
         self.masks = [mask_of(batch) for batch in self.batches]
-        with evaluating(model):
-            planned = {name: site.names for name, site in sites.items()}
-            self.chain: Chain | None = find_chain(model, planned, self.batches[0])
+        self.chain = self._find_chain()
         self._tokens = sum(_tokens(batch) for batch in self.batches)
+
+    def _find_chain(self) -> Chain | None:
+        with evaluating(self.model):
+            return find_chain(self.model, {name: site.names for name, site in self.sites.items()}, self.batches[0])
+
+    @contextmanager
+    def _loaded(self, name: str) -> Iterator[nn.Module]:
+        """A block with its weights in memory, while it is entered."""
+        yield self.model.get_submodule(name)
+
+    def _finished(self, name: str, working: nn.Module, fits: dict[str, Fit]) -> dict[str, Fit]:
+        """Told of each block, compressed, and the fits of its layers by full name; returns what to keep of those."""
+        return fits
 
     @property
     def cost(self) -> float:
@@ -123,7 +137,8 @@ class Sequence:
         with evaluating(self.model):
             if self.chain is None:
                 states = States(self.batches, self.batches, self.masks)
-                return self._fit_block("", self.model, list(self.sites), states, _call_model, bar, refine=True)[0]
+                refine = self.refine is not None
+                return self._fit_block("", self.model, list(self.sites), states, _call_model, bar, outputs=refine)[0]
             return self._run_chain(self.chain, bar)
 
     def _run_chain(self, chain: Chain, bar: FitBar) -> dict[str, Fit]:
@@ -140,28 +155,28 @@ class Sequence:
             with _with_fits(self.model, fits):
                 states.compressed = chain.enter(self.model, self.batches)[0]
         for k, name in enumerate(chain.names):
-            block = self.model.get_submodule(name)
-            planned = [site for site in self.sites if site.startswith(f"{name}.")]
-            forward = _block_call(extras[k])
-            working = block
-            if planned:
-                new, working = self._fit_block(name, block, planned, states, forward, bar, refine=True)
-                fits |= new
-            identical = working is block and states.compressed is states.dense
-            outputs = [tensor_of(forward(block, state, i)) for i, state in enumerate(states.dense)]
-            if identical:
-                states.compressed = outputs
-            else:
-                if states.compressed is states.dense:
-                    states.compressed = list(states.dense)
-                for i, state in enumerate(states.compressed):
-                    states.compressed[i] = tensor_of(forward(working, state, i))
-            states.dense = outputs
+            with self._loaded(name) as block:
+                fits |= self._pass_block(name, block, states, _block_call(extras[k]), bar)
         if after:
             relay = Relay(self.model, chain, self.batches)
             with relay.hung():
                 fits |= self._fit_block("", self.model, after, states, relay.call, bar)[0]
         return fits
+
+    def _pass_block(self, name: str, block: nn.Module, states: States, forward: Forward, bar: FitBar) -> dict[str, Fit]:
+        """Fit one block of the chain, and move the states past it; returns its fits."""
+        planned = [site for site in self.sites if site.startswith(f"{name}.")]
+        if planned:
+            fits, working, outputs = self._fit_block(name, block, planned, states, forward, bar, outputs=True)
+        else:
+            fits, working = {}, block
+            outputs = [tensor_of(forward(block, x, i)) for i, x in enumerate(states.dense)]
+        same = working is block and states.compressed is states.dense
+        states.compressed = (
+            outputs if same else [tensor_of(forward(working, x, i)) for i, x in enumerate(states.compressed)]
+        )
+        states.dense = outputs
+        return self._finished(name, working, fits)
 
     def _fit_block(
         self,
@@ -171,19 +186,48 @@ class Sequence:
         states: States,
         forward: Forward,
         bar: FitBar,
-        refine: bool = False,
-    ) -> tuple[dict[str, Fit], nn.Module]:
-        """The fits of a block's layers, by their full names, and a copy of the block with them."""
-        full = {name.removeprefix(f"{prefix}."): name for name in planned} if prefix else {n: n for n in planned}
+        outputs: bool = False,
+    ) -> tuple[dict[str, Fit], nn.Module, list[Tensor]]:
+        """Fit a block's layers.
+
+        Args:
+            prefix: Name of the block.
+            block: The dense block.
+            planned: Full names of its layers.
+            states: What it reads.
+            forward: Calls it.
+            bar: The progress bar.
+            outputs: Whether its outputs are wanted, to go on with or to refine towards.
+
+        Returns:
+            The fits by full name, a copy of the block with them, and the dense block's outputs.
+        """
+        full = {name.removeprefix(f"{prefix}.") if prefix else name: name for name in planned}
         dense_sites = _sites(block, full)
         working = copy.deepcopy(block)
-        leaders = shared_inputs(dense_sites, lambda: forward(block, states.dense[0], 0))
+        leaders, once = shared_inputs(dense_sites, lambda: forward(block, states.dense[0], 0))
+        bar.say(f"{planned[0]}, calibrating, states {states.nbytes / 2**20:.0f} MiB")
+        reads = {leader: dense_sites[leader] for leader in dict.fromkeys(leaders.values())}
+        kept, targets = self._dense_pass(block, reads, states, forward, outputs)
         fits: dict[str, Fit] = {}
-        for leader in dict.fromkeys(leaders.values()):
+        for leader in reads:
             names = [name for name in leaders if leaders[name] == leader]
-            crossed = bool(fits) or states.compressed is not states.dense
             bar.say(f"{full[leader]}, calibrating, states {states.nbytes / 2**20:.0f} MiB")
-            moments = self._moments(leader, block, working, states, forward, crossed)
+            sums = MomentSums()
+            crossed = bool(fits) or states.compressed is not states.dense
+            now = _sites(working, {leader: leader})
+            for i, mask in enumerate(self.masks):
+                stop = leader in once
+                dense = kept[leader][i] if kept else None
+                if dense is None:
+                    dense = _captured(reads[leader], block, forward, states.dense[i], i, mask, stop)
+                if crossed:
+                    sums.add(_captured(now[leader], working, forward, states.compressed[i], i, mask, stop), dense)
+                else:
+                    sums.add(dense)
+            if kept:
+                del kept[leader]
+            moments = sums.moments()
             tasks = []
             for name in names:
                 key, weight = full[name], dense_sites[name].matrix.detach()
@@ -194,22 +238,30 @@ class Sequence:
             new = {name: biased(fitted[full[name]], dense_sites[name], moments) for name in names}
             _put_fits_(working, new)
             fits |= new
-        if refine and self.refine is not None:
-            bar.say(f"{prefix or 'the model'}, refining")
-            fits = refined(block, working, fits, states, forward, self.refine, self.store, bar)
+        if outputs and self.refine is not None:
+            fits = refined(working, fits, states.compressed, targets, self.masks, forward, self.refine, self.store, bar)
+            fits = {name: with_error(fit, dense_sites[name].matrix) for name, fit in fits.items()}
             _put_fits_(working, fits)
-        return {full[name]: fit for name, fit in fits.items()}, working
+        return {full[name]: fit for name, fit in fits.items()}, working, targets
 
-    def _moments(
-        self, leader: str, block: nn.Module, working: nn.Module, states: States, forward: Forward, crossed: bool
-    ) -> Moments:
-        sums = MomentSums()
-        reads, gives = _sites(working, {leader: leader}), _sites(block, {leader: leader})
+    def _dense_pass(
+        self, block: nn.Module, reads: Mapping[str, Site], states: States, forward: Forward, keep_outputs: bool
+    ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+        """What the dense block's layers read, for every batch, if that is not too much; and the block's outputs."""
+        kept: dict[str, list[Tensor]] = {name: [] for name in reads}
+        outputs: list[Tensor] = []
         for i, mask in enumerate(self.masks):
-            inputs = _captured(reads, working, forward, states.compressed[i], i, mask)
-            targets = _captured(gives, block, forward, states.dense[i], i, mask) if crossed else None
-            sums.add(inputs, targets)
-        return sums.moments()
+            captured: dict[str, list[Tensor]] = {}
+            with capturing(reads if kept else {}, captured, mask):
+                returned = [forward(block, states.dense[i], i)]
+                outputs += [tensor_of(returned[0])] if keep_outputs else []
+            for name, vectors in captured.items():
+                kept[name].append(torch.cat(vectors))
+            if i == 0 and sum(one[0].nbytes for one in kept.values()) * len(self.masks) > KEPT_BYTES:
+                kept = {}
+            if not kept and not keep_outputs:
+                break
+        return kept, outputs
 
 
 def _tokens(batch: Any) -> int:
@@ -237,13 +289,13 @@ def _sites(block: nn.Module, names: Mapping[str, str]) -> dict[str, Site]:
 
 
 def _captured(
-    sites: Mapping[str, Site], block: nn.Module, forward: Forward, state: Any, i: int, mask: Tensor | None
+    site: Site, block: nn.Module, forward: Forward, state: Any, i: int, mask: Tensor | None, stop: bool
 ) -> Tensor:
-    """What one layer of the block reads in one call, ``(T, N)``."""
+    """What one layer of the block reads in one call, ``(T, N)``; the call ends there if it reads but once."""
     captured: dict[str, list[Tensor]] = {}
-    with capturing(sites, captured, mask):
+    with capturing({site.name: site}, captured, mask, stop):
         forward(block, state, i)
-    return torch.cat(next(iter(captured.values())))
+    return torch.cat(captured[site.name])
 
 
 def _put_fits_(block: nn.Module, fits: Mapping[str, Fit]) -> None:

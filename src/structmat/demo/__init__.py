@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from structmat._files import write_atomically
 from structmat._version import __version__
 from structmat.bench import time_side_by_side
-from structmat.convert import apply_plan_, compress_
+from structmat.compress import compress_
+from structmat.convert import apply_plan_
 from structmat.fit import Fit
 from structmat.formats import FORMATS, Blast, Format
 from structmat.nn import StructuredModule

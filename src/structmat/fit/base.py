@@ -125,8 +125,8 @@ class Method(abc.ABC, Generic[FormatT]):
 
         Raises:
             TypeError: If the method cannot fit this format, or a weight is no floating-point tensor.
-            ValueError: If a weight has another shape, dtype or device, a gram another shape, there are not as many grams
-                as weights, or one contains NaN or infinity.
+            ValueError: If a weight has another shape, dtype or device, a gram another shape, the grams are not as many
+                as the weights, or one contains NaN or infinity.
             FloatingPointError: If the computation or its result is not finite.
         """
         if not isinstance(format, self.formats):

@@ -123,14 +123,17 @@ def _fit_batch(batch: Sequence[Task], bar: FitBar) -> list[Fit]:
     fitted = batch[0].method.fit_many(
         [task.target for task in batch], batch[0].format, grams=grams or None, names=names, progress=show
     )
-    return [fit if task.target is task.weight else _against(task, fit) for task, fit in zip(batch, fitted, strict=True)]
+    return [
+        fit if task.target is task.weight else with_error(fit, task.weight)
+        for task, fit in zip(batch, fitted, strict=True)
+    ]
 
 
-def _against(task: Task, fit: Fit) -> Fit:
-    """The fit with its error against the layer's weight, where it was fitted to something else."""
-    weight = task.weight.double()
-    norm = torch.linalg.vector_norm(weight)
-    rest = torch.linalg.vector_norm(weight - task.format.to_dense(fit.factors).double())
+def with_error(fit: Fit, weight: Tensor) -> Fit:
+    """The fit with its error against this weight ``(M, N)``."""
+    dense = weight.detach().double()
+    norm = torch.linalg.vector_norm(dense)
+    rest = torch.linalg.vector_norm(dense - fit.format.to_dense(fit.factors).double())
     return replace(fit, error=float(rest / norm) if norm > 0 else 0.0)
 
 

@@ -168,7 +168,7 @@ class Lee2024Blast(Method[Blast]):
         done: int,
         total: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The sweeps under the full metric: the best ``left, diag, right`` that they meet, and the errors on the way."""
+        """The sweeps under the full metric: the best ``left, diag, right`` on the way, and the errors."""
         sweeper = MetricSweeper(weights, metric, start["left"], start["diag"], start["right"])
         best = (sweeper.left, sweeper.diag, sweeper.right)
         least = weights.new_full((len(weights),), torch.inf)
@@ -189,7 +189,8 @@ class Lee2024Blast(Method[Blast]):
                 history.append(error)
                 if progress is not None:
                     progress(done + sweep, total, tuple(error.tolist()))
-        return *best, torch.stack(history) if history else no_history(weights)
+        left, diag, right = best
+        return left, diag, right, torch.stack(history) if history else no_history(weights)
 
     def _sweep(
         self, weights: Tensor, format: Blast, progress: Progress | None, total: int

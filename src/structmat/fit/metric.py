@@ -23,6 +23,12 @@ def prepared(grams: Tensor) -> Tensor:
 
     Inputs that are always zero get the weight of a very quiet one; a moment that is zero everywhere becomes the
     identity.
+
+    Args:
+        grams: On any scale.
+
+    Returns:
+        ``(B, N, N)``, float64, positive definite up to rounding.
     """
     grams = grams.double()
     grams = (grams + grams.mT) / 2
@@ -36,9 +42,13 @@ def prepared(grams: Tensor) -> Tensor:
 
 
 def quiet(diagonal: Tensor) -> Tensor:
-    """The median energy ``(...)`` of the inputs that are not always zero, ``diagonal (..., N)``; 1 if there are none.
+    """The median energy of the inputs that are not always zero, which unlike the mean ignores one enormous channel.
 
-    Unlike the mean it does not follow one enormous channel.
+    Args:
+        diagonal: Energies ``(..., N)``.
+
+    Returns:
+        ``(...)``; 1 where all are zero.
     """
     alive = diagonal > 0
     median = torch.where(alive, diagonal, torch.nan).nanmedian(-1).values

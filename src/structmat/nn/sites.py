@@ -102,7 +102,11 @@ class Site:
     @property
     def matrix(self) -> Tensor:
         """The dense weight ``(M, N)``."""
-        return DENSE_KINDS[type(self.module)].matrix(self.module)
+        return self.matrix_of(self.module)
+
+    def matrix_of(self, module: nn.Module) -> Tensor:
+        """The dense weight ``(M, N)`` of a copy of the module."""
+        return DENSE_KINDS[type(self.module)].matrix(module)
 
     @property
     def own_bias(self) -> Tensor | None:
