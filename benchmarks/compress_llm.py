@@ -1,0 +1,209 @@
+"""Compress a small trained language model without retraining, with every structure, with and without data.
+
+``stories3M-llama`` from the data folder that STRUCTMAT_DATA names: all attention and MLP weights, one uniform keep in
+every layer, calibrated on 1,500 stories (or on as many tokens of the training text of WikiText-2), token perplexity on
+the last 300 stories (BOS in front, cut at 512 tokens). Everything was tuned on stories 1,501 to 2,016; the last 300
+were looked at by this script alone. Every cell of the table is a run of its own, kept as JSON: a second call makes
+those that are missing.
+
+    python benchmarks/compress_llm.py            # all cells, about two hours on 2 cores
+    python benchmarks/compress_llm.py --only "blast.*0.8"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+import structmat as sm
+from hardware import hardware, hardware_line
+from structmat.data import read_texts, token_batches
+from structmat.evaluate import perplexity
+
+RESULTS = Path(__file__).parent / "results"
+CELLS = RESULTS / "compress_llm"
+KEEPS = (0.9, 0.8, 0.65, 0.5)
+BLOCKS = 16
+MONARCH_BLOCKS = 4
+REFINEMENT = sm.Refinement()
+CALIBRATIONS = ("stories", "wikitext")
+
+Run = Callable[[Any, sm.Plan, list[Any]], dict[str, sm.Fit]]
+
+
+def plain(model: Any, plan: sm.Plan, batches: list[Any]) -> dict[str, sm.Fit]:
+    """The weights alone."""
+    return sm.compress_(model, plan)
+
+
+def at_once(model: Any, plan: sm.Plan, batches: list[Any]) -> dict[str, sm.Fit]:
+    """Activation-aware, all statistics from the dense model."""
+    return sm.compress_(model, plan, moments=sm.calibrate(model, batches, plan))
+
+
+def in_sequence(model: Any, plan: sm.Plan, batches: list[Any]) -> dict[str, sm.Fit]:
+    """Activation-aware, block by block: the default with data."""
+    return sm.compress_(model, plan, batches=batches)
+
+
+def refined(model: Any, plan: sm.Plan, batches: list[Any]) -> dict[str, sm.Fit]:
+    """The same with the refinement of each block."""
+    return sm.compress_(model, plan, batches=batches, refine=REFINEMENT)
+
+
+ROWS: dict[str, tuple[type[sm.Format], int | None, Run]] = {
+    "low-rank": (sm.LowRank, None, plain),
+    "low-rank, whitened": (sm.LowRank, None, at_once),
+    "low-rank, in sequence": (sm.LowRank, None, in_sequence),
+    "monarch": (sm.Monarch, MONARCH_BLOCKS, plain),
+    "monarch, activation-aware": (sm.Monarch, MONARCH_BLOCKS, at_once),
+    "monarch, in sequence": (sm.Monarch, MONARCH_BLOCKS, in_sequence),
+    "block-diagonal": (sm.BlockDiagonal, None, plain),
+    "block-diagonal, activation-aware": (sm.BlockDiagonal, None, at_once),
+    "block-diagonal, in sequence": (sm.BlockDiagonal, None, in_sequence),
+    "blast": (sm.Blast, BLOCKS, plain),
+    "blast, activation-aware": (sm.Blast, BLOCKS, at_once),
+    "blast, in sequence": (sm.Blast, BLOCKS, in_sequence),
+    "blast, refined": (sm.Blast, BLOCKS, refined),
+}
+"""What to compress with: structure, blocks, and how."""
+
+PRIORITY = (0.8, 0.5, 0.9, 0.65)
+"""The order in which budgets are run."""
+
+
+def cells() -> list[tuple[str, float, str]]:
+    """Every cell: row, keep, calibration data (``"none"`` where the row takes none)."""
+    found = []
+    for calibration in CALIBRATIONS:
+        for keep in PRIORITY:
+            for row, (kind, _, run) in ROWS.items():
+                if kind is sm.BlockDiagonal and keep != 0.5:
+                    continue  # its keep is 1/2, 1/3, …
+                if run is plain and calibration != CALIBRATIONS[0]:
+                    continue
+                found.append((row, keep, "none" if run is plain else calibration))
+    return found
+
+
+class Bench:
+    """The model, its data, and the cells."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "stories3M-llama")
+        stories = str(folder / "tinystories-sample" / "stories.txt.xz")
+        self.test = read_texts(f"{stories}[-300:]")
+        self.stories = read_texts(f"{stories}[:1500]")
+        self.dense = self.score(self.load())
+
+    def load(self) -> Any:
+        """The dense model."""
+        return transformers.AutoModelForCausalLM.from_pretrained(self.folder / "stories3M-llama")
+
+    def batches(self, calibration: str) -> list[Any]:
+        """Calibration data; of WikiText as many tokens as of the stories."""
+        rows = token_batches(self.tokenizer, sorted(self.stories, key=len), length=512, batch_size=8)
+        if calibration != "wikitext":
+            return rows
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in rows)
+        texts = read_texts(str(self.folder / "wikitext-2" / "train.txt.xz"))
+        packed = token_batches(self.tokenizer, texts, length=256, batch_size=8, packed=True)
+        return packed[: round(tokens / (8 * 256))]
+
+    def score(self, model: Any) -> dict[str, float]:
+        """Token and word perplexity on the last 300 stories."""
+        found = perplexity(model, self.tokenizer, self.test, length=512, truncate=True, progress=False)
+        return {"token": found.token, "word": found.word}
+
+    def run(self, row: str, keep: float, calibration: str) -> dict[str, Any]:
+        """One cell."""
+        kind, blocks, how = ROWS[row]
+        model = self.load()
+        plan = sm.make_plan(model, {r".*_proj": kind}, keep=keep, blocks=blocks)
+        start = time.perf_counter()
+        fits = how(model, plan, [] if how is plain else self.batches(calibration))
+        seconds = time.perf_counter() - start
+        score = self.score(model)
+        kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
+        return {
+            "row": row, "keep": keep, "calibration": calibration, "blocks": blocks, "kept": kept, "seconds": seconds,
+            "perplexity": score["token"], "word_perplexity": score["word"],
+            "ln": math.log(score["token"] / self.dense["token"]),
+            "weight_error": math.sqrt(sum(fit.error**2 for fit in fits.values()) / len(fits)),
+            "hardware": hardware(), "transformers": transformers.__version__,
+        }  # fmt: skip
+
+
+def path_of(row: str, keep: float, calibration: str) -> Path:
+    """Where a cell is kept."""
+    return CELLS / (re.sub(r"[^a-z]+", "-", row) + f"-{keep}-{calibration}.json")
+
+
+def table(dense: dict[str, float]) -> str:
+    """The cells that are there, as Markdown."""
+    found = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
+    by_key = {(cell["row"], cell["keep"], cell["calibration"]): cell for cell in found}
+    lines = [
+        "# A language model compressed without retraining",
+        "",
+        f"Made by `benchmarks/compress_llm.py` on: {hardware_line(found[0]['hardware'])}, transformers "
+        f"{found[0]['transformers']}.",
+        "",
+        "`stories3M-llama`, all attention and MLP weights, the same keep in every layer. Token perplexity on the last "
+        f"300 stories (BOS, cut at 512 tokens), dense {dense['token']:.3f} (word perplexity {dense['word']:.2f}); in "
+        "brackets ln(perplexity / dense). BLAST has 16 x 16 blocks, Monarch 4 x 4. *Activation-aware* and *whitened*: "
+        "statistics of the dense model, all at once. *In sequence*: block by block on what the compressed blocks give, "
+        "the default with data. *Refined*: `--refine`. No row is retrained.",
+    ]
+    for calibration, title in (("stories", "1,500 stories"), ("wikitext", "WikiText-2, as many tokens")):
+        lines += ["", f"## Calibrated on {title}", "", "| structure | " + " | ".join(f"keep {k}" for k in KEEPS) + " |"]
+        lines.append("|---|" + "---|" * len(KEEPS))
+        for row, (_, _, run) in ROWS.items():
+            key = "none" if run is plain else calibration
+            values = [by_key.get((row, keep, key)) for keep in KEEPS]
+            if any(values):
+                texts = (f"{v['perplexity']:.2f} ({v['ln']:.3f})" if v else "" for v in values)
+                lines.append(f"| {row} | " + " | ".join(texts) + " |")
+    lines += ["", "Seconds of each run, as the machine was then (it was not always quiet):", ""]
+    lines += ["| structure | calibration | " + " | ".join(f"keep {k}" for k in KEEPS) + " |", "|---|---|" + "---|" * 4]
+    for row in ROWS:
+        for calibration in ("none", *CALIBRATIONS):
+            values = [by_key.get((row, keep, calibration)) for keep in KEEPS]
+            if any(values):
+                texts = (f"{v['seconds']:.0f}" if v else "" for v in values)
+                lines.append(f"| {row} | {calibration} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the cells that are missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=".*", help="cells to run: a pattern for 'row keep calibration'")
+    options = parser.parse_args()
+    if "STRUCTMAT_DATA" not in os.environ:
+        raise SystemExit("expected STRUCTMAT_DATA to name the folder with stories3M-llama")
+    CELLS.mkdir(parents=True, exist_ok=True)
+    bench = Bench(Path(os.environ["STRUCTMAT_DATA"]))
+    for cell in cells():
+        path = path_of(*cell)
+        if path.exists() or not re.search(options.only, " ".join(map(str, cell))):
+            continue
+        result = bench.run(*cell)
+        print(f"{cell}: perplexity {result['perplexity']:.3f}, ln {result['ln']:.4f}, {result['seconds']:.0f} s")
+        path.write_text(json.dumps(result, indent=1))
+        (RESULTS / "compress_llm.md").write_text(table(bench.dense))
+    (RESULTS / "compress_llm.md").write_text(table(bench.dense))
+
+
+if __name__ == "__main__":
+    main()
