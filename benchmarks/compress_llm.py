@@ -13,12 +13,12 @@ those that are missing.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,43 +37,24 @@ MONARCH_BLOCKS = 4
 REFINEMENT = sm.Refinement()
 CALIBRATIONS = ("stories", "wikitext")
 
-Run = Callable[[Any, sm.Plan, list[Any]], dict[str, sm.Fit]]
+PLAIN, AT_ONCE, IN_SEQUENCE, REFINED = "plain", "at once", "in sequence", "refined"
+"""How a row uses data: not at all, statistics of the dense model, block by block (the default), with refinement."""
 
 
-def plain(model: Any, plan: sm.Plan, batches: list[Any]) -> dict[str, sm.Fit]:
-    """The weights alone."""
-    return sm.compress_(model, plan)
-
-
-def at_once(model: Any, plan: sm.Plan, batches: list[Any]) -> dict[str, sm.Fit]:
-    """Activation-aware, all statistics from the dense model."""
-    return sm.compress_(model, plan, moments=sm.calibrate(model, batches, plan))
-
-
-def in_sequence(model: Any, plan: sm.Plan, batches: list[Any]) -> dict[str, sm.Fit]:
-    """Activation-aware, block by block: the default with data."""
-    return sm.compress_(model, plan, batches=batches)
-
-
-def refined(model: Any, plan: sm.Plan, batches: list[Any]) -> dict[str, sm.Fit]:
-    """The same with the refinement of each block."""
-    return sm.compress_(model, plan, batches=batches, refine=REFINEMENT)
-
-
-ROWS: dict[str, tuple[type[sm.Format], int | None, Run]] = {
-    "low-rank": (sm.LowRank, None, plain),
-    "low-rank, whitened": (sm.LowRank, None, at_once),
-    "low-rank, in sequence": (sm.LowRank, None, in_sequence),
-    "monarch": (sm.Monarch, MONARCH_BLOCKS, plain),
-    "monarch, activation-aware": (sm.Monarch, MONARCH_BLOCKS, at_once),
-    "monarch, in sequence": (sm.Monarch, MONARCH_BLOCKS, in_sequence),
-    "block-diagonal": (sm.BlockDiagonal, None, plain),
-    "block-diagonal, activation-aware": (sm.BlockDiagonal, None, at_once),
-    "block-diagonal, in sequence": (sm.BlockDiagonal, None, in_sequence),
-    "blast": (sm.Blast, BLOCKS, plain),
-    "blast, activation-aware": (sm.Blast, BLOCKS, at_once),
-    "blast, in sequence": (sm.Blast, BLOCKS, in_sequence),
-    "blast, refined": (sm.Blast, BLOCKS, refined),
+ROWS: dict[str, tuple[type[sm.Format], int | None, str]] = {
+    "low-rank": (sm.LowRank, None, PLAIN),
+    "low-rank, whitened": (sm.LowRank, None, AT_ONCE),
+    "low-rank, in sequence": (sm.LowRank, None, IN_SEQUENCE),
+    "monarch": (sm.Monarch, MONARCH_BLOCKS, PLAIN),
+    "monarch, activation-aware": (sm.Monarch, MONARCH_BLOCKS, AT_ONCE),
+    "monarch, in sequence": (sm.Monarch, MONARCH_BLOCKS, IN_SEQUENCE),
+    "block-diagonal": (sm.BlockDiagonal, None, PLAIN),
+    "block-diagonal, activation-aware": (sm.BlockDiagonal, None, AT_ONCE),
+    "block-diagonal, in sequence": (sm.BlockDiagonal, None, IN_SEQUENCE),
+    "blast": (sm.Blast, BLOCKS, PLAIN),
+    "blast, activation-aware": (sm.Blast, BLOCKS, AT_ONCE),
+    "blast, in sequence": (sm.Blast, BLOCKS, IN_SEQUENCE),
+    "blast, refined": (sm.Blast, BLOCKS, REFINED),
 }
 """What to compress with: structure, blocks, and how."""
 
@@ -89,9 +70,9 @@ def cells() -> list[tuple[str, float, str]]:
             for row, (kind, _, run) in ROWS.items():
                 if kind is sm.BlockDiagonal and keep != 0.5:
                     continue  # its keep is 1/2, 1/3, …
-                if run is plain and calibration != CALIBRATIONS[0]:
+                if run == PLAIN and calibration != CALIBRATIONS[0]:
                     continue
-                found.append((row, keep, "none" if run is plain else calibration))
+                found.append((row, keep, "none" if run == PLAIN else calibration))
     return found
 
 
@@ -130,9 +111,12 @@ class Bench:
         kind, blocks, how = ROWS[row]
         model = self.load()
         plan = sm.make_plan(model, {r".*_proj": kind}, keep=keep, blocks=blocks)
+        moments, spent = dense_moments(CALIBRATIONS.index(calibration), self) if how == AT_ONCE else (None, 0.0)
+        batches = self.batches(calibration) if how in (IN_SEQUENCE, REFINED) else None
         start = time.perf_counter()
-        fits = how(model, plan, [] if how is plain else self.batches(calibration))
-        seconds = time.perf_counter() - start
+        refine = REFINEMENT if how == REFINED else None
+        fits = sm.compress_(model, plan, moments=moments, batches=batches, refine=refine)
+        seconds = time.perf_counter() - start + spent
         score = self.score(model)
         kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
         return {
@@ -142,6 +126,16 @@ class Bench:
             "weight_error": math.sqrt(sum(fit.error**2 for fit in fits.values()) / len(fits)),
             "hardware": hardware(), "transformers": transformers.__version__,
         }  # fmt: skip
+
+
+@functools.cache
+def dense_moments(calibration: int, bench: Bench) -> tuple[sm.Calibration, float]:
+    """The statistics of the dense model on one of ``CALIBRATIONS``, for every row, and the seconds that they took."""
+    model = bench.load()
+    start = time.perf_counter()
+    plan = sm.make_plan(model, {r".*_proj": sm.LowRank}, keep=0.5)
+    moments = sm.calibrate(model, bench.batches(CALIBRATIONS[calibration]), plan)
+    return moments, time.perf_counter() - start
 
 
 def path_of(row: str, keep: float, calibration: str) -> Path:
@@ -169,7 +163,7 @@ def table(dense: dict[str, float]) -> str:
         lines += ["", f"## Calibrated on {title}", "", "| structure | " + " | ".join(f"keep {k}" for k in KEEPS) + " |"]
         lines.append("|---|" + "---|" * len(KEEPS))
         for row, (_, _, run) in ROWS.items():
-            key = "none" if run is plain else calibration
+            key = "none" if run == PLAIN else calibration
             values = [by_key.get((row, keep, key)) for keep in KEEPS]
             if any(values):
                 texts = (f"{v['perplexity']:.2f} ({v['ln']:.3f})" if v else "" for v in values)

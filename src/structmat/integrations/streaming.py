@@ -108,11 +108,14 @@ def compress_checkpoint(
     partial = Path(f"{os.fspath(out)}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    sequence = _Streamed(model, plan, files, partial, method, batches, refine, FitStore(cache) if cache else None)
-    with FitBar(sequence.cost, progress) as bar, torch.no_grad():
-        fits = sequence.run(bar) if batches is not None else sequence.run_without_data(bar)
-    sequence.finish(Path(source))
-    os.replace(partial, out)
+    try:
+        sequence = _Streamed(model, plan, files, partial, method, batches, refine, FitStore(cache) if cache else None)
+        with FitBar(sequence.cost, progress) as bar, torch.no_grad():
+            fits = sequence.run(bar) if batches is not None else sequence.run_without_data(bar)
+        sequence.finish(Path(source))
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return {name: fits[name] for name in plan}
 
 
