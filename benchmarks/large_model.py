@@ -1,9 +1,9 @@
 """Compress a randomly initialised Llama of a billion parameters on the CPU: peak memory, time, and the time estimate.
 
-The shape is that of TinyLlama (22 blocks of width 2048, 1.1 billion parameters, bf16); BLAST with 16 x 16 blocks at keep
-0.5. Compressed are the attention and MLP weights of the first few blocks, with the whole model in memory; all blocks
-are alike, so that the time of a full run follows. The time estimate is the one that the progress bar showed when it
-first passed 10 %.
+The shape is that of TinyLlama (22 blocks of width 2048, 1.1 billion parameters, bf16); BLAST with 16 x 16 blocks at
+keep 0.5. Compressed are the attention and MLP weights of the first few blocks, with the whole model in memory; all
+blocks are alike, so that the time of a full run follows. The time estimate is the one that the progress bar showed
+when it first passed 10 %.
 
     python benchmarks/large_model.py --blocks 2
     python benchmarks/large_model.py --blocks 1 --calibrate        # with 16 rows of 128 random tokens
@@ -99,18 +99,19 @@ def table() -> str:
         "",
         f"Made by `benchmarks/large_model.py` on: {hardware_line(found[0]['hardware'])}.",
         "",
-        "Llama, 22 blocks of width 2048, bf16, random weights; BLAST 16 x 16, keep 0.5. *Peak* is of the whole process, "
-        "the interpreter and libraries included.",
+        "Llama, 22 blocks of width 2048, bf16, random weights; BLAST 16 x 16, keep 0.5. *Peak* is of the whole "
+        "process, the interpreter and libraries included.",
         "",
-        "| data | blocks compressed | dense size | peak memory | beyond dense | time | estimate at 10 % | estimate / time "
-        "| all 22 blocks would take |",
+        "| data | blocks compressed | dense size | peak memory | beyond dense | time | estimate at 10 % "
+        "| estimate / time | all 22 blocks would take |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in found:
         lines.append(
             f"| {'calibrated' if run['calibrated'] else 'none'} | {run['blocks']} | {run['dense'] / 2**30:.2f} GiB | "
-            f"{run['peak'] / 2**30:.2f} GiB | {(run['peak'] - run['dense']) / 2**30:.2f} GiB | {run['seconds']:.0f} s | "
-            f"{run['estimate']['estimate']:.0f} s | {run['estimate']['estimate'] / run['seconds']:.2f} | "
+            f"{run['peak'] / 2**30:.2f} GiB | {(run['peak'] - run['dense']) / 2**30:.2f} GiB | "
+            f"{run['seconds']:.0f} s | {run['estimate']['estimate']:.0f} s | "
+            f"{run['estimate']['estimate'] / run['seconds']:.2f} | "
             f"{run['seconds'] / run['blocks'] * ALL_BLOCKS / 60:.0f} minutes |"
         )
     return "\n".join(lines) + "\n"
