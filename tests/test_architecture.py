@@ -15,15 +15,16 @@ SOURCE = Path(structmat.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LEVELS = {
-    0: ("_checks", "_doors", "_files", "_version"),
+    0: ("_calls", "_checks", "_doors", "_files", "_version"),
     1: ("ops",),
     2: ("formats",),
     3: ("fit", "nn"),
     4: ("plan",),
-    5: ("convert", "checkpoint", "report", "plot", "bench", "data", "evaluate", "training"),
-    6: ("integrations",),
-    7: ("hub",),
-    8: ("cli", "demo"),
+    5: ("blocks", "calibrate", "convert", "checkpoint", "report", "plot", "bench", "data", "evaluate", "training"),
+    6: ("refine", "sequential", "compress"),
+    7: ("integrations",),
+    8: ("hub",),
+    9: ("cli", "demo"),
 }
 """A part imports from lower levels and from its own; ``fit`` and ``nn`` never from each other."""
 
@@ -150,11 +151,11 @@ def test_public_names_are_complete(module: str) -> None:
 
 def test_the_public_list() -> None:
     assert structmat.__all__ == [
-        "Blast", "BlockDiagonal", "BlockSparse", "Dao2022Monarch", "Dense", "Fit", "Format", "GradientFit",
-        "Lee2024Blast", "LowRank", "Magnitude", "Method", "Monarch", "Plan", "Report", "Rule", "StructuredConv2d",
-        "StructuredLinear", "TruncatedSvd", "__version__", "apply_plan_", "compress_", "default_method", "densify_",
-        "flat_butterfly", "format_from_json", "load", "load_pretrained", "make_plan", "plan_of", "report", "save",
-        "to_blast",
+        "Blast", "BlockDiagonal", "BlockSparse", "Calibration", "Dao2022Monarch", "Dense", "Fit", "Format",
+        "GradientFit", "Lee2024Blast", "LowRank", "Magnitude", "Method", "Moments", "Monarch", "Plan", "Refinement",
+        "Report", "Rule", "StructuredConv2d", "StructuredLinear", "TruncatedSvd", "__version__", "apply_plan_",
+        "calibrate", "compress_", "default_method", "densify_", "flat_butterfly", "format_from_json", "load",
+        "load_pretrained", "make_plan", "plan_of", "report", "save", "to_blast",
     ]  # fmt: skip
 
 

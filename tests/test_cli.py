@@ -2,15 +2,20 @@
 
 import json
 import re
+import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 import structmat
+import structmat.demo
 from structmat import cli
+from structmat.cli.app import EXAMPLES, app, spread
 from structmat.demo import STRUCTURES, Settings
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -101,19 +106,83 @@ def test_wrong_words_are_explained(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["demo", "--keep", "much"]])
-def test_words_that_do_not_parse_exit_with_two(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(words)
-    assert stopped.value.code == 2
-    assert "usage: structmat" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Missing command; see structmat --help"),
+        (["fly"], "No such command 'fly'; see structmat --help"),
+        (["demo", "--keep", "much"], "Invalid value for '--keep': .*; see structmat demo --help"),
+        (["demo", "--fast"], "No such option: --fast.*; see structmat demo --help"),
+        (["plan"], "Missing argument 'MODEL', which goes before the options; see structmat plan --help"),
+        (
+            ["plan", "--layers", "a", "b"],
+            "Missing argument 'MODEL', which goes before the options; see structmat plan .*",
+        ),
+    ],
+)
+def test_words_that_do_not_parse_end_with_two(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(f"structmat: {message}\n", captured.err)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["--version"])
-    assert stopped.value.code == 0
+    assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"structmat {structmat.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [command.__name__.replace("_", "-") for command in EXAMPLES])
+def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"Usage: structmat {command}" in shown
+    assert "Examples:" in shown
+    assert f"$ structmat {command} " in shown
+
+
+@pytest.mark.parametrize("words", [example for examples in EXAMPLES.values() for example in examples])
+def test_the_examples_parse(words: str) -> None:
+    commands: Any = typer.main.get_command(app)
+    name, *rest = spread(commands, shlex.split(words))[1:]
+    context = commands.commands[name].make_context(name, rest)
+    assert context.params
+
+
+def test_a_command_line_of_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["structmat", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("structmat.cli", run_name="__main__")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("structmat ")
+
+
+@pytest.mark.parametrize("name", ["typer", "rich"])
+def test_without_typer_one_line_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == (
+        "structmat: the command line needs typer and rich: pip install 'structmat[cli]'\n"
+    )
+
+
+def test_debug_shows_the_traceback() -> None:
+    for words in (["demo", "--keep", "0", "--debug"], ["--debug", "demo", "--keep", "0"]):
+        with pytest.raises(ValueError, match="expected --keep"):
+            cli.main(words)
+
+
+def test_a_fault_of_the_program_is_not_explained_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> None:
+        raise AttributeError("a fault")
+
+    monkeypatch.setattr(structmat.demo, "run_demo", broken)
+    with pytest.raises(AttributeError, match="a fault"):
+        cli.main(["demo"])
 
 
 def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,9 +220,9 @@ def test_a_budget_that_nothing_fits_is_refused_before_training(
 
 
 def test_an_interrupt_is_no_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: Any) -> int:
+    def interrupted(_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_demo", interrupted)
+    monkeypatch.setattr(structmat.demo, "run_demo", interrupted)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "structmat: interrupted\n"

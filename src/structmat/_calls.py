@@ -26,6 +26,20 @@ def moved(value: Any, device: torch.device) -> Any:
     return tuple(moved(one, device) for one in value) if isinstance(value, (tuple, list)) else value
 
 
+def widened(value: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors of a batch in this dtype, where theirs is narrower; anything else as it is."""
+    if isinstance(value, Tensor):
+        narrow = value.is_floating_point() and torch.promote_types(value.dtype, dtype) == dtype
+        return value.to(dtype) if narrow else value
+    if isinstance(value, Mapping):
+        new = {key: widened(one, dtype) for key, one in value.items()}
+        return new if any(new[key] is not one for key, one in value.items()) else value
+    if isinstance(value, (tuple, list)):
+        new = tuple(widened(one, dtype) for one in value)
+        return new if any(a is not b for a, b in zip(new, value, strict=True)) else value
+    return value
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the network's first parameter is."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from structmat._calls import call
+from structmat._calls import call, widened
 from structmat.nn import put_module
 
 LEAST_SHARE = 0.8
@@ -29,8 +29,8 @@ class Extras:
     kwargs: Mapping[str, Any]
 
     def call(self, block: nn.Module, state: Tensor) -> Any:
-        """What the block makes of a hidden state."""
-        return block(state, *self.args, **self.kwargs)
+        """What the block makes of a hidden state (of a copy: some add to it), the rest being as wide as that."""
+        return block(state.clone(), *widened(self.args, state.dtype), **widened(self.kwargs, state.dtype))
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -188,7 +188,7 @@ class Relay:
 
     def call(self, model: nn.Module, state: Any, i: int) -> Any:
         """Call the network, or a copy made while the stand-ins hang, on batch ``i``."""
-        self._notes.deliver = state if self._deliver else None
+        self._notes.deliver = state.clone() if self._deliver else None
         self._notes.extras = []
         return call(model, self._batches[i])
 
@@ -234,10 +234,11 @@ def find_chain(model: nn.Module, planned: Mapping[str, Sequence[str]], batch: An
 
 
 def _holds(blocks: Sequence[str], planned: Mapping[str, Sequence[str]]) -> bool:
-    """Whether enough of the planned layers lie in these blocks, and each of those in one of them alone."""
+    """Whether enough of the planned layers lie in these blocks, each of those in one alone, and none is one itself."""
     homes = {name: {_inside(user, blocks) for user in users} for name, users in planned.items()}
     inside = [name for name, blocks_of in homes.items() if blocks_of != {None}]
-    return len(inside) >= LEAST_SHARE * len(planned) and all(len(homes[name]) == 1 for name in inside)
+    bare = any(user in blocks for users in planned.values() for user in users)
+    return not bare and len(inside) >= LEAST_SHARE * len(planned) and all(len(homes[name]) == 1 for name in inside)
 
 
 def _inside(name: str, blocks: Sequence[str]) -> str | None:

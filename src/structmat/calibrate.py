@@ -24,6 +24,9 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DEFAULT_RIDGE = 1e-2
 """Where there is but one batch, so that nothing can be held out."""
 
+ROUNDING = 1e-12
+"""A variance below this share of the second moment is an error of rounding: the input is as good as constant."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -68,6 +71,8 @@ class Moments:
         """
         second, cross = self._matrices(centred)
         added = _ridge(second, self.ridge)
+        if centred:
+            added += torch.diag(ROUNDING * self.second.diagonal())
         second = second + added
         if cross is None:
             return weight, second
@@ -284,16 +289,17 @@ def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> tuple
     Raises:
         ValueError: If a site is not called.
     """
-    calls: dict[str, list[Tensor]] = {}
+    calls: dict[str, list[tuple[Tensor, int]]] = {}  # with how often it had been changed in place
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            calls.setdefault(name, []).append(inputs[0])
+            version = 0 if inputs[0].is_inference() else inputs[0]._version
+            calls.setdefault(name, []).append((inputs[0], version))
 
         return hook
 
     _with_hooks(sites, note, run)
-    missing = [name for name in sites if name not in calls]
+    missing = [site.name for name, site in sites.items() if name not in calls]
     if missing:
         raise ValueError(
             f"the calibration data never reaches {missing}; give data that does, or exclude these layers from the plan"
@@ -305,7 +311,7 @@ def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> tuple
             for other in leaders.values()
             if len(calls[other]) == len(tensors)
             and type(sites[other].module) is type(sites[name].module) is not nn.Conv2d
-            and all(a is b for a, b in zip(calls[other], tensors, strict=True))
+            and all(a is b and m == n for (a, m), (b, n) in zip(calls[other], tensors, strict=True))
         )
         leaders[name] = next(same, name)
     return leaders, {name for name, tensors in calls.items() if len(tensors) == 1}
@@ -334,7 +340,8 @@ class capturing:
     def __enter__(self) -> None:
         def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                self._captured.setdefault(name, []).append(_vectors(name, module, inputs[0], self._mask))
+                vectors = _vectors(self._sites[name].name, module, inputs[0], self._mask)
+                self._captured.setdefault(name, []).append(vectors)
                 if self._stop:
                     raise Captured
 
@@ -364,10 +371,10 @@ def _with_hooks(
 
 
 def _vectors(name: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """What the layer's matrix multiplies, ``(T, N)``, without the tokens that the mask leaves out."""
+    """What the layer's matrix multiplies, ``(T, N)``, without the tokens that the mask leaves out; a copy."""
     if isinstance(module, nn.Conv2d):
         x = unfolded(module, x if x.ndim == 4 else x[None])[0]
-    vectors = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
+    vectors = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1]).clone()
     if not torch.isfinite(vectors).all():
         raise FloatingPointError(f"the input of layer {name!r} is not finite; check the calibration data and the dtype")
     return vectors

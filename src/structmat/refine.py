@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat import _checks
+from structmat._calls import widened
 from structmat.blocks import tensor_of
 from structmat.fit import Fit
 from structmat.fit.layers import FitBar, FitStore, digest
@@ -64,7 +65,7 @@ class Refinement:
 
     def split(self, count: int) -> tuple[list[int], list[int]]:
         """Numbers of the batches to learn from, and of those held out, spread evenly."""
-        held = max(1, round(self.held_out * count))
+        held = min(count - 1, max(1, round(self.held_out * count)))
         chosen = {(2 * k + 1) * count // (2 * held) for k in range(held)}
         return [k for k in range(count) if k not in chosen], sorted(chosen)
 
@@ -108,14 +109,16 @@ def refined(
         if all(fit is not None for fit in found.values()):
             return {name: fit for name, fit in found.items() if fit is not None}
 
-    student = copy.deepcopy(compressed).float()
+    double = any(factor.dtype == torch.float64 for fit in fits.values() for factor in fit.factors.values())
+    compute = torch.float64 if double else torch.float32
+    student = copy.deepcopy(compressed).to(compute)
     factors = _trainable(student, fits)
     best = {name: tensor.detach().clone() for name, tensor in factors.items()}
     learn, held = settings.split(len(inputs))
 
     def loss_of(i: int) -> Tensor:
-        output = tensor_of(forward(student, _floating(inputs[i]), i)).float()
-        return _relative(output, targets[i].float(), masks[i])
+        output = tensor_of(forward(student, widened(inputs[i], compute), i))
+        return _relative(output.to(compute), targets[i].to(compute), masks[i])
 
     def held_out_error() -> float:
         return float(torch.stack([loss_of(i) for i in held]).mean().sqrt())
@@ -163,10 +166,6 @@ def _updated(name: str, fit: Fit, best: Mapping[str, Tensor]) -> Fit:
     factors = {key: best.get(f"{name}.{key}", factor).to(factor.dtype) for key, factor in fit.factors.items()}
     bias = None if fit.bias is None else best[f"{name}.bias"].to(fit.bias.dtype)
     return dataclasses.replace(fit, factors=factors, bias=bias)
-
-
-def _floating(state: Any) -> Any:
-    return state.float() if isinstance(state, Tensor) and state.is_floating_point() else state
 
 
 def _size(tensor: Tensor) -> float:

@@ -215,7 +215,7 @@ class Sequence:
             bar.say(f"{full[leader]}, calibrating, states {states.nbytes / 2**20:.0f} MiB")
             sums = MomentSums()
             crossed = bool(fits) or states.compressed is not states.dense
-            now = _sites(working, {leader: leader})
+            now = _sites(working, {leader: full[leader]})
             for i, mask in enumerate(self.masks):
                 stop = leader in once
                 dense = kept[leader][i] if kept else None
@@ -283,9 +283,9 @@ def _block_call(extras: list[Extras]) -> Forward:
 
 
 def _sites(block: nn.Module, names: Mapping[str, str]) -> dict[str, Site]:
-    """The sites of a block by the wanted ones of their names."""
+    """The sites of a block by the wanted ones of their names, each called by its full name."""
     by_name = {name: site for site in find_sites(block).values() for name in site.names}
-    return {name: by_name[name] for name in names}
+    return {name: dataclasses.replace(by_name[name], name=full) for name, full in names.items()}
 
 
 def _captured(
@@ -314,10 +314,13 @@ def _put_fits_(block: nn.Module, fits: Mapping[str, Fit]) -> None:
 @contextmanager
 def _with_fits(model: nn.Module, fits: Mapping[str, Fit]) -> Iterator[None]:
     """The network with some layers replaced, for a while."""
-    sites = _sites(model, dict.fromkeys(fits, ""))
+    sites = _sites(model, {name: name for name in fits})
     modules = {n: module for site in sites.values() for n, module in _hung(model, site).items()}
     try:
         apply_plan_(model, {n: f.format for n, f in fits.items()}, factors={n: f.factors for n, f in fits.items()})
+        for name, fit in fits.items():
+            if fit.bias is not None:
+                model.get_submodule(name).bias = nn.Parameter(fit.bias)  # the old one is the dense layer's
         yield
     finally:
         for name, module in modules.items():

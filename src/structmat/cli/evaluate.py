@@ -1,0 +1,216 @@
+"""``structmat evaluate``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.utils.data import DataLoader
+
+from structmat import _checks
+from structmat.cli import models, options
+from structmat.cli.calibration import length_for
+from structmat.cli.output import SCHEMA, versions, write_json
+from structmat.cli.show import count, say, table
+from structmat.data import read_images, read_labelled_texts, read_texts
+from structmat.evaluate import accuracy, perplexity, relative_flops
+from structmat.report import report
+
+SHOWN = {
+    "parameters": count,
+    "relative_parameters": lambda value: f"{value:.3f}",
+    "relative_flops": lambda value: f"{value:.3f}",
+}
+"""How the figures that every model has are shown; others get four decimals."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to measure, and how.
+
+    Attributes:
+        data: Source; None for tasks alone.
+        split: Of the source.
+        tasks: Of lm-eval.
+        task_folder: With own tasks.
+        limit: Examples of each task, or their share below 1.
+        length: Tokens that a language model sees at once.
+        stride: Tokens by which it moves on.
+        truncate: Whether to score the beginning of each document alone.
+        batch_size: Rows or images of a batch.
+    """
+
+    data: str | None
+    split: str | None
+    tasks: tuple[str, ...]
+    task_folder: Path | None
+    limit: float | None
+    length: int | None
+    stride: int | None
+    truncate: bool
+    batch_size: int
+
+    def of(self, model: Any, processor: Any) -> dict[str, float]:
+        """Measure one model.
+
+        Args:
+            model: Of transformers.
+            processor: Its tokenizer or image processor.
+
+        Returns:
+            The figures by name.
+
+        Raises:
+            ValueError: If a class of the data is none of the model's, or tasks do not go with the model.
+        """
+        from structmat.integrations.tasks import task_of  # noqa: PLC0415 - imports transformers
+
+        task, length = task_of(model), length_for(model.config, self.length)
+        shape = report(model)
+        figures: dict[str, float] = {
+            "parameters": shape.parameters,
+            "relative_parameters": shape.parameters / shape.dense_parameters,
+        }
+        if task == "causal-lm":
+            example: Any = {"input_ids": torch.zeros(1, length, dtype=torch.long, device=model.device)}
+            figures["relative_flops"] = relative_flops(model, example).relative
+            if self.data is not None:
+                figures |= self._perplexity(model, processor, length)
+        elif self.data is not None:
+            loader = self._examples(task, model, processor, length)
+            first = {name: value[:1].to(model.device) for name, value in next(iter(loader)).items() if name != "labels"}
+            figures["relative_flops"] = relative_flops(model, first).relative
+            figures["accuracy"] = accuracy(model, loader).top1
+        if self.tasks:
+            if task != "causal-lm":
+                raise ValueError(f"expected a causal language model for --tasks, got a {type(model).__name__}")
+            figures |= self._tasks(model, processor, length)
+        return figures
+
+    def _perplexity(self, model: Any, tokenizer: Any, length: int) -> dict[str, float]:
+        texts = read_texts(str(self.data), split=self.split)
+        found = perplexity(
+            model, tokenizer, texts, length=length, stride=self.stride, batch_size=self.batch_size,
+            truncate=self.truncate,
+        )  # fmt: skip
+        return {"token_perplexity": found.token, "word_perplexity": found.word, "bits_per_byte": found.bits_per_byte}
+
+    def _examples(self, task: str, model: Any, processor: Any, length: int) -> Any:
+        source = str(self.data)
+        collate, examples = None, None
+        if task == "sequence-classification":
+            texts = read_labelled_texts(source, split=self.split)
+            examples, classes = texts.examples(processor, length=length), texts.classes
+            labels = texts.labels
+            collate = models.library().DataCollatorWithPadding(processor)
+        else:
+            examples = read_images(source, processor, split=self.split)
+            labels, classes = examples.labels, examples.classes
+        check_classes(model.config, labels, classes)
+        return DataLoader(examples, batch_size=self.batch_size, collate_fn=collate)  # pyright: ignore[reportArgumentType]
+
+    def _tasks(self, model: Any, tokenizer: Any, length: int) -> dict[str, float]:
+        try:
+            from structmat.integrations.lm_eval import lm_eval_tasks  # noqa: PLC0415 - an optional dependency
+        except ImportError as error:
+            raise ImportError("--tasks needs lm-eval: pip install 'structmat[evaluate]'") from error
+        found = lm_eval_tasks(
+            model, tokenizer, self.tasks, include_path=self.task_folder, limit=self.limit,
+            batch_size=self.batch_size, length=length,
+        )  # fmt: skip
+        return {
+            f"{task} {metric.partition(',')[0]}": float(value)
+            for task, metrics in found.items()
+            for metric, value in metrics.items()
+            if "stderr" not in metric and isinstance(value, (int, float)) and "," in metric
+        }
+
+
+def check_classes(config: Any, labels: list[int], classes: tuple[str, ...]) -> None:
+    """Check that the classes of the data are those of the model.
+
+    Args:
+        config: Of the model.
+        labels: Of the data.
+        classes: Their names, where the data has them.
+
+    Raises:
+        ValueError: If there are too many, or they have the model's names in another order.
+    """
+    if max(labels) >= config.num_labels:
+        raise ValueError(f"expected classes below the model's {config.num_labels}, got {max(labels)}")
+    known = config.label2id or {}
+    moved = next((name for k, name in enumerate(classes) if known.get(name, k) != k), None)
+    if moved is not None:
+        raise ValueError(
+            f"expected classes in the order of the model's label2id, but {moved!r} is {classes.index(moved)} in "
+            f"the data and {known[moved]} in the model; rename the folders, or write the numbers into the data"
+        )
+
+
+def evaluate(
+    model: Annotated[
+        list[str], typer.Argument(help="Models to measure: folders, or names on the Hub.", metavar="MODEL...")
+    ],
+    dense: Annotated[
+        list[str] | None, typer.Option("--dense", metavar="MODEL ...", help="Models to compare with.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Texts for a language model, texts or images with classes for a classifier: a file such as "
+            "stories.txt.xz[-300:], a folder, or a data set on the Hub.",
+        ),
+    ] = None,
+    split: options.Split = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", metavar="TASK ...", help="Tasks of lm-eval, such as arc_easy.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with own tasks of lm-eval, as YAML.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Examples of each task; below 1 their share.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens seen at once; 512 or as many as the model takes.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens by which the window advances; half of it.")] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Score the first --length tokens of each document.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Rows or images of a batch.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures as JSON.")] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Measure models side by side: perplexity or accuracy, operations and parameters."""
+    if data is None and not tasks:
+        raise ValueError("expected something to measure on, got neither --data nor --tasks")
+    _checks.positive_int(batch_size, "--batch-size")
+    names = list(dict.fromkeys((*(dense or ()), *model)))
+    for name in names:
+        models.check_name(name)
+    measurement = Measurement(data, split, tuple(tasks or ()), task_folder, limit, length, stride, truncate, batch_size)
+    found: dict[str, dict[str, float]] = {}
+    for name in names:
+        say(name)
+        found[name] = measurement.of(models.load(name, dtype=dtype, device=device), models.processor_of(name))
+    show_figures(found)
+    if json_file is not None:
+        how = {"data": data, "split": split, "length": length, "stride": stride, "truncate": truncate, "limit": limit}
+        write_json(
+            json_file,
+            {"schema": SCHEMA, "command": "evaluate", "options": how, "versions": versions(), "models": found},
+        )
+        say(f"wrote {json_file}")
+
+
+def show_figures(found: dict[str, dict[str, float]]) -> None:
+    """Print the figures, one model to a row."""
+    columns = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    rows = []
+    for model, figures in found.items():
+        cells = [SHOWN.get(name, "{:.4f}".format)(figures.get(name, math.nan)) for name in columns]
+        rows.append((model, *cells))
+    head = [name.replace("_", " ") for name in columns]
+    table(["model", *head], rows, right=range(1, len(head) + 1))

@@ -1,0 +1,194 @@
+"""The door to transformers: models with and without their weights, tokenizers and image processors."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structmat import _checks
+from structmat.hub import load_pretrained
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+IMAGE_FILES = ("preprocessor_config.json",)
+
+
+def library() -> Any:
+    """The package transformers, which no command imports before it needs it.
+
+    Returns:
+        The package, with structmat registered.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("this command needs transformers: pip install 'structmat[transformers]'")
+    importlib.import_module("structmat.integrations.transformers")
+    return importlib.import_module("transformers")
+
+
+def check_name(model: str) -> str:
+    """Check the name of a model before anything is imported or looked up.
+
+    Args:
+        model: Folder, or name on the Hub.
+
+    Returns:
+        The same.
+
+    Raises:
+        FileNotFoundError: If it can only be a folder and there is none, or the folder holds no model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"expected a model in the folder {model!r}, but it has no config.json")
+    elif (
+        path.exists()
+        or path.is_absolute()
+        or model.startswith((".", "~"))
+        or len(path.parts) > 2
+        or os.sep == model[-1:]
+    ):
+        raise FileNotFoundError(f"expected a folder with a model, or its name on the Hub, got {model!r}")
+    return model
+
+
+def configuration(model: str) -> Any:
+    """The configuration of a model."""
+    return library().AutoConfig.from_pretrained(check_name(model))
+
+
+def skeleton(model: str) -> Any:
+    """A model without its weights, structured if it is saved so.
+
+    Args:
+        model: Folder, or name on the Hub.
+
+    Returns:
+        The model on the meta device.
+
+    Raises:
+        ValueError: If its configuration names no class of transformers.
+    """
+    config = configuration(model)
+    named = (config.architectures or [None])[0]
+    kind = getattr(library(), str(named), None)
+    if kind is None:
+        raise ValueError(
+            f"expected the configuration of {model!r} to name a class of transformers under 'architectures', "
+            f"got {named!r}"
+        )
+    facts = config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        empty = kind._from_config(config, dtype=config.dtype or torch.float32).eval()
+    if facts is not None:
+        integration = importlib.import_module("structmat.integrations.transformers")
+        if not integration.is_ours(facts):
+            raise ValueError(f"expected a model with dense weights, got {model!r}, which is quantized; dequantize it")
+        facts = facts if isinstance(facts, dict) else facts.to_dict()
+        quantizer = integration.StructmatQuantizer(integration.StructmatConfig(**facts))
+        quantizer._process_model_before_weight_loading(empty)
+    return empty
+
+
+def load(model: str, *, dtype: str = "auto", device: str = "auto") -> Any:
+    """A model with its weights.
+
+    Args:
+        model: Folder, or name on the Hub.
+        dtype: Of the weights.
+        device: Where to put it.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    library()
+    loaded = load_pretrained(check_name(model), dtype=dtype_named(dtype))
+    return loaded.to(device_named(device)).eval()
+
+
+def dtype_named(name: str) -> Any:
+    """The dtype that ``--dtype`` means, ``"auto"`` as it is."""
+    _checks.one_of(name, DTYPES, "--dtype")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def device_named(name: str) -> torch.device:
+    """The device that ``--device`` means.
+
+    Args:
+        name: ``"auto"``, or a name as in PyTorch.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"expected --device to be one of this machine, such as cpu, got {name!r}") from error
+    return device
+
+
+def processors(model: str) -> dict[str, Any]:
+    """What makes inputs of a model.
+
+    Args:
+        model: Folder, or name on the Hub.
+
+    Returns:
+        Its ``"tokenizer"`` and ``"image processor"``, those that it has.
+    """
+    transformers = library()
+    kinds = {
+        "tokenizer": (TOKENIZER_FILES, transformers.AutoTokenizer),
+        "image processor": (IMAGE_FILES, transformers.AutoImageProcessor),
+    }
+    return {
+        name: kind.from_pretrained(model)
+        for name, (files, kind) in kinds.items()
+        if any(has_file(model, file) for file in files)
+    }
+
+
+def has_file(model: str, file: str) -> bool:
+    """Whether a folder or a repository on the Hub has a file."""
+    if Path(model).is_dir():
+        return (Path(model) / file).is_file()
+    library()
+    hub = importlib.import_module("transformers.utils.hub")
+    return hub.cached_file(model, file, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def processor_of(model: str) -> Any:
+    """The one that makes the model's inputs from data: its tokenizer, or else its image processor.
+
+    Args:
+        model: Folder, or name on the Hub.
+
+    Returns:
+        The processor.
+
+    Raises:
+        FileNotFoundError: If it has none.
+    """
+    found = processors(model)
+    if not found:
+        raise FileNotFoundError(
+            f"expected {model!r} to have a tokenizer ({' or '.join(TOKENIZER_FILES)}) or an image processor "
+            f"({IMAGE_FILES[0]}) to read data with, found none; save it there with save_pretrained"
+        )
+    return next(iter(found.values()))

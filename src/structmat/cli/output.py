@@ -1,0 +1,260 @@
+"""A folder that appears when it is complete, and what is kept of a run that was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from structmat._files import write_atomically
+from structmat._version import __version__
+from structmat.cli.show import say
+
+RECORD = "structmat.json"
+"""In a finished folder: what made it, and what came out."""
+
+SCHEMA = 1
+"""Of the record."""
+
+
+class Output:
+    """The output of a command. While it is entered, this process alone works on it.
+
+    Beside the folder ``OUT`` there is ``OUT.partial`` until the work is done: a lock, which ends with the process
+    however that ends, the options, what the command keeps for going on, and the model while it is written.
+
+    Args:
+        path: The folder.
+        command: Name of the command.
+        options: What the result depends on, as JSON-compatible data.
+        overwrite: Whether to replace a result that is there.
+        resume: Whether a run that was interrupted goes on with other options.
+    """
+
+    def __init__(
+        self, path: Path, command: str, options: Mapping[str, Any], *, overwrite: bool = False, resume: bool = True
+    ) -> None:
+        self.path, self.command, self.overwrite, self.resume = path, command, overwrite, resume
+        self.options = json.loads(json.dumps(options))
+        self.partial = path.with_name(f"{path.name}.partial")
+        self._lock = FileLock(self.partial / "lock", timeout=0)
+
+    @property
+    def folder(self) -> Path:
+        """Where the model is written before it moves."""
+        return self.partial / "model"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder is there, made by the same command with the same options, and is to stay.
+
+        Raises:
+            FileExistsError: If something else is there.
+        """
+        if not os.path.lexists(self.path) or _is_empty(self.path):
+            return False
+        record = read_record(self.path)
+        if self.overwrite:
+            if record is None:
+                raise FileExistsError(f"expected a result of structmat to overwrite, got {str(self.path)!r}; remove it")
+            return False
+        if record is None or record.get("command") != self.command:
+            raise FileExistsError(f"expected a new folder for --out, but {str(self.path)!r} is there; choose another")
+        changes = differences(record.get("options", {}), self.options)
+        if changes:
+            raise FileExistsError(
+                f"expected a new folder for --out, but {str(self.path)!r} was made with other options ({changes}); "
+                "choose another, or pass --overwrite"
+            )
+        return True
+
+    def said_finished(self) -> bool:
+        """Whether the work is done already; the user is told, and what a killed process left beside it is removed."""
+        if not self.finished:
+            return False
+        if self.partial.exists() and not self._lock.is_locked:
+            with self:
+                pass
+        say(f"{self.path} is finished, with the same options; nothing to do")
+        return True
+
+    def __enter__(self) -> Output:
+        self.partial.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise BlockingIOError(
+                f"expected to be alone at {str(self.path)!r}, but another process is writing it; wait for it to end"
+            ) from error
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        if self.finished:
+            return
+        file = self.partial / "options.json"
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            changes = differences(before["options"], self.options)
+            if before["command"] != self.command:
+                changes = f"the command was {before['command']}"
+            if changes and not self.resume and not self.overwrite:
+                raise FileExistsError(
+                    f"expected the options of the interrupted run in {str(self.partial)!r}, got others ({changes}); "
+                    "repeat them to go on, or pass --overwrite to start again"
+                )
+            if changes and not self.resume:
+                self._clear()
+                say(f"starting again, with other options than the interrupted run ({changes})")
+            else:
+                other = f", with other options ({changes}): what still fits is used" if changes else ""
+                say(f"going on with the interrupted run in {self.partial}{other}")
+        content = json.dumps({"command": self.command, "options": self.options}, indent=1)
+        write_atomically(file, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is KeyboardInterrupt:
+            say(f"{self.partial} keeps what is done; run the same command again to go on")
+        if kind is None or not any(file.is_file() for file in self.partial.glob("*/**/*")):
+            self._clear()
+            self._leave()
+        else:
+            self._lock.release()
+
+    def _clear(self) -> None:
+        for path in self.partial.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in ("lock", "options.json"):
+                path.unlink()
+
+    def _leave(self) -> None:
+        """Give the lock back and remove the partial folder."""
+        (self.partial / "options.json").unlink(missing_ok=True)
+        lock = self.partial / "lock"
+        if os.name != "nt":  # there an open file cannot be removed
+            lock.unlink(missing_ok=True)
+        self._lock.release()
+        if os.name == "nt":
+            lock.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: another process is in it by now
+            self.partial.rmdir()
+
+    def new_folder(self) -> Path:
+        """The empty folder for the model; what an earlier run wrote there is removed.
+
+        Returns:
+            Its path.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        return self.folder
+
+    def record(self, facts: Mapping[str, Any], folder: Path) -> None:
+        """Write down in a folder that the work is done.
+
+        Args:
+            facts: What came out, as JSON-compatible data.
+            folder: With everything else that is to appear.
+        """
+        written = {"schema": SCHEMA, "command": self.command, "options": self.options, "versions": versions(), **facts}
+        write_json(folder / RECORD, written)
+
+    def recorded(self, folder: Path) -> dict[str, Any] | None:
+        """The record in a folder that did not come to appear, if it is of this work; None otherwise."""
+        found = read_record(folder)
+        return found if found is not None and found.get("options") == self.options else None
+
+    def appear(self, folder: Path) -> None:
+        """Let a folder with a record be the output.
+
+        Args:
+            folder: Inside the partial one.
+        """
+        if os.path.lexists(self.path):
+            if _is_empty(self.path):
+                self.path.rmdir()
+            else:
+                old = self.partial / "old"
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.path, old)
+        os.replace(folder, self.path)
+        say(f"wrote {self.path}")
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Write the record into ``folder``, and let it be the output."""
+        self.record(facts, self.folder)
+        self.appear(self.folder)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write data as JSON, atomically."""
+    content = json.dumps(data, indent=1, default=str) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record in a folder; None where there is none."""
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return record if isinstance(record, dict) and "command" in record else None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What changed between two sets of options, as text; empty where nothing did."""
+    changed = [name for name in (*before, *(n for n in now if n not in before)) if before.get(name) != now.get(name)]
+    hashes = {name: name.replace("_", " ") for name in changed if name.endswith(("_files", "_content"))}
+    return ", ".join(hashes.get(name, f"{name}: {before.get(name)!r}, now {now.get(name)!r}") for name in changed)
+
+
+def fingerprint(source: str | os.PathLike[str] | None) -> str | None:
+    """What a file or the files of a folder are, by their names, sizes and times; None where there are none.
+
+    Args:
+        source: A path, or the name of something on the Hub.
+
+    Returns:
+        A hash.
+    """
+    if source is None or not Path(source).exists():
+        return None
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        facts = file.stat()
+        total.update(f"{file.relative_to(path.parent)}|{facts.st_size}|{facts.st_mtime_ns}|".encode())
+    return total.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"structmat": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and next(path.iterdir(), None) is None
