@@ -14,6 +14,7 @@ import os
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -124,12 +125,12 @@ print(f"operations: {flops.relative:.3f} of the dense model's")
 
 # %% Retraining for a few steps, with the dense model as teacher
 args = StructuredTrainingArguments(
-    output_dir=str(folder / "better"), max_steps=30, per_device_train_batch_size=16, learning_rate=1e-3,
-    lr_scheduler_type="cosine", distill_logits=1.0, logging_steps=10, save_strategy="no", report_to="none",
-    disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+    output_dir=str(folder / "better"), max_steps=30, per_device_train_batch_size=16, learning_rate=3e-4,
+    lr_scheduler_type="cosine", warmup_steps=5, distill_logits=1.0, logging_steps=10, save_strategy="no",
+    report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
 )  # fmt: skip
 figures = retrain(small, tokenizer, known, unseen, args, teacher=dense, length=LENGTH)
-better = AutoModelForCausalLM.from_pretrained(folder / "better")
+better: Any = AutoModelForCausalLM.from_pretrained(folder / "better")
 scores["retrained"] = perplexity(better, tokenizer, unseen, length=LENGTH, progress=False)
 print(" -> ".join(f"{name} {score.token:.3f}" for name, score in scores.items()))
 

@@ -49,7 +49,7 @@ def top1(network: Any) -> float:
 folder = Path(tempfile.mkdtemp(prefix="structmat-example-"))
 config = ViTConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=8, patch_size=2,
-    num_channels=1, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    num_channels=1, id2label={k: str(k) for k in range(10)}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
 dense = ViTForImageClassification(config)
 StructuredTrainer(

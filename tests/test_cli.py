@@ -17,6 +17,7 @@ import structmat.demo
 from structmat import cli
 from structmat.cli.app import EXAMPLES, app, spread
 from structmat.demo import STRUCTURES, Settings
+from structmat.formats import FORMATS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -197,7 +198,7 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_every_structure_is_in_the_demo() -> None:
-    assert set(STRUCTURES) == set(structmat.formats.FORMATS) - {"dense"}
+    assert set(STRUCTURES) == set(FORMATS) - {"dense"}
 
 
 def test_a_budget_that_nothing_fits_is_refused_before_training(

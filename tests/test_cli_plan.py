@@ -174,7 +174,7 @@ def test_wrong_input_is_one_line(
 
 
 def test_no_plan_in_a_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="expected a plan in '.*'; make one with structmat plan"):
+    with pytest.raises(FileNotFoundError, match=r"expected a plan in '.*'; make one with structmat plan"):
         plan_for(tiny.llama(), PlanOptions(file=tmp_path / "plan.json"))
 
 

@@ -243,5 +243,5 @@ def test_classes_must_be_those_of_the_model() -> None:
 
 def test_a_model_without_a_processor(tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="to have a tokenizer .* or an image processor .*, found none; save"):
+    with pytest.raises(FileNotFoundError, match=r"to have a tokenizer .* or an image processor .*, found none; save"):
         models.processor_of(str(tmp_path))

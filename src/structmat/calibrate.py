@@ -111,14 +111,9 @@ def _ridge(second: Tensor, ridge: float) -> Tensor:
 
 
 class MomentSums:
-    """Running sums over batches, from which ``Moments`` come.
+    """Running sums over batches, from which ``Moments`` come."""
 
-    Args:
-        crossed: Whether the target's inputs differ from the layer's.
-    """
-
-    def __init__(self, crossed: bool = False) -> None:
-        self.crossed = crossed
+    def __init__(self) -> None:
         self.batches = 0
         self._sums: list[dict[str, Tensor]] = [{}, {}]  # to learn from, and held out
 
