@@ -9,6 +9,8 @@ from hypothesis import settings
 
 import torchvision_ops
 
+collect_ignore = ["support"]  # programs that tests run
+
 torch.set_num_threads(1)
 torchvision_ops.declare()
 settings.register_profile("structmat", deadline=None, max_examples=25, derandomize=True, database=None)

@@ -65,6 +65,21 @@ def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys:
     assert tokenizer("w5 w7")["input_ids"] == [5, 7]
 
 
+def test_streaming_gives_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10", "--batch-size", "4"]
+    assert compress(folder, tmp_path / "one", *words) == 0
+    assert compress(folder, tmp_path / "two", *words, "--stream") == 0
+    one, two = load_pretrained(tmp_path / "one"), load_pretrained(tmp_path / "two")
+    assert all(torch.equal(two.state_dict()[name], tensor) for name, tensor in one.state_dict().items())
+    records = [json.loads((tmp_path / name / "structmat.json").read_text()) for name in ("one", "two")]
+    for key in ("parameters", "dense_parameters", "error", "keep"):
+        assert records[0][key] == records[1][key]
+    assert (tmp_path / "two" / "tokenizer.json").exists()
+    capsys.readouterr()
+    assert compress(folder, tmp_path / "three", "--stream", "--dtype", "bfloat16") == 1
+    assert "expected neither --dtype nor --device with --stream" in capsys.readouterr().err
+
+
 def test_a_plan_from_a_file(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     assert main(["plan", str(folder / "dense"), "--format", "low-rank", "--exclude", ".*mlp.*", "-o", str(file)]) == 0

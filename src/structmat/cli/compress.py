@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Mapping
@@ -82,6 +83,10 @@ def compress(
     ] = Refinement.learning_rate,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="From file to file, one block at a time: for models larger than the memory."),
+    ] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Replace the layers of a pretrained model by structured ones; interrupted, it goes on when it is run again."""
@@ -91,6 +96,8 @@ def compress(
     )
     _checks.one_of(method, METHODS, "--method")
     settings = Refinement(refine_steps, refine_rate) if refine else None
+    if stream and (dtype, device) != ("auto", "auto"):
+        raise ValueError("expected neither --dtype nor --device with --stream, which keeps the files' own and the CPU")
     if settings is not None and calibrate is None:
         raise ValueError("expected --calibrate with --refine, which tunes on data")
     data = None
@@ -108,6 +115,7 @@ def compress(
         **({} if settings is None else {"refine": True, "refine_steps": refine_steps, "refine_rate": refine_rate}),
         "dtype": dtype,
         "device": device,
+        "stream": stream,
         "model_files": fingerprint(model) or getattr(skeleton.config, "_commit_hash", None),
         "data_files": None if data is None else fingerprint(Source.parse(data.source).name),
     }
@@ -125,16 +133,24 @@ def compress(
         batches = None if data is None else calibration_batches(data, processors, skeleton.config)
         if batches is not None:
             say(f"calibrating on {described(batches)}")
-        loaded = models.load(model, dtype=dtype, device=device)
-        fits = compress_(
-            loaded, made, method=method_named(method), batches=batches, refine=settings, cache=output.partial / "fits"
-        )
+        how: dict[str, Any] = {
+            "method": method_named(method), "batches": batches, "refine": settings, "cache": output.partial / "fits"
+        }  # fmt: skip
         folder = output.new_folder()
-        loaded.save_pretrained(folder)
+        if stream:
+            folder.rmdir()
+            streaming = importlib.import_module("structmat.integrations.streaming")
+            fits = streaming.compress_checkpoint(models.folder_of(model), folder, made, **how)
+            parameters, used = sum(p.numel() for p in skeleton.parameters()) - before + after, "cpu"
+        else:
+            loaded = models.load(model, dtype=dtype, device=device)
+            fits = compress_(loaded, made, **how)
+            loaded.save_pretrained(folder)
+            parameters, used = sum(p.numel() for p in loaded.parameters()), str(loaded.device)
         for processor in processors.values():
             processor.save_pretrained(folder)
-        facts = results(loaded, made, fits)
-        output.finish({**facts, "device": str(loaded.device), "seconds": time.perf_counter() - started})
+        facts = results(parameters, made, fits)
+        output.finish({**facts, "device": used, "seconds": time.perf_counter() - started})
     say(
         f"mean error of the layers {facts['error']:.4f}; {count(facts['parameters'])} parameters in all, "
         f"{share(facts['parameters'], facts['dense_parameters'])} of the dense model's"
@@ -151,11 +167,11 @@ def published(format: Format) -> Method[Any] | None:
     return Lee2024Blast.published() if isinstance(format, Blast) else None
 
 
-def results(model: Any, made: Plan, fits: Mapping[str, Fit]) -> dict[str, Any]:
+def results(parameters: int, made: Plan, fits: Mapping[str, Fit]) -> dict[str, Any]:
     """What came out, for the record.
 
     Args:
-        model: Compressed.
+        parameters: Of the compressed model.
         made: The plan.
         fits: By layer.
 
@@ -163,7 +179,6 @@ def results(model: Any, made: Plan, fits: Mapping[str, Fit]) -> dict[str, Any]:
         JSON-compatible data.
     """
     before, after = weigh(made)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = {
         name: {
             "format": fit.format.to_json(),

@@ -115,6 +115,14 @@ def load(model: str, *, dtype: str = "auto", device: str = "auto") -> Any:
     return loaded.to(device_named(device)).eval()
 
 
+def folder_of(model: str) -> Path:
+    """The folder with a model's files, which for a name on the Hub are fetched first."""
+    if Path(check_name(model)).is_dir():
+        return Path(model)
+    library()
+    return Path(importlib.import_module("huggingface_hub").snapshot_download(model))
+
+
 def dtype_named(name: str) -> Any:
     """The dtype that ``--dtype`` means, ``"auto"`` as it is."""
     _checks.one_of(name, DTYPES, "--dtype")
