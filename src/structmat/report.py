@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from structmat._calls import call, evaluating
 from structmat.fit import Fit
 from structmat.nn import DENSE_KINDS, StructuredConv2d, StructuredModule, dense_weight, unseen_weights
 from structmat.plan import Plan
@@ -178,7 +178,6 @@ def _settings(fields: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
-@torch.no_grad()
 def _count_tokens(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> dict[str, int]:
     """How many vectors each linear layer, and positions each convolution, processes in one call."""
     counts: dict[str, int] = {}
@@ -196,18 +195,12 @@ def _count_tokens(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | M
         for name, module in model.named_modules()
         if isinstance(module, (StructuredModule, *DENSE_KINDS))
     ]
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        if isinstance(example_inputs, Mapping):
-            model(**example_inputs)
-        else:
-            model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+        with evaluating(model):
+            call(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return counts
 
 
