@@ -8,7 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from structmat import Blast, BlockDiagonal, BlockSparse, Dense, Format, LowRank, Monarch, flat_butterfly
+from structmat import (
+    Blast,
+    BlockDiagonal,
+    BlockSparse,
+    Dense,
+    Format,
+    GaudiGblr,
+    Gblr,
+    LowRank,
+    Monarch,
+    flat_butterfly,
+)
 from structmat.formats import Factors, FactorSpec
 
 
@@ -64,6 +75,13 @@ CASES: dict[str, Format] = {
     "block-sparse empty first row": BlockSparse(9, 8, ("0000", "1010", "0100")),
     "block-sparse empty row and column, low rank": BlockSparse(9, 8, ("1010", "0000", "0010"), rank=1),
     "block-sparse one block": BlockSparse(7, 5, ("1",)),
+    "gblr square": Gblr(12, 12, 6, (30, 25)),
+    "gblr wide": Gblr(9, 21, 4, (17, 60)),
+    "gblr tall, one component": Gblr(14, 5, 1, (9, 3)),
+    "gblr full segments": Gblr(8, 6, 3, (24, 18)),
+    "gaudi square": GaudiGblr(12, 12, 12, 0.5),
+    "gaudi wide, few components": GaudiGblr(9, 21, 2, 0.4),
+    "gaudi tall, multiple 4": GaudiGblr(14, 10, 10, 0.6, multiple=4),
 }
 """Small ones, for what holds to float precision."""
 
@@ -79,5 +97,8 @@ LARGE: dict[str, Format] = {
     "block-sparse, low rank": BlockSparse(96, 160, flat_butterfly((8, 8), stride=2), rank=16),
     "block-sparse unequal rows": BlockSparse(96, 160, ("1100", "0010", "1111", "0101")),
     "block-sparse empty row, low rank": BlockSparse(96, 160, ("1100", "0000", "1111", "0101"), rank=16),
+    "gblr": Gblr(96, 160, 96, (2000, 3000)),
+    "gaudi": GaudiGblr(96, 160, 96, 0.25),
+    "gaudi, few components, multiple 8": GaudiGblr(96, 160, 48, 0.75, multiple=8),
 }
 """Every format once or twice at a size at which averages mean something and training is possible."""

@@ -26,11 +26,19 @@ from structmat.formats import (
     BlockSparse,
     Dense,
     Format,
+    GaudiGblr,
+    Gblr,
     LowRank,
     Monarch,
+    add_gblr,
     flat_butterfly,
     format_from_json,
+    harden,
+    hardening_gap,
+    interpolate_gaudi,
     to_blast,
+    to_gaudi,
+    to_gblr,
 )
 from structmat.hub import load_pretrained
 from structmat.nn import StructuredConv2d, StructuredLinear
@@ -47,6 +55,8 @@ __all__ = [
     "Dense",
     "Fit",
     "Format",
+    "GaudiGblr",
+    "Gblr",
     "GradientFit",
     "Lee2024Blast",
     "LowRank",
@@ -62,6 +72,7 @@ __all__ = [
     "StructuredLinear",
     "TruncatedSvd",
     "__version__",
+    "add_gblr",
     "apply_plan_",
     "calibrate",
     "compress_",
@@ -69,6 +80,9 @@ __all__ = [
     "densify_",
     "flat_butterfly",
     "format_from_json",
+    "harden",
+    "hardening_gap",
+    "interpolate_gaudi",
     "load",
     "load_pretrained",
     "make_plan",
@@ -76,6 +90,8 @@ __all__ = [
     "report",
     "save",
     "to_blast",
+    "to_gaudi",
+    "to_gblr",
 ]
 
 _doors.watch()

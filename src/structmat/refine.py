@@ -39,8 +39,8 @@ class Refinement:
         ValueError: If a setting is out of range.
     """
 
-    steps: int = 200
-    learning_rate: float = 1e-3
+    steps: int = 500
+    learning_rate: float = 2e-3
     held_out: float = 0.1
     seed: int = 0
 

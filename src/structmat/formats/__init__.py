@@ -12,6 +12,9 @@ from structmat.formats.block_diagonal import BlockDiagonal
 from structmat.formats.block_sparse import BlockSparse, flat_butterfly
 from structmat.formats.conversions import to_blast
 from structmat.formats.dense import Dense
+from structmat.formats.gaudi_gblr import GaudiGblr
+from structmat.formats.gblr import Gblr
+from structmat.formats.gblr_conversions import add_gblr, harden, hardening_gap, interpolate_gaudi, to_gaudi, to_gblr
 from structmat.formats.low_rank import LowRank
 from structmat.formats.monarch import Monarch
 
@@ -22,6 +25,8 @@ FORMATS: dict[str, type[Format]] = {
     "monarch": Monarch,
     "block_sparse": BlockSparse,
     "blast": Blast,
+    "gblr": Gblr,
+    "gaudi_gblr": GaudiGblr,
 }
 """Every format by its name in JSON and on the command line."""
 
@@ -56,10 +61,18 @@ __all__ = [
     "FactorSpec",
     "Factors",
     "Format",
+    "GaudiGblr",
+    "Gblr",
     "LowRank",
     "Monarch",
     "RankedFormat",
+    "add_gblr",
     "flat_butterfly",
     "format_from_json",
+    "harden",
+    "hardening_gap",
+    "interpolate_gaudi",
     "to_blast",
+    "to_gaudi",
+    "to_gblr",
 ]

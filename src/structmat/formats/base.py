@@ -47,7 +47,8 @@ class Format(abc.ABC):
         name: The format's name in JSON and on the command line.
         for_budget: ``for_budget(M, N, *, keep, …)``, a class method: the largest member of the format with at most
             ``keep M N`` parameters.
-        scale_exponents: How the factors share a change of scale: ``s W`` has the factors ``s ** exponent * factor``.
+        scale_exponents: How the factors share a change of scale: ``s W`` has the factors ``s ** exponent * factor``;
+            those that are not there do not take part.
         takes_blocks: Whether ``for_budget`` needs block counts.
         must_save: Whether a plan refuses the format where it has as many parameters as the dense matrix or more.
     """
@@ -161,11 +162,12 @@ class Format(abc.ABC):
         Returns:
             New factors; ``factors`` itself is left alone.
         """
+        exponents = self.scale_exponents
         if not isinstance(scale, Tensor):
-            return {n: f * scale ** self.scale_exponents.get(n, 0.0) for n, f in factors.items()}
+            return {n: f * scale ** exponents[n] if n in exponents else f for n, f in factors.items()}
         specs = self.factor_specs()
         return {
-            n: f * scale.pow(self.scale_exponents.get(n, 0.0)).reshape(*scale.shape, *[1] * len(specs[n].shape))
+            n: f * scale.pow(exponents[n]).reshape(*scale.shape, *[1] * len(specs[n].shape)) if n in exponents else f
             for n, f in factors.items()
         }
 

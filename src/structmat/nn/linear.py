@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, cast, get_args
 
 import torch
@@ -75,6 +75,17 @@ class StructuredModule(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         """The factors by name."""
         return {name: getattr(self, name) for name in self._factor_names}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredModule:
+        """Move or cast as ``nn.Module`` does, but keep the dtype of factors whose format fixes it."""
+        specs = self.format.factor_specs()
+        fixed = {id(getattr(self, name)) for name, spec in specs.items() if spec.dtype is not None}
+
+        def kept(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in fixed and new.dtype != tensor.dtype else new
+
+        return super()._apply(kept, recurse)
 
     def to_dense(self) -> Tensor:
         """The dense weight ``(M, N)``, differentiable in the factors."""

@@ -1,0 +1,191 @@
+"""Gaudi-GBLR matrices: sums of rank-1 blocks whose position and size are learned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from structmat import _checks
+from structmat.formats.base import Factors, FactorSpec, Format
+from structmat.ops import gaudi_mask, low_rank_matmul
+
+
+@dataclass(frozen=True)
+class GaudiGblr(Format):
+    """``K`` rank-1 blocks under differentiable masks (Gaudi-GBLR: Lee & Kim 2024, arXiv 2310.18882, section 3).
+
+    ``W = sum_k (m_out_k * left_k) (m_in_k * right_k)^T``, where the masks of component ``k`` are those of
+    ``ops.gaudi_mask`` at its two widths and locations, rounded to whole entries; gradients go straight through the
+    rounding. Factors: the contents ``left (M, K)`` and ``right (K, N)`` in full length, ``location`` and ``width``
+    ``(2, K)`` in units of the axis (row 0 the output, row 1 the input), always float32, and the buffer ``sigma (1,)``,
+    which a schedule sets; infinite where the masks are plain boxcars.
+
+    It is large while it learns; ``harden`` makes it a ``Gblr``, which holds what is inside the segments alone. Its
+    parameters and multiplications are counted as those of that.
+
+    Attributes:
+        M: Out features.
+        N: In features.
+        components: ``K``.
+        initial_width: Mean width of a fresh init, as a share of each axis, in (0, 1].
+        multiple: Segments begin and end at multiples of it (an axis' end counts as one), for hardware.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> GaudiGblr.for_budget(512, 512, keep=0.25)
+        GaudiGblr(M=512, N=512, components=512, initial_width=0.125, multiple=1)
+    """
+
+    components: int
+    initial_width: float = 1.0
+    multiple: int = 1
+
+    name: ClassVar[str] = "gaudi_gblr"
+    must_save: ClassVar[bool] = False
+    scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 2, "right": 1 / 2}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.positive_int(self.components, "components")
+        _checks.fraction(self.initial_width, "initial_width")
+        _checks.positive_int(self.multiple, "multiple")
+        if self.multiple > min(self.M, self.N):
+            raise ValueError(
+                f"expected multiple to be at most the shorter axis, {min(self.M, self.N)}, got {self.multiple}"
+            )
+
+    @classmethod
+    def for_budget(
+        cls, M: int, N: int, *, keep: float, components: int | None = None, multiple: int = 1
+    ) -> GaudiGblr:
+        """The format whose fresh init has about ``keep M N`` parameters inside its segments, and at most those.
+
+        Args:
+            M: Out features.
+            N: In features.
+            keep: Share of the dense parameters, in ``(0, 1]``.
+            components: ``K``; None for ``min(M, N)``, as in the paper.
+            multiple: As in the format.
+
+        Returns:
+            The format.
+
+        Raises:
+            ValueError: If the budget gives the components less than one entry on each axis.
+        """
+        budget = _checks.budget(keep, M * N)
+        K = min(M, N) if components is None else components
+        format = cls(M, N, K, min(1.0, budget / (K * (M + N))), multiple)
+        if format.num_parameters() > budget or format.num_parameters() == 0:
+            # rounding may have gone up: take the next grid step down on both axes
+            share = format.initial_width - multiple / (2 * max(M, N))
+            format = cls(M, N, K, max(share, 1e-9), multiple)
+        if not 0 < format.num_parameters() <= budget:
+            raise ValueError(
+                f"expected a keep that gives each of {K} components at least one step of {multiple} entries on each "
+                f"axis of a {M} x {N} matrix, got {keep}; raise keep or take fewer components"
+            )
+        return format
+
+    def factor_specs(self) -> dict[str, FactorSpec]:
+        """``left (M, K)``, ``right (K, N)``, ``location`` and ``width`` ``(2, K)``, ``sigma (1,)``."""
+        K = self.components
+        return {
+            "left": FactorSpec((self.M, K)),
+            "right": FactorSpec((K, self.N)),
+            "location": FactorSpec((2, K), dtype=torch.float32),
+            "width": FactorSpec((2, K), dtype=torch.float32),
+            "sigma": FactorSpec((1,), trainable=False, dtype=torch.float32),
+        }
+
+    def segments(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """The segments in whole entries: ``start`` and ``width``, both ``(2, K)``, int64."""
+        starts, widths = [], []
+        for axis, n in enumerate(self.shape):
+            start, width = self._rounded(factors["location"][axis].detach(), factors["width"][axis].detach(), n)
+            starts.append(start)
+            widths.append(width)
+        return torch.stack(starts).long(), torch.stack(widths).long()
+
+    def _rounded(self, location: Tensor, width: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Start and width in entries, as real numbers: multiples of ``multiple``, or the axis' end."""
+        g = self.multiple
+        entries = (width * (n / g)).round().mul(g).clamp(0, n)
+        if n % g:  # the last step is shorter
+            entries = torch.where(width * n >= (n + n // g * g) / 2, n, entries)
+        start = ((location - location.floor()) * (n / g)).round().mul(g)
+        return torch.where(start >= n, 0, start), entries
+
+    def masks(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """The masks ``(K, M)`` and ``(K, N)`` at the rounded widths and locations, differentiable in both."""
+        masks = []
+        for axis, n in enumerate(self.shape):
+            location, width = factors["location"][axis], factors["width"][axis]
+            with torch.no_grad():
+                start, entries = self._rounded(location, width, n)
+            location = location + (start / n - location).detach()
+            width = width + (entries / n - width).detach()
+            masks.append(gaudi_mask(width, location, factors["sigma"], n))
+        return masks[0], masks[1]
+
+    def masked(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """The contents under their masks: ``left (M, K)`` and ``right (K, N)``."""
+        left, right = factors["left"], factors["right"]
+        out_mask, in_mask = self.masks(factors)
+        return left * out_mask.mT.to(left.dtype), right * in_mask.to(right.dtype)
+
+    def to_dense(self, factors: Factors) -> Tensor:
+        """The sum of the masked components."""
+        left, right = self.masked(factors)
+        return left @ right
+
+    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+        """Two products with the masked contents, or one with the dense matrix, whichever multiplies less."""
+        left, right = self.masked(factors)
+        tokens = math.prod(x.shape[:-1])
+        if tokens * self.components * (self.M + self.N) <= (self.components + tokens) * self.M * self.N:
+            return low_rank_matmul(x, left, right)
+        return x @ (left @ right).mT
+
+    def num_parameters(self, factors: Factors | None = None) -> int:
+        """Entries inside the segments, those of components without a block left out.
+
+        Args:
+            factors: None, or on the meta device, for those of a fresh init.
+
+        Returns:
+            The count.
+        """
+        if factors is None or factors["width"].is_meta:
+            counts = [self._rounded(torch.zeros(()), torch.tensor(self.initial_width), n)[1] for n in self.shape]
+            return self.components * sum(int(count) for count in counts)
+        widths = self.segments(factors)[1]
+        return int(widths[:, (widths > 0).all(0)].sum())
+
+    def multiplications(self, tokens: int = 1, factors: Factors | None = None) -> int:
+        """Multiplications of the hardened matrix; in training the product runs on full axes and takes more.
+
+        Args:
+            tokens: Number of input vectors.
+            factors: As in ``num_parameters``.
+
+        Returns:
+            The count.
+        """
+        return tokens * self.num_parameters(factors)
+
+    def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        K, share = self.components, self.initial_width
+        return {
+            "left": torch.randn(self.M, K, generator=generator) / math.sqrt(3 * K * share),
+            "right": torch.randn(K, self.N, generator=generator) / math.sqrt(self.N * share),
+            "location": torch.rand(2, K, generator=generator),
+            "width": torch.full((2, K), share),
+            "sigma": torch.full((1,), torch.inf),
+        }

@@ -1,0 +1,272 @@
+"""Products with sums of rank-1 blocks: dense products on contiguous slices, tile by tile.
+
+Each axis is cut into blocks of one size. What a component has in a block is a piece of it; the pieces in one block,
+``H`` at a time, make a tile ``(H, B)``, zero where a segment ends within the block. A product is then one batch of dense
+ones over all tiles, and sums of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Block sizes to choose from."""
+
+ROW_COST = 16
+"""What it takes to gather or add up one number, in multiplications of a product (measured on a CPU)."""
+
+
+def gblr_matmul(
+    x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int
+) -> Tensor:
+    """Compute ``x @ W.T`` for a GBLR matrix in ``entries`` multiplications per token, and some more for padding.
+
+    Args:
+        x: Input ``(..., N)``.
+        left: Contents on the output axis, flat.
+        right: Contents on the input axis, flat.
+        start: ``(2, K)``, of the segments on both axes.
+        width: ``(2, K)``, likewise.
+        order: ``(K,)``, the component on the input axis that each on the output axis goes with.
+        M: Entries of the output axis.
+
+    Returns:
+        Output ``(..., M)``.
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, left, right = x.to(dtype), left.to(dtype), right.to(dtype)
+    y = torch.ops.structmat.gblr_matmul(x.reshape(-1, x.shape[-1]), left, right, start, width, order, M)
+    return y.view(*x.shape[:-1], M)
+
+
+@torch.library.custom_op("structmat::gblr_matmul", mutates_args=())
+def _matmul(
+    x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int
+) -> Tensor:
+    if len(x) == 0 or len(order) == 0:
+        return x.new_zeros(len(x), M)
+    inputs, outputs = tiling(start[1], width[1], x.shape[1]), tiling(start[0], width[0], M)
+    z = tile_project(x, inputs.packed(right), inputs.blocks, inputs.index, len(order))
+    y = tile_spread(z[order.long()], outputs.packed(left), outputs.blocks, outputs.index, M)
+    return y.contiguous()
+
+
+@_matmul.register_fake
+def _(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int) -> Tensor:
+    return x.new_empty(len(x), M)
+
+
+@torch.library.custom_op("structmat::gblr_matmul_backward", mutates_args=())
+def _matmul_backward(
+    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if len(x) == 0 or len(order) == 0:
+        return torch.zeros_like(x), torch.zeros_like(left), torch.zeros_like(right)
+    (M, N), K = (upstream.shape[1], x.shape[1]), len(order)
+    inputs, outputs = tiling(start[1], width[1], N), tiling(start[0], width[0], M)
+    packed = inputs.packed(right)
+    z = tile_project(x, packed, inputs.blocks, inputs.index, K)[order.long()]
+    z_gradient = tile_project(upstream, outputs.packed(left), outputs.blocks, outputs.index, K)
+    left_gradient = outputs.outer(upstream, z)
+    z_gradient = torch.empty_like(z).index_copy(0, order.long(), z_gradient)
+    x_gradient = tile_spread(z_gradient, packed, inputs.blocks, inputs.index, N)
+    return x_gradient.contiguous(), left_gradient, inputs.outer(x, z_gradient)
+
+
+@_matmul_backward.register_fake
+def _(
+    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(left), torch.empty_like(right)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.structmat.gblr_matmul_backward(upstream, *ctx.saved_tensors)
+    return *gradients, None, None, None, None
+
+
+_matmul.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.structmat.gblr_matmul)
+def _flops(x_shape: Any, left_shape: Any, right_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * x_shape[0] * (left_shape[0] + right_shape[0])
+
+
+def positions(start: Tensor, width: Tensor, n: int, total: int) -> tuple[Tensor, Tensor]:
+    """The component and the place on the axis of each entry of flat contents.
+
+    Args:
+        start: ``(K,)``, whole numbers.
+        width: ``(K,)``, whole numbers.
+        n: Entries of the axis, which is cyclic.
+        total: Sum of the widths.
+
+    Returns:
+        Both ``(total,)``, int64.
+    """
+    start, width = start.long(), width.long()
+    components = torch.arange(len(width), device=width.device)
+    rows = torch.repeat_interleave(components, width, output_size=total)
+    offsets = width.cumsum(0) - width
+    return rows, (start[rows] + torch.arange(total, device=width.device) - offsets[rows]) % n
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the segments of one axis fall into tiles.
+
+    Attributes:
+        n: Entries of the axis.
+        block: ``B``; the last block may be shorter.
+        blocks: The block of each of the ``S`` tiles, ascending, ``(S,)``; every block has a tile.
+        index: The component of each row of each tile, ``(S, H)``; 0 for rows without one.
+        entries: For each entry of a tile its place in the flat contents, ``(S, H, B)``; their number for padding.
+        contents: Length of the flat contents.
+    """
+
+    n: int
+    block: int
+    blocks: Tensor
+    index: Tensor
+    entries: Tensor
+    contents: int
+
+    @property
+    def padding(self) -> float:
+        """Multiplications with padding, relative to those with contents."""
+        return self.entries.numel() / max(self.contents, 1) - 1
+
+    def packed(self, contents: Tensor) -> Tensor:
+        """Flat contents as tiles ``(S, H, B)``, differentiable."""
+        return torch.cat([contents, contents.new_zeros(1)])[self.entries]
+
+    def outer(self, x: Tensor, z: Tensor) -> Tensor:
+        """``sum_t x[t, place] z[component, t]`` for each entry of the flat contents: their gradient.
+
+        Args:
+            x: ``(T, n)``.
+            z: ``(K, T)``.
+
+        Returns:
+            Flat, as the contents.
+        """
+        S, H, B = self.entries.shape
+        pieces = z.index_select(0, self.index.flatten()).view(S, H, -1)
+        products = torch.bmm(pieces, _cut(x, B).transpose(0, 1)[self.blocks])  # (S, H, B)
+        flat = products.new_empty(self.contents + 1).index_put((self.entries,), products)
+        return flat[: self.contents]
+
+
+def tiling(start: Tensor, width: Tensor, n: int, block: int | None = None) -> Tiling:
+    """Cut segments into tiles.
+
+    Args:
+        start: ``(K,)``, whole numbers.
+        width: ``(K,)``, whole numbers of at least 1.
+        n: Entries of the axis.
+        block: ``B``; None for the one of ``BLOCKS`` at which the product is cheapest.
+
+    Returns:
+        The tiles.
+    """
+    start, width = start.long(), width.long()
+    total = int(width.sum())
+    rows, places = positions(start, width, n, total)
+    if block is None:
+        sizes = [size for size in BLOCKS if size < n] + [n]
+        block = min(sizes, key=lambda size: _cost(rows, places, n, size))
+    pieces, piece_of = torch.unique(places // block * len(width) + rows, return_inverse=True)  # sorted by block
+    piece_block, piece_component = pieces // len(width), pieces % len(width)
+    counts = torch.bincount(piece_block, minlength=-(-n // block))
+    H = _height(counts)
+    tiles = (-(-counts // H)).clamp_min(1)
+    first_tile, first_piece = tiles.cumsum(0) - tiles, counts.cumsum(0) - counts
+    within = torch.arange(len(pieces), device=start.device) - first_piece[piece_block]
+    slot = (first_tile[piece_block] + within // H) * H + within % H
+    S = int(tiles.sum())
+    index = slot.new_zeros(S * H).index_put((slot,), piece_component)
+    entries = slot.new_full((S * H * block,), total)
+    entries[slot[piece_of] * block + places % block] = torch.arange(total, device=start.device)
+    blocks = torch.repeat_interleave(torch.arange(len(tiles), device=start.device), tiles)
+    return Tiling(n, block, blocks, index.view(S, H), entries.view(S, H, block), total)
+
+
+def _cost(rows: Tensor, places: Tensor, n: int, block: int) -> int:
+    count = -(-n // block)
+    pieces = torch.unique(rows * count + places // block)
+    counts = torch.bincount(pieces % count, minlength=count)
+    H = _height(counts)
+    return int((-(-counts // H)).clamp_min(1).sum()) * H * (block + ROW_COST)
+
+
+def _height(counts: Tensor) -> int:
+    """Rows per tile: of those that pad by less than an eighth, the most; at least, the one that pads least."""
+    largest = max(int(counts.max()) if len(counts) else 1, 1)
+    total = max(int(counts.sum()), 1)
+    heights = sorted({-(-largest // parts) for parts in range(1, 17)}, reverse=True)
+    padded = {H: int((-(-counts // H)).clamp_min(1).sum()) * H for H in heights}
+    return next((H for H in heights if 8 * padded[H] <= 9 * total), min(heights, key=lambda H: padded[H]))
+
+
+def tile_project(x: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, K: int) -> Tensor:
+    """From an axis to components: ``z_k = sum_t content_k[t] x[t]``.
+
+    Args:
+        x: ``(T, n)``.
+        tiles: ``(S, H, B)``.
+        blocks: ``(S,)``.
+        index: ``(S, H)``.
+        K: Number of components.
+
+    Returns:
+        ``(K, T)``.
+    """
+    S, H, B = tiles.shape
+    segments = _cut(x, B).permute(1, 2, 0)  # (C, B, T)
+    if len(segments) != S:  # a block has several tiles
+        segments = segments[blocks]
+    pieces = torch.bmm(tiles, segments)  # (S, H, T)
+    return pieces.new_zeros(K, len(x)).index_add(0, index.flatten(), pieces.flatten(0, 1))
+
+
+def tile_spread(z: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, n: int) -> Tensor:
+    """From components to an axis: ``y[t] = sum_k content_k[t] z_k``, the transpose of ``tile_project``.
+
+    Args:
+        z: ``(K, T)``.
+        tiles: ``(S, H, B)``.
+        blocks: ``(S,)``.
+        index: ``(S, H)``.
+        n: Entries of the axis.
+
+    Returns:
+        ``(T, n)``.
+    """
+    S, H, B = tiles.shape
+    C = -(-n // B)
+    pieces = z.index_select(0, index.flatten()).view(S, H, -1)
+    segments = torch.bmm(tiles.mT, pieces)  # (S, B, T)
+    if C != S:
+        segments = segments.new_zeros(C, B, z.shape[1]).index_add(0, blocks, segments)
+    return segments.flatten(0, 1).mT[:, :n]
+
+
+def _cut(x: Tensor, block: int) -> Tensor:
+    """``(T, n)`` as ``(T, C, B)``, the last block filled up with zeros."""
+    missing = -x.shape[1] % block
+    return (F.pad(x, (0, missing)) if missing else x).unflatten(1, (-1, block))
+
