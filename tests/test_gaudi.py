@@ -92,9 +92,7 @@ def test_the_operators_obey_torch() -> None:
     factors = format.init()
     learned = [torch.randn(5, 12), factors["left"], factors["right"]]
     buffers = [factors["start"], factors["width"], factors["order"]]
-    torch.library.opcheck(
-        torch.ops.structmat.gblr_matmul, (*(t.requires_grad_() for t in learned), *buffers, 10)
-    )
+    torch.library.opcheck(torch.ops.structmat.gblr_matmul, (*(t.requires_grad_() for t in learned), *buffers, 10))
 
 
 def random_gaudi(M: int, N: int, K: int, seed: int, **options: int) -> tuple[sm.GaudiGblr, dict[str, Tensor]]:
@@ -232,7 +230,7 @@ def test_theorem_2_interpolation_stays_in_the_format_and_the_budget(
 
 def test_interpolation_refuses_a_weight_beyond_its_ends() -> None:
     format, factors = random_gaudi(4, 4, 2, 0)
-    with pytest.raises(ValueError, match="expected a weight between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"expected a weight between 0 and 1, got 1\.5"):
         sm.interpolate_gaudi(format, factors, factors, 1.5)
 
 
@@ -272,7 +270,10 @@ def test_segments_that_do_not_fit_are_refused(changed: Factors, message: str) ->
         (lambda: sm.Gblr(6, 8, 3, (2, 9)), "expected between 1 and 6 entries of the output axis for each of 3"),
         (lambda: sm.Gblr(6, 8, 3, (9, 25)), "expected between 1 and 8 entries of the input axis for each of 3"),
         (lambda: sm.Gblr(6, 8, 3, (9, 9, 9)), "expected entries on the output and the input axis"),
-        (lambda: sm.Gblr.for_budget(6, 8, keep=0.1, components=9), "expected a keep of at least 0.375 for 9 components"),
+        (
+            lambda: sm.Gblr.for_budget(6, 8, keep=0.1, components=9),
+            "expected a keep of at least 0.375 for 9 components",
+        ),
         (lambda: sm.GaudiGblr(6, 8, 0), "expected components to be an integer of at least 1, got 0"),
         (lambda: sm.GaudiGblr(6, 8, 3, 1.5), r"expected initial_width to be in \(0, 1\], got 1.5"),
         (lambda: sm.GaudiGblr(6, 8, 3, multiple=7), "expected multiple to be at most the shorter axis, 6, got 7"),
@@ -285,7 +286,10 @@ def test_formats_that_cannot_be_are_refused(build, message: str) -> None:
 
 
 @given(
-    M=st.integers(4, 64), N=st.integers(4, 64), keep=st.floats(0.2, 1), components=st.one_of(st.none(), st.integers(1, 8))
+    M=st.integers(4, 64),
+    N=st.integers(4, 64),
+    keep=st.floats(0.2, 1),
+    components=st.one_of(st.none(), st.integers(1, 8)),
 )
 @settings(max_examples=80, deadline=None)
 def test_a_budget_is_not_exceeded(M: int, N: int, keep: float, components: int | None) -> None:

@@ -9,7 +9,7 @@ from structmat._version import __version__
 from structmat.calibrate import Calibration, Moments, calibrate
 from structmat.checkpoint import load, plan_of, save
 from structmat.compress import compress_
-from structmat.convert import apply_plan_, densify_
+from structmat.convert import apply_plan_, densify_, harden_
 from structmat.fit import (
     Dao2022Monarch,
     Fit,
@@ -81,6 +81,7 @@ __all__ = [
     "flat_butterfly",
     "format_from_json",
     "harden",
+    "harden_",
     "hardening_gap",
     "interpolate_gaudi",
     "load",

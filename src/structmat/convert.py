@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from structmat import _doors
-from structmat.formats import Dense, Format
+from structmat.formats import Dense, Format, GaudiGblr, harden, hardening_gap
 from structmat.nn import DENSE_KINDS, Site, StructuredModule, find_sites, put_module
+
+LARGE_GAP = 0.05
+"""Above this relative change of a matrix hardening warns."""
 
 
 def apply_plan_(
@@ -117,6 +122,65 @@ def _structured(
     return replacements
 
 
+def harden_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, float]:
+    """Turn Gaudi-GBLR layers into GBLR ones, in place: only what is inside their segments stays.
+
+    Run it at the end of training, whose last phase is without smoothing; the matrices then stay the same. With
+    smoothing they change, and where they change by more than ``LARGE_GAP`` there is a warning.
+
+    Args:
+        model: The network.
+        names: Which layers; None for all. Layers that share the factors of one of them come along.
+
+    Returns:
+        How far each hardened matrix is from the one that learned, ``|W - W_hard|_F / |W|_F``, by name.
+
+    Raises:
+        ValueError: If a name is not that of a Gaudi-GBLR layer, there is none, or a hardened one would not save
+            parameters; nothing has changed then.
+    """
+    hung, layers = _structured_layers(model)
+    learned = {name: layer for name, layer in layers.items() if isinstance(layer.format, GaudiGblr)}
+    wanted = _with_ties(learned, list(names) if names is not None else list(learned), "Gaudi-GBLR layers")
+    if not wanted:
+        raise ValueError("expected a network with Gaudi-GBLR layers to harden, got none")
+    gaps: dict[str, float] = {}
+    shared: dict[tuple[int, ...], tuple[StructuredModule, Format]] = {}
+    replacements: dict[str, StructuredModule] = {}
+    for old in {id(learned[name]): learned[name] for name in wanted}.values():
+        name, tie = hung[id(old)][0], _tie(old)
+        if tie not in shared:
+            soft = cast("GaudiGblr", old.format)
+            gaps[name] = hardening_gap(soft, old.factors)
+            format, factors = harden(soft, {key: factor.detach() for key, factor in old.factors.items()})
+            try:
+                format.check_saves()
+            except ValueError as error:
+                raise ValueError(
+                    f"layer {name!r}: {error}; train with a lower target, or densify_ it and harden the others by name"
+                ) from error
+            shared[tie] = (old.with_factors(format, factors), format)
+            new = shared[tie][0]
+        else:
+            first, format = shared[tie]
+            new = old.with_factors(format, first.factors)
+            for key in format.factor_specs():
+                setattr(new, key, getattr(first, key))
+        replacements |= dict.fromkeys(hung[id(old)], new)
+    for name, module in replacements.items():
+        put_module(model, name, module)
+    _doors.record(model)
+    large = {name: gap for name, gap in gaps.items() if gap > LARGE_GAP}
+    if large:
+        worst = max(large, key=lambda name: large[name])
+        warnings.warn(
+            f"hardening changed {len(large)} of {len(gaps)} matrices by more than {LARGE_GAP:.0%}, most of all "
+            f"{worst!r} by {large[worst]:.1%}; end the training with a phase at infinite sigma (hard_share)",
+            stacklevel=2,
+        )
+    return gaps
+
+
 def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     """Turn structured layers back into dense ones, in place: their matrices become real parameters.
 
@@ -130,22 +194,8 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     Raises:
         ValueError: If a name is not that of a structured layer, or it is the whole model.
     """
-    hung: dict[int, list[str]] = {}
-    layers: dict[str, StructuredModule] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StructuredModule):
-            hung.setdefault(id(module), []).append(name)
-            layers[name] = module
-    wanted = list(names) if names is not None else list(layers)
-    unknown = [name for name in wanted if name not in layers]
-    if unknown:
-        raise ValueError(
-            f"expected names of structured layers, got {unknown}; there are: {', '.join(layers) or 'none'}"
-        )
-    if "" in wanted:
-        raise ValueError("expected layers inside the model, but it is one layer itself; use its to_dense()")
-    ties = {_tie(layers[name]) for name in wanted}
-    wanted = [name for name, layer in layers.items() if _tie(layer) in ties]
+    hung, layers = _structured_layers(model)
+    wanted = _with_ties(layers, list(names) if names is not None else list(layers), "structured layers")
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     for old in {id(layers[name]): layers[name] for name in wanted}.values():
         new = old.dense_layer()
@@ -161,6 +211,28 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
             put_module(model, name, new)
     _doors.record(model)
     return model
+
+
+def _structured_layers(model: nn.Module) -> tuple[dict[int, list[str]], dict[str, StructuredModule]]:
+    """The names under which each structured layer hangs, by its ``id``; and the layers by name."""
+    hung: dict[int, list[str]] = {}
+    layers: dict[str, StructuredModule] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StructuredModule):
+            hung.setdefault(id(module), []).append(name)
+            layers[name] = module
+    return hung, layers
+
+
+def _with_ties(layers: Mapping[str, StructuredModule], wanted: list[str], what: str) -> list[str]:
+    """The wanted layers and those that share their factors."""
+    unknown = [name for name in wanted if name not in layers]
+    if unknown:
+        raise ValueError(f"expected names of {what}, got {unknown}; there are: {', '.join(layers) or 'none'}")
+    if "" in wanted:
+        raise ValueError("expected layers inside the model, but it is one layer itself; convert its factors instead")
+    ties = {_tie(layers[name]) for name in wanted}
+    return [name for name, layer in layers.items() if _tie(layer) in ties]
 
 
 def _tie(layer: StructuredModule) -> tuple[int, ...]:

@@ -54,7 +54,8 @@ def test_what_decays() -> None:
             "embed.weight", "blast.bias", "norm.weight", "norm.bias", "head.bias", "plain.bias",
         },
         "structured": {"blast.left", "blast.right", "gated.basis"},
-        "structured, no decay": {"blast.diag", "gated.widths"},
+        "structured, no decay": {"blast.diag"},
+        "structure": {"gated.widths"},
     }  # fmt: skip
     assert grouped(Network()) == expected
     expected["dense"].add("embed.weight")
@@ -68,8 +69,11 @@ def test_rates_reach_the_optimizer() -> None:
     found = [(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert found == [
         ("dense", 1e-3, 0.1), ("dense, no decay", 1e-3, 0.0),
-        ("structured", 5e-3, 0.1), ("structured, no decay", 5e-3, 0.0),
+        ("structured", 5e-3, 0.1), ("structured, no decay", 5e-3, 0.0), ("structure", 5e-3, 0.0),
     ]  # fmt: skip
+    assert [group["betas"][0] for group in optimizer.param_groups] == [0.9, 0.9, 0.9, 0.9, 0.0]
+    groups = parameter_groups(Network(), 1e-3, 0.1, structure_learning_rate=7e-3)
+    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 1e-3, 1e-3, 7e-3]
     assert {group["lr"] for group in parameter_groups(Network(), 1e-3, 0.1)} == {1e-3}
 
 
@@ -83,6 +87,7 @@ def test_empty_groups_are_left_out() -> None:
         (nn.Linear(2, 2), {"learning_rate": -1.0}, r"expected learning rates of at least 0, got -1\.0"),
         (nn.Linear(2, 2), {"weight_decay": -1.0}, r"expected a weight decay of at least 0, got -1\.0"),
         (nn.Linear(2, 2), {"structured_learning_rate": -1.0}, r"expected learning rates of at least 0, got -1\.0"),
+        (nn.Linear(2, 2), {"structure_learning_rate": -1.0}, r"expected learning rates of at least 0, got -1\.0"),
         (nn.ReLU(), {}, "expected a parameter that learns, but none has requires_grad=True"),
     ],
 )

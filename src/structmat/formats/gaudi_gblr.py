@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
 from structmat.ops import gaudi_mask, low_rank_matmul
+
+Unit = Literal["parameters", "multiplications", "width"]
+"""What a budget counts; multiplications are those for one vector."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,7 @@ class GaudiGblr(Format):
             )
 
     @classmethod
-    def for_budget(
-        cls, M: int, N: int, *, keep: float, components: int | None = None, multiple: int = 1
-    ) -> GaudiGblr:
+    def for_budget(cls, M: int, N: int, *, keep: float, components: int | None = None, multiple: int = 1) -> GaudiGblr:
         """The format whose fresh init has about ``keep M N`` parameters inside its segments, and at most those.
 
         Args:
@@ -106,21 +107,44 @@ class GaudiGblr(Format):
 
     def segments(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """The segments in whole entries: ``start`` and ``width``, both ``(2, K)``, int64."""
-        starts, widths = [], []
-        for axis, n in enumerate(self.shape):
-            start, width = self._rounded(factors["location"][axis].detach(), factors["width"][axis].detach(), n)
-            starts.append(start)
-            widths.append(width)
-        return torch.stack(starts).long(), torch.stack(widths).long()
+        starts = [self._rounded_start(row.detach(), n) for row, n in zip(factors["location"], self.shape, strict=True)]
+        return torch.stack(starts).long(), self.rounded_widths(factors["width"].detach()).long()
 
-    def _rounded(self, location: Tensor, width: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Start and width in entries, as real numbers: multiples of ``multiple``, or the axis' end."""
+    def rounded_widths(self, width: Tensor) -> Tensor:
+        """Widths ``(2, K)`` in entries, as real numbers: multiples of ``multiple``, or the whole axis."""
+        return torch.stack([self._rounded_width(row, n) for row, n in zip(width, self.shape, strict=True)])
+
+    def _rounded_width(self, width: Tensor, n: int) -> Tensor:
         g = self.multiple
         entries = (width * (n / g)).round().mul(g).clamp(0, n)
         if n % g:  # the last step is shorter
             entries = torch.where(width * n >= (n + n // g * g) / 2, n, entries)
-        start = ((location - location.floor()) * (n / g)).round().mul(g)
-        return torch.where(start >= n, 0, start), entries
+        return entries
+
+    def _rounded_start(self, location: Tensor, n: int) -> Tensor:
+        start = ((location - location.floor()) * (n / self.multiple)).round().mul(self.multiple)
+        return torch.where(start >= n, 0, start)
+
+    def cost(self, width: Tensor, unit: Unit) -> Tensor:
+        """What components of these widths ``(2, K)`` cost, without dimensions.
+
+        Those without a block cost nothing, but count in the mean of ``"width"``.
+
+        Args:
+            width: In units of the axes.
+            unit: What to count.
+
+        Returns:
+            The number of entries inside the segments, or ``K`` times the mean width.
+        """
+        if unit == "width":
+            return width.sum(dtype=torch.float64) / 2
+        entries = self.rounded_widths(width).double()
+        return (entries.sum(0) * (entries > 0).all(0)).sum()
+
+    def dense_cost(self, unit: Unit) -> float:
+        """What the share of a budget is relative to: entries of the dense matrix, or components of full width."""
+        return self.components if unit == "width" else self.M * self.N
 
     def masks(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """The masks ``(K, M)`` and ``(K, N)`` at the rounded widths and locations, differentiable in both."""
@@ -128,7 +152,7 @@ class GaudiGblr(Format):
         for axis, n in enumerate(self.shape):
             location, width = factors["location"][axis], factors["width"][axis]
             with torch.no_grad():
-                start, entries = self._rounded(location, width, n)
+                start, entries = self._rounded_start(location, n), self._rounded_width(width, n)
             location = location + (start / n - location).detach()
             width = width + (entries / n - width).detach()
             masks.append(gaudi_mask(width, location, factors["sigma"], n))
@@ -163,10 +187,9 @@ class GaudiGblr(Format):
             The count.
         """
         if factors is None or factors["width"].is_meta:
-            counts = [self._rounded(torch.zeros(()), torch.tensor(self.initial_width), n)[1] for n in self.shape]
+            counts = [self._rounded_width(torch.tensor(self.initial_width), n) for n in self.shape]
             return self.components * sum(int(count) for count in counts)
-        widths = self.segments(factors)[1]
-        return int(widths[:, (widths > 0).all(0)].sum())
+        return int(self.cost(factors["width"].detach(), "parameters"))
 
     def multiplications(self, tokens: int = 1, factors: Factors | None = None) -> int:
         """Multiplications of the hardened matrix; in training the product runs on full axes and takes more.

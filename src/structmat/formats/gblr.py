@@ -76,8 +76,8 @@ class Gblr(Format):
         if budget < 2 * K:
             needed = _checks.rounded_up(2 * K / (M * N))
             raise ValueError(
-                f"expected a keep of at least {needed} for {K} components on a {M} x {N} matrix, got {keep}; raise keep "
-                "or take fewer components"
+                f"expected a keep of at least {needed} for {K} components on a {M} x {N} matrix, got {keep}; raise "
+                "keep or take fewer components"
             )
         out_entries = min(K * M, max(K, round(budget * M / (M + N))))
         return cls(M, N, K, (out_entries, min(K * N, budget - out_entries)))
@@ -113,12 +113,14 @@ class Gblr(Format):
                     f"got {width[axis].tolist()[:8]}… of sum {int(width[axis].sum())}"
                 )
             if bool(((start[axis] < 0) | (start[axis] >= n)).any()):
-                raise ValueError(f"expected starts from 0 to {n - 1} on axis {axis} of {self}, got {start[axis].tolist()}")
+                raise ValueError(
+                    f"expected starts from 0 to {n - 1} on axis {axis} of {self}, got {start[axis].tolist()}"
+                )
         if order.sort().values.tolist() != list(range(self.components)):
             raise ValueError(f"expected order to hold each of 0 … {self.components - 1} once, got {order.tolist()}")
 
     def axes(self, factors: Factors) -> tuple[Tensor, Tensor]:
-        """The contents in full length, ``(M, K)`` and ``(K, N)``, zero outside the segments, in the order of ``left``."""
+        """The contents in full length, ``(M, K)`` and ``(K, N)``, zero outside the segments, ordered as ``left``."""
         K = self.components
         full = []
         for axis, name in enumerate(("left", "right")):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from structmat.integrations.structure import StructureCallback
 from structmat.integrations.tasks import TASKS, task_of
 from structmat.integrations.training_arguments import StructuredTrainingArguments
 from structmat.training import balance_, distill_hidden, distill_logits, parameter_groups
@@ -74,6 +75,8 @@ class StructuredTrainer(Trainer):
             if not _sharding_of(teacher):
                 teacher.to(args.device)
         self.teacher = teacher
+        if self.args.structure is not None:
+            self.add_callback(StructureCallback(self.args.structure))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, after balancing the layers where that is asked for and nothing is resumed.
@@ -113,6 +116,7 @@ class StructuredTrainer(Trainer):
                 self.args.learning_rate,
                 self.args.weight_decay,
                 structured_learning_rate=self.args.structured_learning_rate,
+                structure_learning_rate=self.args.structure_learning_rate,
                 decay_embeddings=self.args.decay_embeddings,
             )
             self.optimizer = kind(groups, **options)

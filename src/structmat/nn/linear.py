@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal, cast, get_args
@@ -86,6 +87,35 @@ class StructuredModule(nn.Module):
             return tensor.to(new.device) if id(tensor) in fixed and new.dtype != tensor.dtype else new
 
         return super()._apply(kept, recurse)
+
+    def with_factors(self, format: Format, factors: Mapping[str, Tensor]) -> StructuredModule:
+        """A layer like this one with another format of the same shape, and the same bias.
+
+        Args:
+            format: The structured matrix.
+            factors: Its factors, which become the layer's own.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: If the shape is another, or the factors do not fit the format.
+        """
+        if format.shape != self.format.shape:
+            raise ValueError(f"expected a format of shape {self.format.shape}, got {format}")
+        format.check_factors(factors)
+        learns = any(factor.requires_grad for factor in self.factors.values())
+        new = copy.copy(self)
+        new._parameters, new._buffers = {}, {}
+        new.format, new._factor_names = format, tuple(format.factor_specs())
+        for name, spec in format.factor_specs().items():
+            tensor = factors[name].detach()
+            if spec.trainable:
+                new.register_parameter(name, nn.Parameter(tensor, requires_grad=learns))
+            else:
+                new.register_buffer(name, tensor)
+        new.register_parameter("bias", self.bias)
+        return new
 
     def to_dense(self) -> Tensor:
         """The dense weight ``(M, N)``, differentiable in the factors."""

@@ -41,9 +41,7 @@ def _(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Tensor:
 
 
 @torch.library.custom_op("structmat::gaudi_mask_backward", mutates_args=())
-def _mask_backward(
-    upstream: Tensor, width: Tensor, location: Tensor, sigma: Tensor, n: int
-) -> tuple[Tensor, Tensor]:
+def _mask_backward(upstream: Tensor, width: Tensor, location: Tensor, sigma: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """By Parseval: a sum over time of two real signals is one over their frequencies."""
     if width.numel() == 0:
         return torch.empty_like(width), torch.empty_like(location)

@@ -1,8 +1,8 @@
 """Products with sums of rank-1 blocks: dense products on contiguous slices, tile by tile.
 
 Each axis is cut into blocks of one size. What a component has in a block is a piece of it; the pieces in one block,
-``H`` at a time, make a tile ``(H, B)``, zero where a segment ends within the block. A product is then one batch of dense
-ones over all tiles, and sums of rows.
+``H`` at a time, make a tile ``(H, B)``, zero where a segment ends within the block. A product is then one batch of
+dense ones over all tiles, and sums of rows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ ROW_COST = 16
 """What it takes to gather or add up one number, in multiplications of a product (measured on a CPU)."""
 
 
-def gblr_matmul(
-    x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int
-) -> Tensor:
+def gblr_matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int) -> Tensor:
     """Compute ``x @ W.T`` for a GBLR matrix in ``entries`` multiplications per token, and some more for padding.
 
     Args:
@@ -48,9 +46,7 @@ def gblr_matmul(
 
 
 @torch.library.custom_op("structmat::gblr_matmul", mutates_args=())
-def _matmul(
-    x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int
-) -> Tensor:
+def _matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int) -> Tensor:
     if len(x) == 0 or len(order) == 0:
         return x.new_zeros(len(x), M)
     inputs, outputs = tiling(start[1], width[1], x.shape[1]), tiling(start[0], width[0], M)
@@ -235,7 +231,7 @@ def tile_project(x: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, K: int
     Returns:
         ``(K, T)``.
     """
-    S, H, B = tiles.shape
+    S, _, B = tiles.shape
     segments = _cut(x, B).permute(1, 2, 0)  # (C, B, T)
     if len(segments) != S:  # a block has several tiles
         segments = segments[blocks]
@@ -269,4 +265,3 @@ def _cut(x: Tensor, block: int) -> Tensor:
     """``(T, n)`` as ``(T, C, B)``, the last block filled up with zeros."""
     missing = -x.shape[1] % block
     return (F.pad(x, (0, missing)) if missing else x).unflatten(1, (-1, block))
-

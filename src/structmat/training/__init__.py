@@ -3,5 +3,24 @@
 from structmat.training.balance import balance_
 from structmat.training.distillation import distill_hidden, distill_logits
 from structmat.training.groups import parameter_groups
+from structmat.training.structure import (
+    StructureLearning,
+    StructureState,
+    set_sigma_,
+    structure_layers,
+    structure_state,
+    structure_step_,
+)
 
-__all__ = ["balance_", "distill_hidden", "distill_logits", "parameter_groups"]
+__all__ = [
+    "StructureLearning",
+    "StructureState",
+    "balance_",
+    "distill_hidden",
+    "distill_logits",
+    "parameter_groups",
+    "set_sigma_",
+    "structure_layers",
+    "structure_state",
+    "structure_step_",
+]

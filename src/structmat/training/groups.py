@@ -23,25 +23,28 @@ def parameter_groups(
     weight_decay: float,
     *,
     structured_learning_rate: float | None = None,
+    structure_learning_rate: float | None = None,
     decay_embeddings: bool = False,
 ) -> list[dict[str, Any]]:
     """Sort the parameters that learn into groups for a ``torch.optim`` optimizer.
 
     Without weight decay are: biases and everything else with fewer than two dimensions, the parameters of norms, the
-    embeddings (unless asked for), a BLAST layer's ``diag``, and factors whose format fixes their dtype, which are
-    positions and widths. Everything else decays.
+    embeddings (unless asked for), and a BLAST layer's ``diag``. Factors whose format fixes their dtype, the widths and
+    locations of Gaudi-GBLR, form a group of their own, without weight decay and with ``betas`` ``(0.0, 0.999)`` (Lee &
+    Kim 2024, appendix), which optimizers other than Adam's kind ignore. Everything else decays.
 
     Args:
         model: The network.
         learning_rate: Of everything that is no factor of a structured layer.
         weight_decay: Of what decays.
         structured_learning_rate: Of the factors; None for the same.
+        structure_learning_rate: Of widths and locations; None for that of the factors.
         decay_embeddings: Whether embeddings decay; a weight that an embedding shares with the head counts as one.
 
     Returns:
         Groups with ``"name"``, ``"params"``, ``"lr"`` and ``"weight_decay"``, of those named ``"dense"``,
-        ``"dense, no decay"``, ``"structured"`` and ``"structured, no decay"`` that are not empty, in this order. A
-        parameter that several modules share is in one of them, once.
+        ``"dense, no decay"``, ``"structured"``, ``"structured, no decay"`` and ``"structure"`` that are not empty, in
+        this order. A parameter that several modules share is in one of them, once.
 
     Raises:
         ValueError: If a number is negative, or no parameter learns.
@@ -54,8 +57,10 @@ def parameter_groups(
     """
     if structured_learning_rate is None:
         structured_learning_rate = learning_rate
+    if structure_learning_rate is None:
+        structure_learning_rate = structured_learning_rate
     for what, value in (("learning rates", learning_rate), ("learning rates", structured_learning_rate),
-                        ("a weight decay", weight_decay)):  # fmt: skip
+                        ("learning rates", structure_learning_rate), ("a weight decay", weight_decay)):  # fmt: skip
         if not value >= 0:
             raise ValueError(f"expected {what} of at least 0, got {value}")
     groups: dict[str, dict[str, Any]] = {
@@ -63,6 +68,7 @@ def parameter_groups(
         "dense, no decay": {"lr": learning_rate, "weight_decay": 0.0},
         "structured": {"lr": structured_learning_rate, "weight_decay": weight_decay},
         "structured, no decay": {"lr": structured_learning_rate, "weight_decay": 0.0},
+        "structure": {"lr": structure_learning_rate, "weight_decay": 0.0, "betas": (0.0, 0.999)},
     }
     for name, group in groups.items():
         group.update(name=name, params=[])
@@ -75,6 +81,8 @@ def parameter_groups(
             structured = isinstance(module, StructuredModule) and name in module.factors
             decays = parameter.ndim >= 2 and _decays(module, name, decay_embeddings)
             group = ("structured" if structured else "dense") + ("" if decays else ", no decay")
+            if isinstance(module, StructuredModule) and name in module.factors:
+                group = group if module.format.factor_specs()[name].dtype is None else "structure"
             groups[group]["params"].append(parameter)
     if not seen:
         raise ValueError("expected a parameter that learns, but none has requires_grad=True")
@@ -84,8 +92,6 @@ def parameter_groups(
 def _decays(module: nn.Module, name: str, decay_embeddings: bool) -> bool:
     """Whether a parameter of two or more dimensions decays."""
     if isinstance(module, StructuredModule) and name in module.factors:
-        if module.format.factor_specs()[name].dtype is not None:
-            return False
         return not any(isinstance(module.format, kind) and name in names for kind, names in NO_DECAY.items())
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return decay_embeddings
