@@ -152,10 +152,11 @@ def test_public_names_are_complete(module: str) -> None:
 def test_the_public_list() -> None:
     assert structmat.__all__ == [
         "Blast", "BlockDiagonal", "BlockSparse", "Calibration", "Dao2022Monarch", "Dense", "Fit", "Format",
-        "GradientFit", "Lee2024Blast", "LowRank", "Magnitude", "Method", "Moments", "Monarch", "Plan", "Refinement",
-        "Report", "Rule", "StructuredConv2d", "StructuredLinear", "TruncatedSvd", "__version__", "apply_plan_",
-        "calibrate", "compress_", "default_method", "densify_", "flat_butterfly", "format_from_json", "load",
-        "load_pretrained", "make_plan", "plan_of", "report", "save", "to_blast",
+        "GaudiGblr", "Gblr", "GradientFit", "Lee2024Blast", "LowRank", "Magnitude", "Method", "Moments", "Monarch",
+        "Plan", "Refinement", "Report", "Rule", "StructuredConv2d", "StructuredLinear", "TruncatedSvd", "__version__",
+        "add_gblr", "apply_plan_", "calibrate", "compress_", "default_method", "densify_", "flat_butterfly",
+        "format_from_json", "harden", "harden_", "hardening_gap", "interpolate_gaudi", "load", "load_pretrained",
+        "make_plan", "plan_of", "report", "save", "to_blast", "to_gaudi", "to_gblr",
     ]  # fmt: skip
 
 

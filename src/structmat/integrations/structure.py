@@ -15,8 +15,8 @@ class StructureCallback(TrainerCallback, ExportableState):
     """The proximal step after every step of the optimizer, and the share of the budget in the logs.
 
     It needs parameter groups as ``training.parameter_groups`` makes them, of which it takes the learning rate of the
-    one named ``"structure"``; ``StructuredTrainer`` has them. All that it needs to go on is in the model and the trainer's
-    state, so that a resumed run ends where an uninterrupted one does; checkpoints hold the history too.
+    one named ``"structure"``; ``StructuredTrainer`` has them. All that it needs to go on is in the model and in the
+    state of the trainer, so that a resumed run ends where an uninterrupted one does; checkpoints hold the history too.
 
     Args:
         settings: How the structure is learned.

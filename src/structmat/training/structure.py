@@ -132,8 +132,9 @@ def structure_layers(model: nn.Module) -> dict[str, StructuredModule]:
     layers: dict[str, StructuredModule] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        learns = isinstance(module, StructuredModule) and isinstance(module.format, GaudiGblr)
-        if learns and id(module.width) not in seen:
+        if not isinstance(module, StructuredModule) or not isinstance(module.format, GaudiGblr):
+            continue
+        if id(module.width) not in seen:
             seen.add(id(module.width))
             layers[name] = module
     return layers
