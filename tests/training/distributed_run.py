@@ -1,6 +1,7 @@
 """What two processes under torchrun do for ``test_distributed_training.py``: train replicated, then sharded.
 
-Usage: ``distributed_run.py FOLDER``, which has ``student`` and ``teacher``; writes ``ddp``, ``fsdp``, ``again`` there.
+Usage: ``distributed_run.py FOLDER``, which has ``student``, ``teacher`` and ``learning`` (one whose structure is
+learned); writes ``ddp``, ``fsdp``, ``again`` and ``learning-ddp``, ``learning-fsdp`` there.
 """
 
 import json
@@ -21,6 +22,12 @@ OPTIONS = {
     "distill_hidden": 0.3, "logging_steps": 3,
 }  # fmt: skip
 """Of the runs here and of the one in a single process that they must equal."""
+
+STRUCTURE = {
+    "optim": "sgd", "learning_rate": 0.1, "max_steps": 4, "structure_target": 0.5, "structure_shrinkage": 0.5,
+    "structure_learning_rate": 2e-2, "logging_steps": 4,
+}  # fmt: skip
+"""Of the runs that learn a structure."""
 
 SHARE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 """The part of a batch of four that each of two processes takes at a time."""
@@ -52,6 +59,13 @@ def main(folder: Path) -> None:
     run.train()
     run.save_model()
     facts["fsdp"] = run.state.log_history[0]
+
+    for kind, options in {"ddp": {}, "fsdp": {"distributed_config": config}}.items():
+        args = tiny.arguments(folder / f"learning-{kind}", **STRUCTURE, **SHARE)
+        run = tiny.trainer("causal-lm", args, model=load(folder / "learning", **options))
+        run.train()
+        run.save_model()
+        facts[f"learning-{kind}"] = run.state.log_history[0]
 
     model = load(folder / "ddp", distributed_config=config)
     texts = tiny.sentences(12)

@@ -34,6 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         student.model.layers[0].mlp.up_proj.left.mul_(4)  # so that there is something to balance
     student.save_pretrained(folder / "student")
     tiny.llama(seed=1).save_pretrained(folder / "teacher")
+    tiny.learning_llama(seed=2).save_pretrained(folder / "learning")
     finished = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
@@ -77,6 +78,23 @@ def test_two_processes_equal_one(runs: tuple[Path, dict[str, Any]], reference: t
     assert largest_difference(loaded, model) < 1e-5
     for name in ("loss", "loss_task", "loss_logits", "loss_hidden"):
         assert facts[kind][name] == pytest.approx(log[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_learn_the_structure_that_one_does(
+    runs: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
+) -> None:
+    folder, facts = runs
+    load = tiny.transformers.AutoModelForCausalLM.from_pretrained
+    args = tiny.arguments(tmp_path, per_device_train_batch_size=4, **distributed_run.STRUCTURE)
+    run = tiny.trainer("causal-lm", args, model=load(folder / "learning"))
+    run.train()
+    loaded = load(folder / f"learning-{kind}")
+    assert largest_difference(loaded, load(folder / "learning")) > 1e-2
+    assert largest_difference(loaded, run.model) < 1e-5
+    for name in ("structure_share", "structure_dead", "structure_sigma"):
+        assert facts[f"learning-{kind}"][name] == run.state.log_history[0][name]
+    assert run.state.log_history[0]["structure_share"] <= 0.5
 
 
 def test_retrain_shares_and_measures(runs: tuple[Path, dict[str, Any]]) -> None:

@@ -321,12 +321,6 @@ def test_blocks_are_found_by_gradient_descent(rule: str, shrinkage: float) -> No
 # within a trainer
 
 
-def gaudi_llama(seed: int = 0) -> Any:
-    model = tiny.llama(seed=seed)
-    plan = sm.make_plan(model, {r".*_proj": sm.GaudiGblr}, keep=0.9)
-    return sm.apply_plan_(model, plan, generator=torch.Generator().manual_seed(seed))
-
-
 OPTIONS = {
     "structure_target": 0.4, "structure_shrinkage": 0.5, "structure_learning_rate": 2e-2, "max_steps": 6,
     "structure_hard_share": 0.34,
@@ -334,7 +328,7 @@ OPTIONS = {
 
 
 def test_the_trainer_learns_the_structure(tmp_path: Path) -> None:
-    model = gaudi_llama()
+    model = tiny.learning_llama()
     run = tiny.trainer("causal-lm", tiny.arguments(tmp_path, **OPTIONS), model=model)
     run.train()
     logs = [log for log in run.state.log_history if "structure_share" in log]
@@ -357,10 +351,12 @@ def test_the_trainer_learns_the_structure(tmp_path: Path) -> None:
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     whole = tiny.trainer(
-        "causal-lm", tiny.arguments(tmp_path / "a", save_steps=3, save_strategy="steps", **OPTIONS), model=gaudi_llama()
+        "causal-lm",
+        tiny.arguments(tmp_path / "a", save_steps=3, save_strategy="steps", **OPTIONS),
+        model=tiny.learning_llama(),
     )
     whole.train()
-    again = tiny.trainer("causal-lm", tiny.arguments(tmp_path / "a", **OPTIONS), model=gaudi_llama(seed=1))
+    again = tiny.trainer("causal-lm", tiny.arguments(tmp_path / "a", **OPTIONS), model=tiny.learning_llama(seed=1))
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     expected = whole.model.state_dict()
     for name, value in again.model.state_dict().items():
@@ -370,7 +366,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
 
 
 def test_an_optimizer_without_the_group_is_refused(tmp_path: Path) -> None:
-    model = gaudi_llama()
+    model = tiny.learning_llama()
     optimizer = torch.optim.AdamW(model.parameters())
     run = tiny.trainer("causal-lm", tiny.arguments(tmp_path, **OPTIONS), model=model, optimizers=(optimizer, None))
     with pytest.raises(ValueError, match="expected an optimizer with a group named 'structure', got none"):
@@ -385,7 +381,7 @@ def test_a_dense_network_has_no_structure_to_learn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_learning_network_saves_and_loads(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = gaudi_llama().to(dtype)
+    model = tiny.learning_llama().to(dtype)
     set_sigma_(model, 12.5)
     model.save_pretrained(tmp_path)
     loaded = tiny.transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)

@@ -14,7 +14,7 @@ torchvision_ops.declare()
 
 import transformers  # noqa: E402
 
-from structmat import Blast, Lee2024Blast, LowRank, compress_, make_plan  # noqa: E402
+from structmat import Blast, GaudiGblr, Lee2024Blast, LowRank, apply_plan_, compress_, make_plan  # noqa: E402
 from structmat.data.tokens import language_collator  # noqa: E402
 from structmat.integrations.trainer import StructuredTrainer  # noqa: E402
 from structmat.integrations.training_arguments import StructuredTrainingArguments  # noqa: E402
@@ -59,6 +59,13 @@ def structured(model: Any) -> Any:
     plan = make_plan(model, rules, keep=0.6, blocks=2, exclude=[r"lm_head|classifier"])
     compress_(model, plan, method=lambda format: quick if isinstance(format, Blast) else None, progress=False)
     return model
+
+
+def learning_llama(seed: int = 0) -> Any:
+    """A Llama whose linear layers learn their structure, from random contents."""
+    model = llama(seed=seed)
+    plan = make_plan(model, {r".*_proj": GaudiGblr}, keep=0.9)
+    return apply_plan_(model, plan, generator=torch.Generator().manual_seed(seed))
 
 
 def tokenizer(**options: Any) -> Any:
