@@ -81,7 +81,7 @@ CASES: dict[str, Format] = {
     "gblr full segments": Gblr(8, 6, 3, (24, 18)),
     "gaudi square": GaudiGblr(12, 12, 12, 0.5),
     "gaudi wide, few components": GaudiGblr(9, 21, 2, 0.4),
-    "gaudi tall, multiple 4": GaudiGblr(14, 10, 10, 0.6, multiple=4),
+    "gaudi tall, multiple 4": GaudiGblr(16, 12, 10, 0.6, multiple=4),
 }
 """Small ones, for what holds to float precision."""
 

@@ -128,7 +128,7 @@ def test_a_smoothed_matrix_changes_when_hardened_and_the_gap_says_how_much() -> 
 
 
 @pytest.mark.parametrize("multiple", [2, 4, 8])
-@pytest.mark.parametrize("n", [16, 19])
+@pytest.mark.parametrize("n", [16, 24])
 def test_segments_can_be_rounded_to_a_multiple(multiple: int, n: int) -> None:
     format, factors = random_gaudi(n, n, 64, 0, multiple=multiple)
     start, width = format.segments(factors)
@@ -136,8 +136,6 @@ def test_segments_can_be_rounded_to_a_multiple(multiple: int, n: int) -> None:
     assert set(start.flatten().tolist()) <= grid - {n}
     assert set(width.flatten().tolist()) <= grid
     assert len(set(width.flatten().tolist())) > 2
-    ends = (format.to_dense(factors) != 0).any()
-    assert ends
 
 
 def test_hardening_a_dead_matrix_leaves_nothing_and_multiplies_to_zero() -> None:
@@ -276,7 +274,7 @@ def test_segments_that_do_not_fit_are_refused(changed: Factors, message: str) ->
         ),
         (lambda: sm.GaudiGblr(6, 8, 0), "expected components to be an integer of at least 1, got 0"),
         (lambda: sm.GaudiGblr(6, 8, 3, 1.5), r"expected initial_width to be in \(0, 1\], got 1.5"),
-        (lambda: sm.GaudiGblr(6, 8, 3, multiple=7), "expected multiple to be at most the shorter axis, 6, got 7"),
+        (lambda: sm.GaudiGblr(6, 8, 3, multiple=7), "expected a multiple that divides 6 and 8, got 7; those are 1, 2"),
         (lambda: sm.GaudiGblr.for_budget(64, 64, keep=0.01), "expected a keep that gives each of 64 components"),
     ],
 )

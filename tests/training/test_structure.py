@@ -26,7 +26,7 @@ from training import tiny
 def network(*, multiple: int = 1, seed: int = 0) -> nn.Sequential:
     """Two layers whose widths are spread over [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    formats = sm.GaudiGblr(24, 40, 16, multiple=multiple), sm.GaudiGblr(10, 24, 8, multiple=multiple)
+    formats = sm.GaudiGblr(24, 40, 16, multiple=multiple), sm.GaudiGblr(12, 24, 8, multiple=multiple)
     layers = [sm.StructuredLinear(format, generator=generator) for format in formats]
     for layer in layers:
         layer.width.data.uniform_(0, 1, generator=generator)
@@ -57,7 +57,7 @@ def test_the_step_is_a_soft_threshold_a_clamp_and_a_wrap() -> None:
         layer.location[0, :4] = torch.tensor([-0.25, 1.5, 1.0, -1e-9])
     before = widths(model)
     structure_step_(model, StructureLearning(0.1, shrinkage=0.5, hard_share=0), 0.2, 0.0)
-    for old, new, (_, N) in zip(before, widths(model), [(24, 40), (10, 24)], strict=True):
+    for old, new, (_, N) in zip(before, widths(model), [(24, 40), (12, 24)], strict=True):
         torch.testing.assert_close(new[0], (old[0] - 0.1).clamp_min(0))
         torch.testing.assert_close(new[1], (old[1] - 0.1).clamp_min(1 / N))
     assert layer.location[0, :4].tolist() == pytest.approx([0.75, 0.5, 0.0, 0.0])
@@ -80,7 +80,7 @@ def test_costs_are_counted_in_the_unit(unit: Any) -> None:
     vectors = {"0": 3.0, "2": 7.0} if unit == "multiplications" else None
     state = structure_state(model, unit, vectors)
     costs = {name: plain_cost(layer, unit) for name, layer in structure_layers(model).items()}
-    dense = {"0": 16, "2": 8} if unit == "width" else {"0": 24 * 40, "2": 10 * 24}
+    dense = {"0": 16, "2": 8} if unit == "width" else {"0": 24 * 40, "2": 12 * 24}
     weights = vectors or {"0": 1.0, "2": 1.0}
     total = sum(weights[name] * costs[name] for name in costs)
     assert state.share == pytest.approx(total / sum(weights[name] * dense[name] for name in dense), rel=1e-6)

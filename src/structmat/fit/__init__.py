@@ -8,9 +8,10 @@ from structmat.fit.base import Fit, Method, Progress
 from structmat.fit.dao2022monarch import Dao2022Monarch
 from structmat.fit.gradient import GradientFit
 from structmat.fit.lee2024blast import Lee2024Blast
+from structmat.fit.lee2024gblr import Lee2024Gblr
 from structmat.fit.magnitude import Magnitude
 from structmat.fit.svd import TruncatedSvd
-from structmat.formats import Blast, BlockDiagonal, BlockSparse, Format, LowRank, Monarch
+from structmat.formats import Blast, BlockDiagonal, BlockSparse, Format, GaudiGblr, LowRank, Monarch
 
 DEFAULT_METHODS: dict[type[Format], Method[Any]] = {
     LowRank: TruncatedSvd(),
@@ -18,6 +19,7 @@ DEFAULT_METHODS: dict[type[Format], Method[Any]] = {
     BlockSparse: Magnitude(),
     Monarch: Dao2022Monarch(),
     Blast: Lee2024Blast(),
+    GaudiGblr: Lee2024Gblr(),
 }
 """The method for each format where none is given."""
 
@@ -48,6 +50,7 @@ __all__ = [
     "Fit",
     "GradientFit",
     "Lee2024Blast",
+    "Lee2024Gblr",
     "Magnitude",
     "Method",
     "Progress",

@@ -157,9 +157,10 @@ class Method(abc.ABC, Generic[FormatT]):
                 solved, history = self._solve(stack, metric, format, progress)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; the batch is {list(names or range(len(weights)))}") from error
-            solved = {n: f.to(dtype) for n, f in format.scaled(solved, scale).items()}
+            specs = format.factor_specs()
+            solved = {n: f.to(specs[n].dtype or dtype) for n, f in format.scaled(solved, scale).items()}
             for b in range(len(weights)):
-                if not all(bool(torch.isfinite(factor[b]).all()) for factor in solved.values()):
+                if not all(bool(torch.isfinite(f[b]).all()) for n, f in solved.items() if specs[n].trainable):
                     called = names[b] if names else "the weight"
                     raise FloatingPointError(
                         f"the factors of {called!r} overflow {dtype}; scale the weight or use float32"
@@ -197,7 +198,8 @@ class Method(abc.ABC, Generic[FormatT]):
         """Both relative errors of each weight, ``factors`` being those of ``scale * weights``."""
         errors: list[tuple[float, float | None]] = []
         for b, weight in enumerate(weights):
-            one = {n: f[b].to(weights.dtype) for n, f in factors.items()}
+            specs = format.factor_specs()
+            one = {n: f[b].to(specs[n].dtype or weights.dtype) for n, f in factors.items()}
             sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
             for rows, piece in self._dense_rows(format, one):
                 part = weight[rows].double()

@@ -35,10 +35,10 @@ class GaudiGblr(Format):
         N: In features.
         components: ``K``.
         initial_width: Mean width of a fresh init, as a share of each axis, in (0, 1].
-        multiple: Segments begin and end at multiples of it (an axis' end counts as one), for hardware.
+        multiple: Segments begin and end at multiples of it, for hardware.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or ``multiple`` does not divide both axes.
 
     Example:
         >>> GaudiGblr.for_budget(512, 512, keep=0.25)
@@ -58,9 +58,11 @@ class GaudiGblr(Format):
         _checks.positive_int(self.components, "components")
         _checks.fraction(self.initial_width, "initial_width")
         _checks.positive_int(self.multiple, "multiple")
-        if self.multiple > min(self.M, self.N):
+        if self.M % self.multiple or self.N % self.multiple:
+            common = _checks.divisors(math.gcd(self.M, self.N))
             raise ValueError(
-                f"expected multiple to be at most the shorter axis, {min(self.M, self.N)}, got {self.multiple}"
+                f"expected a multiple that divides {self.M} and {self.N}, got {self.multiple}; "
+                f"those are {', '.join(map(str, common))}"
             )
 
     @classmethod
@@ -82,12 +84,9 @@ class GaudiGblr(Format):
         """
         budget = _checks.budget(keep, M * N)
         K = min(M, N) if components is None else components
+        _checks.positive_int(K, "components")
         format = cls(M, N, K, min(1.0, budget / (K * (M + N))), multiple)
-        if format.num_parameters() > budget or format.num_parameters() == 0:
-            # rounding may have gone up: take the next grid step down on both axes
-            share = format.initial_width - multiple / (2 * max(M, N))
-            format = cls(M, N, K, max(share, 1e-9), multiple)
-        if not 0 < format.num_parameters() <= budget:
+        if not bool((format._initial_widths() > 0).all()):
             raise ValueError(
                 f"expected a keep that gives each of {K} components at least one step of {multiple} entries on each "
                 f"axis of a {M} x {N} matrix, got {keep}; raise keep or take fewer components"
@@ -111,15 +110,11 @@ class GaudiGblr(Format):
         return torch.stack(starts).long(), self.rounded_widths(factors["width"].detach()).long()
 
     def rounded_widths(self, width: Tensor) -> Tensor:
-        """Widths ``(2, K)`` in entries, as real numbers: multiples of ``multiple``, or the whole axis."""
+        """Widths ``(2, K)`` in entries, as real numbers: multiples of ``multiple``."""
         return torch.stack([self._rounded_width(row, n) for row, n in zip(width, self.shape, strict=True)])
 
     def _rounded_width(self, width: Tensor, n: int) -> Tensor:
-        g = self.multiple
-        entries = (width * (n / g)).round().mul(g).clamp(0, n)
-        if n % g:  # the last step is shorter
-            entries = torch.where(width * n >= (n + n // g * g) / 2, n, entries)
-        return entries
+        return (width * (n / self.multiple)).round().mul(self.multiple).clamp(0, n)
 
     def _rounded_start(self, location: Tensor, n: int) -> Tensor:
         start = ((location - location.floor()) * (n / self.multiple)).round().mul(self.multiple)
@@ -187,8 +182,7 @@ class GaudiGblr(Format):
             The count.
         """
         if factors is None or factors["width"].is_meta:
-            counts = [self._rounded_width(torch.tensor(self.initial_width), n) for n in self.shape]
-            return self.components * sum(int(count) for count in counts)
+            return int(self.cost(self._initial_widths() / torch.tensor(self.shape)[:, None], "parameters"))
         return int(self.cost(factors["width"].detach(), "parameters"))
 
     def multiplications(self, tokens: int = 1, factors: Factors | None = None) -> int:
@@ -203,12 +197,23 @@ class GaudiGblr(Format):
         """
         return tokens * self.num_parameters(factors)
 
+    def _initial_widths(self) -> Tensor:
+        """Widths ``(2, K)`` in entries whose mean is ``initial_width``, rounded down, as equal as can be."""
+        steps = [int(self.components * self.initial_width * n / self.multiple + 1e-9) for n in self.shape]
+        return torch.stack([even(count, self.components) for count in steps]) * self.multiple
+
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         K, share = self.components, self.initial_width
         return {
             "left": torch.randn(self.M, K, generator=generator) / math.sqrt(3 * K * share),
             "right": torch.randn(K, self.N, generator=generator) / math.sqrt(self.N * share),
             "location": torch.rand(2, K, generator=generator),
-            "width": torch.full((2, K), share),
+            "width": self._initial_widths() / torch.tensor(self.shape)[:, None],
             "sigma": torch.full((1,), torch.inf),
         }
+
+
+def even(total: int, count: int) -> Tensor:
+    """``count`` whole numbers, as equal as can be, that sum to ``total``."""
+    edges = torch.arange(count + 1) * total // max(count, 1)
+    return edges.diff()

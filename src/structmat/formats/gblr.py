@@ -10,6 +10,7 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
+from structmat.formats.gaudi_gblr import even
 from structmat.ops import gblr_matmul
 from structmat.ops.gblr import positions
 
@@ -143,7 +144,7 @@ class Gblr(Format):
 
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         K = self.components
-        widths = torch.stack([_even(count, K) for count in self.entries])
+        widths = torch.stack([even(count, K) for count in self.entries])
         starts = [torch.randint(n, (K,), generator=generator) for n in self.shape]
         left = torch.randn(self.entries[0], generator=generator)
         right = torch.randn(self.entries[1], generator=generator)
@@ -154,12 +155,6 @@ class Gblr(Format):
             "width": widths,
             "order": torch.arange(K),
         }
-
-
-def _even(total: int, count: int) -> Tensor:
-    """``count`` whole numbers, as equal as can be, that sum to ``total``."""
-    edges = torch.arange(count + 1) * total // max(count, 1)
-    return edges.diff()
 
 
 def from_segments(

@@ -1,0 +1,275 @@
+"""Rank-1 blocks on segments: contents by least squares, segments by what they gain, births where the residual is.
+
+Everything works on a batch of weights. A component's segment on an axis is a cyclic run of cells of ``multiple``
+entries; ``out (B, K, M)`` and ``inn (B, K, N)`` are the masks of all segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from structmat.fit.metric import conjugate_gradients
+
+SHARES = (2, 3, 4, 6, 8)
+"""Into how many parts births cut each axis."""
+
+POWER_ITERATIONS = 4
+"""For the best rank-1 approximation of each block of the residual."""
+
+BISECTIONS = 20
+"""Of the interval in which the price per entry lies."""
+
+BISECTIONS_NEAR = 8
+"""Where the last move's price is known."""
+
+
+@dataclass
+class Segments:
+    """Sums of rank-1 blocks ``left right``, one for each weight of a batch.
+
+    Attributes:
+        weights: ``(B, M, N)``.
+        metric: ``(B, N, N)`` in which errors are measured, or None for the Frobenius norm.
+        left: ``(B, M, K)``, zero outside the segments.
+        right: ``(B, K, N)``, likewise.
+        out: ``(B, K, M)``, bool.
+        inn: ``(B, K, N)``, bool.
+        multiple: Entries of each cell.
+        price: Of an entry at the last move, ``(B,)``.
+    """
+
+    weights: Tensor
+    metric: Tensor | None
+    left: Tensor
+    right: Tensor
+    out: Tensor
+    inn: Tensor
+    multiple: int = 1
+    price: Tensor | None = None
+
+    def residual(self) -> Tensor:
+        """``W - left right``, ``(B, M, N)``."""
+        return self.weights - self.left @ self.right
+
+    def times_metric(self, matrix: Tensor) -> Tensor:
+        """``matrix (B, m, N) C``."""
+        return matrix if self.metric is None else matrix @ self.metric
+
+    def energies(self) -> Tensor:
+        """``C_jj``, ``(B, 1, N)``."""
+        if self.metric is None:
+            return self.weights.new_ones(len(self.weights), 1, self.weights.shape[2])
+        return self.metric.diagonal(dim1=1, dim2=2)[:, None]
+
+    def errors(self) -> Tensor:
+        """Relative errors ``(B,)``."""
+        rest = self.residual()
+        energy = (self.times_metric(self.weights) * self.weights).sum((1, 2))
+        return ((self.times_metric(rest) * rest).sum((1, 2)).clamp_min(0) / energy.where(energy > 0, 1)).sqrt()
+
+    def costs(self) -> Tensor:
+        """Entries inside the segments, ``(B,)``."""
+        return self.out.sum((1, 2)) + self.inn.sum((1, 2))
+
+    # contents
+
+    def sweep(self, step: float, iterations: int) -> None:
+        """Over-relaxed conjugate-gradient steps towards the least-squares contents, of ``left`` and then ``right``."""
+        coupled = self.times_metric(self.right)  # (B, K, N)
+        gram = coupled @ self.right.mT
+        self.left = self.left + step * _solved(
+            lambda change: change @ gram,
+            self.residual() @ coupled.mT,
+            self.out.mT,
+            gram.diagonal(dim1=1, dim2=2)[:, None],
+            iterations,
+        )
+        gram = self.left.mT @ self.left
+        self.right = self.right + step * _solved(
+            lambda change: self.times_metric(gram @ change),
+            self.times_metric(self.left.mT @ self.residual()),
+            self.inn,
+            gram.diagonal(dim1=1, dim2=2)[:, :, None] * self.energies(),
+            iterations,
+        )
+        self.balance()
+
+    def balance(self) -> None:
+        """Give every component one size in both factors."""
+        a, b = self.left.norm(dim=1), self.right.norm(dim=2)  # (B, K)
+        scale = torch.where((a > 0) & (b > 0), (b / a.where(a > 0, 1)).sqrt(), 1)
+        self.left = self.left * scale[:, None]
+        self.right = self.right / scale[:, :, None].where(scale[:, :, None] > 0, 1)
+
+    # segments
+
+    def move(self, budget: Tensor) -> None:
+        """Give every component the segments with the best gains, at the one price per entry that meets the budget.
+
+        With everything else fixed, entry ``t`` of a component lowers the squared error by
+        ``(correlation of the residual without the component)^2 / curvature``; the best segment is the cyclic run of
+        cells whose gains exceed their price by most.
+
+        Args:
+            budget: Entries on both axes, ``(B,)``.
+        """
+        rest = self.times_metric(self.residual())
+        curvatures = (
+            (self.times_metric(self.right) * self.right).sum(2)[:, :, None],  # (B, K, 1)
+            self.left.square().sum(1)[:, :, None] * self.energies(),  # (B, K, N)
+        )
+        correlations = (
+            (rest @ self.right.mT).mT + self.left.mT * curvatures[0],
+            self.left.mT @ rest + self.right * curvatures[1],
+        )
+        gains = [
+            torch.where(curvature > 0, correlation.square() / curvature.where(curvature > 0, 1), 0)
+            .unflatten(2, (-1, self.multiple))
+            .sum(3)
+            for correlation, curvature in zip(correlations, curvatures, strict=True)
+        ]
+        masks, self.price = best_segments(gains, budget // self.multiple, self.price)
+        self.out, self.inn = (mask.repeat_interleave(self.multiple, 2) for mask in masks)
+        self.left, self.right = self.left * self.out.mT, self.right * self.inn
+        self._bury()
+
+    def _bury(self) -> None:
+        """Take away what is left of components without a block."""
+        alive = (self.out.any(2) & self.inn.any(2))[:, :, None]
+        self.out, self.inn = self.out & alive, self.inn & alive
+        self.left, self.right = self.left * alive.mT, self.right * alive
+
+    def bear(self, budget: Tensor, generators: Sequence[torch.Generator]) -> None:
+        """Fill the budget that is left with components on blocks of the residual, those that capture most."""
+        scale = self.energies().sqrt()
+        rest = self.residual() * scale
+        room = (budget - self.costs()).tolist()
+        dead = ~self.out.any(2)
+        for b in range(len(self.weights)):
+            slots = dead[b].nonzero()[:, 0]
+            if len(slots) and room[b] > 0:
+                self._bear_one(b, rest[b], scale[b, 0], slots, int(room[b]), generators[b])
+
+    def _bear_one(
+        self, b: int, rest: Tensor, scale: Tensor, slots: Tensor, room: int, generator: torch.Generator
+    ) -> None:
+        best: tuple[float, _Births] | None = None
+        for share in SHARES:
+            births = self._candidates(rest, share, len(slots), room, generator)
+            if births is not None and (best is None or births.captured > best[0]):
+                best = births.captured, births
+        if best is None:
+            return
+        births = best[1]
+        slots = slots[: len(births.right)]
+        self.out[b, slots] = births.out
+        self.inn[b, slots] = births.inn
+        self.left[b][:, slots] = births.left
+        self.right[b, slots] = births.right / scale.where(scale > 0, 1)
+
+    def _candidates(
+        self, rest: Tensor, share: int, slots: int, room: int, generator: torch.Generator
+    ) -> _Births | None:
+        """The best rank-1 blocks of one size on a grid of ``share x share`` at a random place."""
+        g = self.multiple
+        cells = [n // g for n in rest.shape]
+        P, Q = (count // share * g for count in cells)
+        if min(P, Q) == 0 or room < P + Q:
+            return None
+        top, leading = (g * int(torch.randint(count, (), generator=generator)) for count in cells)
+        rolled = rest.roll((-top, -leading), (0, 1))[: share * P, : share * Q]
+        blocks = rolled.reshape(share, P, share, Q).transpose(1, 2).reshape(share * share, P, Q)
+        v = torch.randn(Q, 1, generator=generator).to(rest).expand(share * share, Q, 1)
+        u = blocks @ v
+        for _ in range(POWER_ITERATIONS):
+            u = blocks @ v
+            u = u / u.norm(dim=1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
+            v = blocks.mT @ u
+        best = v.square().sum((1, 2)).topk(min(slots, room // (P + Q), share * share))
+        size = best.values.sqrt().sqrt().clamp_min(torch.finfo(rest.dtype).tiny)[:, None]
+        i, j = best.indices // share, best.indices % share
+        rows = (top + i[:, None] * P + torch.arange(P, device=rest.device)) % rest.shape[0]
+        columns = (leading + j[:, None] * Q + torch.arange(Q, device=rest.device)) % rest.shape[1]
+        full = rest.new_zeros(len(i), sum(rest.shape))
+        left, right = full[:, : rest.shape[0]], full[:, rest.shape[0] :]
+        return _Births(
+            float(best.values.sum()),
+            left.scatter(1, rows, u[best.indices, :, 0] * size).mT,
+            right.scatter(1, columns, v[best.indices, :, 0] / size),
+            left.scatter(1, rows, 1.0) > 0,
+            right.scatter(1, columns, 1.0) > 0,
+        )
+
+
+@dataclass
+class _Births:
+    """New components: how much of the residual's energy they capture, and what they are."""
+
+    captured: float
+    left: Tensor
+    right: Tensor
+    out: Tensor
+    inn: Tensor
+
+
+def best_segments(gains: Sequence[Tensor], budget: Tensor, near: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    """The best runs of cells of each component, at the lowest price per cell at which all of them meet the budget.
+
+    Args:
+        gains: Of each cell on each axis, ``(B, K, cells)``, not negative.
+        budget: Cells on all axes, ``(B,)``.
+        near: A price to search near to, ``(B,)``; None to search everywhere.
+
+    Returns:
+        Masks ``(B, K, cells)`` of each axis (a component has runs on all axes or on none), and the price.
+    """
+
+    def at(price: Tensor) -> tuple[list[Tensor], Tensor]:
+        masks = [runs(gain - price[:, None, None]) for gain in gains]
+        alive = torch.stack([mask.any(2) for mask in masks]).all(0)[:, :, None]
+        masks = [mask & alive for mask in masks]
+        return masks, torch.stack([mask.sum((1, 2)) for mask in masks]).sum(0)
+
+    most = torch.stack([gain.amax((1, 2)) for gain in gains]).amax(0) * 1.001
+    low, high, known = torch.zeros_like(most), most, torch.zeros_like(most, dtype=torch.bool)
+    if near is not None:  # the price moves little from call to call
+        below, above = at(near / 2)[1] > budget, at(2 * near)[1] <= budget
+        low, high = torch.where(below, near / 2, low), torch.where(above, 2 * near, high)
+        known = below & above
+    for step in range(BISECTIONS_NEAR if bool(known.all()) else BISECTIONS):
+        price = (low + high) / 2
+        over = at(price)[1] > budget
+        going = ~known | (step < BISECTIONS_NEAR)
+        low, high = torch.where(over & going, price, low), torch.where(~over & going, price, high)
+    return at(high)[0], high
+
+
+def runs(values: Tensor) -> Tensor:
+    """Where the cyclic run with the largest sum lies, along the last dimension; nowhere if no sum is positive."""
+    n = values.shape[-1]
+    sums = torch.cat([torch.zeros_like(values[..., :1]), values.cumsum(-1)], -1)
+    lowest, begins = sums.cummin(-1)
+    straight, end = (sums - lowest).max(-1)
+    begin = begins.gather(-1, end[..., None])[..., 0]
+    highest, starts = sums.cummax(-1)
+    hole, hole_end = (highest - sums).max(-1)  # a run over the end is what the worst run leaves
+    hole_begin = starts.gather(-1, hole_end[..., None])[..., 0]
+    wraps = sums[..., -1] + hole > straight
+    begin = torch.where(wraps, hole_end % n, begin)
+    length = torch.where(wraps, n - (hole_end - hole_begin), end - torch.where(wraps, end, begin))
+    return (torch.arange(n, device=values.device) - begin[..., None]) % n < length[..., None]
+
+
+def _solved(
+    apply: Callable[[Tensor], Tensor], target: Tensor, mask: Tensor, diagonal: Tensor, iterations: int
+) -> Tensor:
+    """Conjugate-gradient steps on ``apply(x) = target`` over the entries of a mask, preconditioned by a diagonal."""
+    floor = 1e-6 * diagonal.mean((1, 2), keepdim=True)
+    inverse = mask / (diagonal + floor).where(diagonal + floor > 0, 1)
+    return conjugate_gradients(
+        lambda x: apply(x) * mask, lambda residual: residual * inverse, target * mask, iterations
+    )
