@@ -18,6 +18,7 @@ from structmat import (
     Gblr,
     LowRank,
     Monarch,
+    TiledGblr,
     flat_butterfly,
 )
 from structmat.formats import Factors, FactorSpec
@@ -79,6 +80,8 @@ CASES: dict[str, Format] = {
     "gblr wide": Gblr(9, 21, 4, (17, 60)),
     "gblr tall, one component": Gblr(14, 5, 1, (9, 3)),
     "gblr full segments": Gblr(8, 6, 3, (24, 18)),
+    "tiled gblr": TiledGblr(12, 12, 7, (3, 4), (3, 2), (4, 3)),
+    "tiled gblr, several tiles in a block": TiledGblr(10, 21, 6, (4, 3), (3, 4), (5, 8)),
     "gaudi square": GaudiGblr(12, 12, 12, 0.5),
     "gaudi wide, few components": GaudiGblr(9, 21, 2, 0.4),
     "gaudi tall, multiple 4": GaudiGblr(16, 12, 10, 0.6, multiple=4),
@@ -98,6 +101,7 @@ LARGE: dict[str, Format] = {
     "block-sparse unequal rows": BlockSparse(96, 160, ("1100", "0010", "1111", "0101")),
     "block-sparse empty row, low rank": BlockSparse(96, 160, ("1100", "0000", "1111", "0101"), rank=16),
     "gblr": Gblr(96, 160, 96, (2000, 3000)),
+    "tiled gblr": TiledGblr(96, 160, 96, (6, 10), (48, 48), (16, 16)),
     "gaudi": GaudiGblr(96, 160, 96, 0.25),
     "gaudi, few components, multiple 8": GaudiGblr(96, 160, 48, 0.75, multiple=8),
 }

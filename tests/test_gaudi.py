@@ -333,3 +333,48 @@ def test_bfloat16_trains() -> None:
     assert losses[-1] < 0.5 * losses[0]
     assert layer.width.grad is not None
     assert layer.width.grad.abs().max() > 0
+
+
+@given(shape=shapes, tokens=st.integers(0, 5), sizes=st.tuples(st.integers(1, 20), st.integers(1, 20)))
+@settings(max_examples=50, deadline=None)
+def test_tiles_are_the_same_matrix(shape: tuple[int, int, int, int], tokens: int, sizes: tuple[int, int]) -> None:
+    format, factors = sm.harden(*random_gaudi(*shape))
+    if format.components == 0:
+        return
+    generator = torch.Generator().manual_seed(shape[3])
+    factors["order"] = torch.randperm(format.components, generator=generator).to(torch.int32)
+    chosen = tuple(min(size, n) for size, n in zip(sizes, format.shape, strict=True))
+    for blocks in (chosen, (None, None)):
+        tiled, packed = sm.tile(format, factors, block_sizes=blocks)
+        tiled.check_factors(packed)
+        torch.testing.assert_close(tiled.to_dense(packed), format.to_dense(factors))
+        x = torch.randn(tokens, format.N, generator=generator, dtype=torch.float64)
+        torch.testing.assert_close(tiled.matmul(x, packed), x @ format.to_dense(factors).mT)
+        assert tiled.num_parameters() >= format.num_parameters()
+
+
+def test_equal_segments_on_the_grid_have_no_padding() -> None:
+    format = sm.Monarch(64, 64, blocks=4, rank=4)
+    tiled, _ = sm.tile(*sm.to_gblr(format, format.init()), block_sizes=(16, 16))
+    assert tiled.num_parameters() == format.num_parameters()
+    assert tiled.tiles == (4, 4)
+
+
+def test_padding_is_bounded_by_a_block_for_each_segment() -> None:
+    format, factors = sm.harden(*random_gaudi(256, 256, 128, 0))
+    tiled, _ = sm.tile(format, factors, block_sizes=(16, 16))
+    assert tiled.num_parameters() < 1.15 * (format.num_parameters() + 2 * 16 * format.components)
+
+
+def test_what_cannot_be_tiled_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a Gblr format to tile, got LowRank"):
+        sm.tile(sm.LowRank(4, 4, 1), {})
+    empty = sm.Gblr(4, 4, 0, (0, 0))
+    with pytest.raises(ValueError, match="expected at least one component to tile"):
+        sm.tile(empty, empty.init())
+    with pytest.raises(ValueError, match=r"expected blocks of at most \(4, 4\) entries, got \(5, 4\)"):
+        sm.TiledGblr(4, 4, 1, (1, 1), (1, 1), (5, 4))
+    with pytest.raises(ValueError, match="expected tiles of the output and the input axis"):
+        sm.TiledGblr(4, 4, 1, (1, 1, 1), (1, 1), (4, 4))
+    with pytest.raises(ValueError, match="expected a format that a budget can size, got TiledGblr"):
+        sm.Rule(sm.TiledGblr)

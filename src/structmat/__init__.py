@@ -9,7 +9,7 @@ from structmat._version import __version__
 from structmat.calibrate import Calibration, Moments, calibrate
 from structmat.checkpoint import load, plan_of, save
 from structmat.compress import compress_
-from structmat.convert import apply_plan_, densify_, harden_
+from structmat.convert import apply_plan_, densify_, harden_, tile_
 from structmat.fit import (
     Dao2022Monarch,
     Fit,
@@ -30,12 +30,14 @@ from structmat.formats import (
     Gblr,
     LowRank,
     Monarch,
+    TiledGblr,
     add_gblr,
     flat_butterfly,
     format_from_json,
     harden,
     hardening_gap,
     interpolate_gaudi,
+    tile,
     to_blast,
     to_gaudi,
     to_gblr,
@@ -70,6 +72,7 @@ __all__ = [
     "Rule",
     "StructuredConv2d",
     "StructuredLinear",
+    "TiledGblr",
     "TruncatedSvd",
     "__version__",
     "add_gblr",
@@ -90,6 +93,8 @@ __all__ = [
     "plan_of",
     "report",
     "save",
+    "tile",
+    "tile_",
     "to_blast",
     "to_gaudi",
     "to_gblr",

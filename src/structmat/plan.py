@@ -45,6 +45,10 @@ class Rule:
     def __post_init__(self) -> None:
         if not (isinstance(self.format, type) and issubclass(self.format, Format)):
             raise TypeError(f"expected a format class such as Blast, got {self.format!r}")
+        if not hasattr(self.format, "for_budget"):
+            raise ValueError(
+                f"expected a format that a budget can size, got {self.format.__name__}, which is made from another"
+            )
         if self.keep is not None:
             _checks.fraction(self.keep, "keep")
         if self.blocks is not None and not self.format.takes_blocks:

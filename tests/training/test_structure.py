@@ -258,14 +258,33 @@ def test_what_cannot_be_hardened_stays_as_it_was() -> None:
     with pytest.raises(ValueError, match=r"layer '2': expected fewer parameters .* train with a lower target"):
         sm.harden_(model)
     assert isinstance(model[0].format, sm.GaudiGblr)
-    with pytest.raises(ValueError, match=r"expected names of Gaudi-GBLR layers, got \['1'\]"):
+    with pytest.raises(ValueError, match=r"expected names of GaudiGblr layers, got \['1'\]"):
         sm.harden_(model, ["1"])
     sm.harden_(model, ["0"])
     assert isinstance(model[0].format, sm.Gblr)
-    with pytest.raises(ValueError, match="expected a network with Gaudi-GBLR layers to harden, got none"):
+    with pytest.raises(ValueError, match="expected a network with GaudiGblr layers, got none"):
         sm.harden_(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="expected layers inside the model, but it is one layer itself"):
         sm.harden_(sm.StructuredLinear(sm.GaudiGblr(12, 12, 12, 0.2)))
+
+
+def test_tiles_keep_the_function_and_say_what_they_add(tmp_path: Path) -> None:
+    model = network()
+    x = torch.randn(5, 40)
+    with torch.no_grad():
+        for layer in structure_layers(model).values():
+            layer.get_parameter("width").mul_(0.5)
+    sm.harden_(model)
+    before, held = model(x), [model[k].format.num_parameters() for k in (0, 2)]
+    padding = sm.tile_(model)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    for k, count in zip((0, 2), held, strict=True):
+        assert model[k].format.num_parameters() == pytest.approx((1 + padding[str(k)]) * count)
+    sm.save(model, tmp_path / "model.safetensors")
+    fresh = nn.Sequential(nn.Linear(40, 24), nn.GELU(), nn.Linear(24, 12))
+    assert torch.equal(sm.load(fresh, tmp_path / "model.safetensors")(x), model(x))
+    with pytest.raises(ValueError, match="expected a network with Gblr layers, got none"):
+        sm.tile_(model)
 
 
 def test_a_hardened_convolution_convolves_alike(tmp_path: Path) -> None:

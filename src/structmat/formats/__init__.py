@@ -17,6 +17,7 @@ from structmat.formats.gblr import Gblr
 from structmat.formats.gblr_conversions import add_gblr, harden, hardening_gap, interpolate_gaudi, to_gaudi, to_gblr
 from structmat.formats.low_rank import LowRank
 from structmat.formats.monarch import Monarch
+from structmat.formats.tiled_gblr import TiledGblr, tile
 
 FORMATS: dict[str, type[Format]] = {
     "dense": Dense,
@@ -27,6 +28,7 @@ FORMATS: dict[str, type[Format]] = {
     "blast": Blast,
     "gblr": Gblr,
     "gaudi_gblr": GaudiGblr,
+    "tiled_gblr": TiledGblr,
 }
 """Every format by its name in JSON and on the command line."""
 
@@ -66,12 +68,14 @@ __all__ = [
     "LowRank",
     "Monarch",
     "RankedFormat",
+    "TiledGblr",
     "add_gblr",
     "flat_butterfly",
     "format_from_json",
     "harden",
     "hardening_gap",
     "interpolate_gaudi",
+    "tile",
     "to_blast",
     "to_gaudi",
     "to_gblr",

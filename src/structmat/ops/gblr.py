@@ -210,12 +210,12 @@ def _cost(rows: Tensor, places: Tensor, n: int, block: int) -> int:
 
 
 def _height(counts: Tensor) -> int:
-    """Rows per tile: of those that pad by less than an eighth, the most; at least, the one that pads least."""
+    """Rows per tile: of those that pad by a quarter at most, the most; otherwise, the one that pads least."""
     largest = max(int(counts.max()) if len(counts) else 1, 1)
     total = max(int(counts.sum()), 1)
     heights = sorted({-(-largest // parts) for parts in range(1, 17)}, reverse=True)
     padded = {H: int((-(-counts // H)).clamp_min(1).sum()) * H for H in heights}
-    return next((H for H in heights if 8 * padded[H] <= 9 * total), min(heights, key=lambda H: padded[H]))
+    return next((H for H in heights if 4 * padded[H] <= 5 * total), min(heights, key=lambda H: padded[H]))
 
 
 def tile_project(x: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, K: int) -> Tensor:
@@ -234,9 +234,10 @@ def tile_project(x: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, K: int
     S, _, B = tiles.shape
     segments = _cut(x, B).permute(1, 2, 0)  # (C, B, T)
     if len(segments) != S:  # a block has several tiles
-        segments = segments[blocks]
+        segments = segments.index_select(0, blocks)
     pieces = torch.bmm(tiles, segments)  # (S, H, T)
-    return pieces.new_zeros(K, len(x)).index_add(0, index.flatten(), pieces.flatten(0, 1))
+    # with int32 indices, which buffers are, index_add takes several times as long on a CPU
+    return pieces.new_zeros(K, len(x)).index_add(0, index.flatten().long(), pieces.flatten(0, 1))
 
 
 def tile_spread(z: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, n: int) -> Tensor:
@@ -255,10 +256,10 @@ def tile_spread(z: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, n: int)
     S, H, B = tiles.shape
     C = -(-n // B)
     pieces = z.index_select(0, index.flatten()).view(S, H, -1)
-    segments = torch.bmm(tiles.mT, pieces)  # (S, B, T)
+    segments = torch.bmm(pieces.mT, tiles)  # (S, T, B); this side round, one token is not slow on a CPU
     if C != S:
-        segments = segments.new_zeros(C, B, z.shape[1]).index_add(0, blocks, segments)
-    return segments.flatten(0, 1).mT[:, :n]
+        segments = segments.new_zeros(C, z.shape[1], B).index_add(0, blocks.long(), segments)
+    return segments.transpose(0, 1).flatten(1)[:, :n]
 
 
 def _cut(x: Tensor, block: int) -> Tensor:
