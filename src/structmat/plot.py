@@ -107,3 +107,33 @@ def couplings(layer: StructuredModule, *, title: str = "") -> Figure:
     figure.colorbar(image, ax=lines, shrink=0.8)
     figure.suptitle(title)
     return figure
+
+
+def heat_map(rows: Mapping[str, Sequence[float]], columns: Sequence[str], *, title: str = "") -> Figure:
+    """Draw a table of numbers, each written into its cell.
+
+    Args:
+        rows: The numbers of each row by its name.
+        columns: Names of the columns.
+        title: Of the figure.
+
+    Returns:
+        The figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    values = torch.tensor(list(rows.values()))
+    figure, axes = _figure(2.8 + 0.85 * len(columns), 1.4 + 0.42 * len(rows))
+    image = axes.imshow(values.numpy(), cmap="viridis_r", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), list(rows))
+    middle = float(values.min() + values.max()) / 2
+    for i, row in enumerate(values.tolist()):
+        for j, value in enumerate(row):
+            axes.text(
+                j, i, f"{value:.2f}", ha="center", va="center", size=8, color="white" if value > middle else "black"
+            )
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure

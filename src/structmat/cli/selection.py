@@ -123,7 +123,7 @@ def usual_layers(model: Any) -> list[str]:
 def format_named(name: str) -> type[Format]:
     """The format of this name, which may have hyphens."""
     name = name.strip().lower().replace("-", "_")
-    _checks.one_of(name, FORMATS, "a format")
+    _checks.one_of(name, SIZED, "a format")
     return FORMATS[name]
 
 

@@ -46,7 +46,7 @@ TITLES = {
     "block_sparse": "block-sparse",
     "blast": "BLAST",
 }
-STRUCTURES = tuple(name for name in FORMATS if name != "dense")
+STRUCTURES = ("low_rank", "block_diagonal", "monarch", "block_sparse", "blast")
 
 
 @dataclass(frozen=True)

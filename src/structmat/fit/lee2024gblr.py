@@ -50,7 +50,7 @@ class Lee2024Gblr(Method[GaudiGblr]):
 
     rounds: int = 20
     start: float = 0.8
-    free: float = 0.04
+    free: float = 0.12
     settling: float = 0.9
     sweeps: int = 2
     step: float = 1.5

@@ -14,8 +14,14 @@ from torch import Tensor
 
 from structmat.fit.metric import conjugate_gradients
 
-SHARES = (2, 3, 4, 6, 8)
+SHARES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Into how many parts births cut each axis."""
+
+LEAST_BIRTH = 0.5
+"""Least size of a birth, relative to each component's part of the budget: smaller ones would use the components up."""
+
+NOTHING = 1e-10
+"""Relative curvature and energy below which a component counts as absent."""
 
 POWER_ITERATIONS = 4
 """For the best rank-1 approximation of each block of the residual."""
@@ -126,11 +132,12 @@ class Segments:
             (rest @ self.right.mT).mT + self.left.mT * curvatures[0],
             self.left.mT @ rest + self.right * curvatures[1],
         )
+        floors = [NOTHING * curvature.amax((1, 2), keepdim=True) for curvature in curvatures]
         gains = [
-            torch.where(curvature > 0, correlation.square() / curvature.where(curvature > 0, 1), 0)
+            torch.where(curvature > floor, correlation.square() / curvature.where(curvature > floor, 1), 0)
             .unflatten(2, (-1, self.multiple))
             .sum(3)
-            for correlation, curvature in zip(correlations, curvatures, strict=True)
+            for correlation, curvature, floor in zip(correlations, curvatures, floors, strict=True)
         ]
         masks, self.price = best_segments(gains, budget // self.multiple, self.price)
         self.out, self.inn = (mask.repeat_interleave(self.multiple, 2) for mask in masks)
@@ -152,14 +159,23 @@ class Segments:
         for b in range(len(self.weights)):
             slots = dead[b].nonzero()[:, 0]
             if len(slots) and room[b] > 0:
-                self._bear_one(b, rest[b], scale[b, 0], slots, int(room[b]), generators[b])
+                self._bear_one(
+                    b, rest[b], scale[b, 0], slots, int(room[b]), int(budget[b]) / self.out.shape[1], generators[b]
+                )
 
     def _bear_one(
-        self, b: int, rest: Tensor, scale: Tensor, slots: Tensor, room: int, generator: torch.Generator
+        self,
+        b: int,
+        rest: Tensor,
+        scale: Tensor,
+        slots: Tensor,
+        room: int,
+        usual: float,
+        generator: torch.Generator,
     ) -> None:
         best: tuple[float, _Births] | None = None
         for share in SHARES:
-            births = self._candidates(rest, share, len(slots), room, generator)
+            births = self._candidates(rest, share, len(slots), room, usual, generator)
             if births is not None and (best is None or births.captured > best[0]):
                 best = births.captured, births
         if best is None:
@@ -172,36 +188,38 @@ class Segments:
         self.right[b, slots] = births.right / scale.where(scale > 0, 1)
 
     def _candidates(
-        self, rest: Tensor, share: int, slots: int, room: int, generator: torch.Generator
+        self, rest: Tensor, share: int, slots: int, room: int, usual: float, generator: torch.Generator
     ) -> _Births | None:
         """The best rank-1 blocks of one size on a grid of ``share x share`` at a random place."""
         g = self.multiple
         cells = [n // g for n in rest.shape]
         P, Q = (count // share * g for count in cells)
-        if min(P, Q) == 0 or room < P + Q:
+        if min(P, Q) == 0 or room < P + Q or LEAST_BIRTH * usual > P + Q:
             return None
         top, leading = (g * int(torch.randint(count, (), generator=generator)) for count in cells)
         rolled = rest.roll((-top, -leading), (0, 1))[: share * P, : share * Q]
         blocks = rolled.reshape(share, P, share, Q).transpose(1, 2).reshape(share * share, P, Q)
+        least = NOTHING * rest.norm().clamp_min(torch.finfo(rest.dtype).tiny / NOTHING)
         v = torch.randn(Q, 1, generator=generator).to(rest).expand(share * share, Q, 1)
         u = blocks @ v
         for _ in range(POWER_ITERATIONS):
             u = blocks @ v
-            u = u / u.norm(dim=1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
+            u = u / u.norm(dim=1, keepdim=True).clamp_min(least)  # stays small on blocks without a residual
             v = blocks.mT @ u
         best = v.square().sum((1, 2)).topk(min(slots, room // (P + Q), share * share))
         size = best.values.sqrt().sqrt().clamp_min(torch.finfo(rest.dtype).tiny)[:, None]
         i, j = best.indices // share, best.indices % share
+        real = (best.values > NOTHING * best.values[0])[:, None]
         rows = (top + i[:, None] * P + torch.arange(P, device=rest.device)) % rest.shape[0]
         columns = (leading + j[:, None] * Q + torch.arange(Q, device=rest.device)) % rest.shape[1]
         full = rest.new_zeros(len(i), sum(rest.shape))
         left, right = full[:, : rest.shape[0]], full[:, rest.shape[0] :]
         return _Births(
             float(best.values.sum()),
-            left.scatter(1, rows, u[best.indices, :, 0] * size).mT,
-            right.scatter(1, columns, v[best.indices, :, 0] / size),
-            left.scatter(1, rows, 1.0) > 0,
-            right.scatter(1, columns, 1.0) > 0,
+            left.scatter(1, rows, u[best.indices, :, 0] * size * real).mT,
+            right.scatter(1, columns, v[best.indices, :, 0] / size * real),
+            (left.scatter(1, rows, 1.0) > 0) & real,
+            (right.scatter(1, columns, 1.0) > 0) & real,
         )
 
 
