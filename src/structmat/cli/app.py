@@ -15,7 +15,7 @@ from structmat.cli.demo import demo
 from structmat.cli.evaluate import evaluate
 from structmat.cli.plan import plan
 from structmat.cli.retrain import retrain
-from structmat.cli.tools import densify, generate, import_blast, report
+from structmat.cli.tools import densify, generate, harden, import_blast, report
 
 EXPLAINED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, RuntimeError, SafetensorError)
 """Errors that a user can cause; they are shown as one line. Others are faults of the program, with a traceback."""
@@ -30,10 +30,12 @@ EXAMPLES: dict[Any, tuple[str, ...]] = {
         "structmat compress stories260K -o small --blocks 4 --calibrate 'stories.txt.xz[:500]'",
         "structmat compress MODEL -o small --plan plan.json --calibrate texts.jsonl --refine",
         "structmat compress google/vit-base-patch16-224 -o small --keep 0.5 --calibrate images/",
+        "structmat compress MODEL -o learning --format gaudi_gblr --keep 0.6 --calibrate texts.txt --learn",
     ),
     retrain: (
         "structmat retrain small -o better --data 'stories.txt.xz[:2000]' --eval 'stories.txt.xz[-300:]'",
         "structmat retrain small -o better --data texts.txt --teacher MODEL --steps 1000 --set warmup_steps=50",
+        "structmat retrain learning -o learned --data texts.txt --set structure_target=0.4 structure_shrinkage=0.1",
     ),
     evaluate: (
         "structmat evaluate small --dense MODEL --data 'stories.txt.xz[-300:]'",
@@ -43,6 +45,7 @@ EXAMPLES: dict[Any, tuple[str, ...]] = {
     report: ("structmat report small", "structmat report small --json"),
     generate: ("structmat generate small 'Once upon a time' --tokens 100 --seed 1",),
     densify: ("structmat densify small -o plain",),
+    harden: ("structmat harden learned -o small",),
     import_blast: ("structmat import-blast blast-llama -o small",),
     demo: ("structmat demo --quick", "structmat demo --formats blast low_rank --keep 0.3 --seeds 3"),
 }

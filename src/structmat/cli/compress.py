@@ -19,9 +19,10 @@ from structmat.cli.plan import weigh
 from structmat.cli.selection import PlanOptions, plan_for
 from structmat.cli.show import count, say
 from structmat.compress import compress_
+from structmat.convert import harden_
 from structmat.data.sources import Source
-from structmat.fit import Fit, Lee2024Blast, Method
-from structmat.formats import Blast, Format
+from structmat.fit import Fit, Lee2024Blast, Lee2024Gblr, Method
+from structmat.formats import Blast, Format, GaudiGblr
 from structmat.plan import Plan
 from structmat.refine import Refinement
 from structmat.report import share
@@ -81,6 +82,10 @@ def compress(
     refine_rate: Annotated[
         float, typer.Option(help="Its learning rate.", rich_help_panel=CALIBRATION)
     ] = Refinement.learning_rate,
+    learn: Annotated[
+        bool,
+        typer.Option("--learn", help="Keep gaudi_gblr layers as they learn, for retrain; usually they are hardened."),
+    ] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     stream: Annotated[
@@ -105,9 +110,15 @@ def compress(
         data = CalibrationOptions(calibrate, samples, length, batch_size, packed, split)
     skeleton = models.skeleton(model)
     made = plan_for(skeleton, wanted)
+    gaudi = any(isinstance(format, GaudiGblr) for format in made.values())
+    if learn and not gaudi:
+        raise ValueError("expected a layer of format gaudi_gblr with --learn, got none")
+    if gaudi and stream:
+        raise ValueError("expected no gaudi_gblr with --stream: it is hardened in memory; leave --stream out")
     record = {
         "model": model,
         **wanted.record(),
+        **({"learn": True} if learn else {}),
         "method": method,
         "calibrate": calibrate,
         **({} if data is None else {"samples": samples, "length": length, "batch_size": batch_size}),
@@ -145,6 +156,8 @@ def compress(
         else:
             loaded = models.load(model, dtype=dtype, device=device)
             fits = compress_(loaded, made, **how)
+            if gaudi and not learn:
+                harden_(loaded)
             loaded.save_pretrained(folder)
             parameters, used = sum(p.numel() for p in loaded.parameters()), str(loaded.device)
         for processor in processors.values():
@@ -164,6 +177,8 @@ def method_named(name: str) -> Any:
 
 def published(format: Format) -> Method[Any] | None:
     """The algorithm of the format's paper, where that is not the default."""
+    if isinstance(format, GaudiGblr):
+        return Lee2024Gblr.published()
     return Lee2024Blast.published() if isinstance(format, Blast) else None
 
 

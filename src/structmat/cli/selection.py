@@ -12,9 +12,13 @@ from typing import Any
 from torch import nn
 
 from structmat import _checks
-from structmat.formats import FORMATS, Format
+from structmat.fit import DEFAULT_METHODS
+from structmat.formats import FORMATS, Dense, Format
 from structmat.nn import find_sites
 from structmat.plan import Plan, Rule, make_plan
+
+SIZED = tuple(name for name, kind in FORMATS.items() if kind is Dense or kind in DEFAULT_METHODS)
+"""Names of the formats that a budget can size and a method fits; others are made from these."""
 
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 """Names of output layers, beside those that the model itself tells."""

@@ -1,4 +1,4 @@
-"""The smaller commands: ``report``, ``generate``, ``densify`` and ``import-blast``."""
+"""The smaller commands: ``report``, ``generate``, ``densify``, ``harden`` and ``import-blast``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from structmat.checkpoint import plan_of
 from structmat.cli import models, options
 from structmat.cli.output import Output, fingerprint, read_record
 from structmat.cli.show import count, say, table
-from structmat.convert import densify_
+from structmat.convert import densify_, harden_
 from structmat.report import Report, share
 from structmat.report import report as report_on
 
@@ -112,6 +112,30 @@ def densify(
         densify_(loaded)
         save(loaded, models.processors(model), output, {"layers": layers})
     say(f"{layers} layers were structured and are dense now")
+
+
+def harden(
+    model: options.Model,
+    out: options.Out,
+    dtype: options.Dtype = "auto",
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Write a model that has learned its structure (Gaudi-GBLR) with what is inside the segments alone (GBLR)."""
+    record = {"model": model, "dtype": dtype, "model_files": fingerprint(models.check_name(model))}
+    output = Output(out, "harden", record, overwrite=overwrite)
+    if output.said_finished():
+        return
+    with output:
+        loaded = models.load(model, dtype=dtype, device="cpu")
+        before = report_on(loaded)
+        gaps = harden_(loaded)
+        after = report_on(loaded)
+        facts = {"layers": gaps, "parameters": after.parameters, "dense_parameters": after.dense_parameters}
+        save(loaded, models.processors(model), output, facts)
+    say(
+        f"{len(gaps)} layers hardened, the matrices changed by {max(gaps.values()):.1e} at most; "
+        f"{count(after.parameters)} parameters in all where there were {count(before.parameters)}"
+    )
 
 
 def import_blast(
