@@ -156,7 +156,8 @@ def test_the_public_list() -> None:
         "Monarch", "Plan", "Refinement", "Report", "Rule", "StructuredConv2d", "StructuredLinear", "TiledGblr",
         "TruncatedSvd", "__version__", "add_gblr", "apply_plan_", "calibrate", "compress_", "default_method",
         "densify_", "flat_butterfly", "format_from_json", "harden", "harden_", "hardening_gap", "interpolate_gaudi",
-        "load", "load_pretrained", "make_plan", "plan_of", "report", "save", "tile", "tile_", "to_blast", "to_gaudi", "to_gblr",
+        "load", "load_pretrained", "make_plan", "plan_of", "report", "save", "tile", "tile_", "to_blast", "to_gaudi",
+        "to_gblr",
     ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from structmat.formats import Blast
+from structmat.formats import Blast, overlap
 from structmat.nn import StructuredModule
 
 if TYPE_CHECKING:
@@ -105,6 +105,45 @@ def couplings(layer: StructuredModule, *, title: str = "") -> Figure:
     step = max(1, I * J // 8)
     lines.set_yticks(range(0, I * J, step), [f"({b // J}, {b % J})" for b in range(0, I * J, step)])
     figure.colorbar(image, ax=lines, shrink=0.8)
+    figure.suptitle(title)
+    return figure
+
+
+def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int = 4, title: str = "") -> Figure:
+    """Draw how many components lie over each entry of GBLR and Gaudi-GBLR matrices (Gaudi-GBLR, figure 1).
+
+    Args:
+        layers: The layers by name.
+        columns: Panels in a row, at most.
+        title: Of the figure.
+
+    Returns:
+        The figure; ``figure.savefig(path)`` writes it. All panels share one scale of brightness.
+
+    Raises:
+        ValueError: If there is no layer.
+        TypeError: If a layer is of another format.
+        ImportError: If matplotlib is missing.
+    """
+    if not layers:
+        raise ValueError("expected at least one GBLR or Gaudi-GBLR layer to draw, got none")
+    maps = {name: overlap(layer.format, layer.factors) for name, layer in layers.items()}
+    columns = min(columns, len(maps))
+    rows = -(-len(maps) // columns)
+    figure, grid = _figure(2.2 * columns + 0.8, 2.2 * rows + 0.4, nrows=rows, ncols=columns, squeeze=False)
+    most = max(float(counts.max()) for counts in maps.values())
+    for k, axes in enumerate(grid.flat):
+        axes.set_axis_off()
+        if k < len(maps):
+            name, counts = list(maps.items())[k]
+            image = axes.imshow(
+                counts.cpu().numpy(), cmap="magma", vmin=0, vmax=max(most, 1), aspect="auto", interpolation="nearest"
+            )
+            M, N = counts.shape
+            share = layers[name].format.num_parameters(layers[name].factors) / (M * N)
+            axes.set_title(f"{name}, {M} x {N}, keep {share:.2f}", size=6)
+            if k == 0:
+                figure.colorbar(image, ax=list(grid.flat), shrink=0.6, label="components")
     figure.suptitle(title)
     return figure
 

@@ -21,14 +21,17 @@ from tqdm.auto import tqdm
 from structmat._files import write_atomically
 from structmat._version import __version__
 from structmat.bench import time_side_by_side
+from structmat.checkpoint import plan_of
 from structmat.compress import compress_
-from structmat.convert import apply_plan_
+from structmat.convert import apply_plan_, harden_, tile_
 from structmat.fit import Fit
-from structmat.formats import FORMATS, Blast, Format
+from structmat.formats import FORMATS, Blast, GaudiGblr
+from structmat.formats import Format as Format
 from structmat.nn import StructuredModule
 from structmat.plan import Plan, Rule, make_plan
-from structmat.plot import couplings, trade_off
+from structmat.plot import couplings, structure_maps, trade_off
 from structmat.report import report, share, table
+from structmat.training import StructureLearning
 
 try:
     import matplotlib  # noqa: F401 - drawing comes last, and must not be what fails then
@@ -45,8 +48,9 @@ TITLES = {
     "monarch": "Monarch",
     "block_sparse": "block-sparse",
     "blast": "BLAST",
+    "gaudi_gblr": "Gaudi-GBLR",
 }
-STRUCTURES = ("low_rank", "block_diagonal", "monarch", "block_sparse", "blast")
+STRUCTURES = tuple(TITLES)
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,9 @@ class Result:
 def run_demo(settings: Settings) -> dict[str, Any]:
     """Train, compress, retrain, and show what came out.
 
-    Everything that is printed also goes to ``results.json`` in the folder, beside ``trade_off.png`` and
-    ``couplings.png``. It runs on one thread, so that a seed gives the same accuracies on any number of cores.
+    Everything that is printed also goes to ``results.json`` in the folder, beside ``trade_off.png``, ``couplings.png``
+    (of BLAST) and ``structure.png`` (of Gaudi-GBLR). It runs on one thread, so that a seed gives the same accuracies on
+    any number of cores.
 
     Args:
         settings: What to do.
@@ -132,7 +137,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(1)
     started = time.perf_counter()
     try:
-        results, blast = _measure(settings, plans)
+        results, shown_layers = _measure(settings, plans)
     finally:
         torch.set_num_threads(threads)
     shown = [r for r in results if r.keep in (settings.keep, 1.0)]
@@ -150,7 +155,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     }
     text = json.dumps(content, indent=1)
     write_atomically(settings.out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
-    _draw(settings, results, blast)
+    _draw(settings, results, shown_layers)
     print(f"\nresults.json and the pictures are in {settings.out}/, after {content['seconds']:.0f} seconds")
     return content
 
@@ -169,16 +174,28 @@ def _plans(settings: Settings) -> tuple[dict[tuple[str, float], Plan], dict[tupl
     return plans, refused
 
 
+def _learning(name: str, keep: float) -> StructureLearning | None:
+    """How a structure's layers learn theirs, if they do."""
+    return StructureLearning(keep, shrinkage=0.2, sigma=None) if name == "gaudi_gblr" else None
+
+
+def _hardened(model: nn.Module) -> nn.Module:
+    """The network with what it has learned of its structure made final."""
+    if any(isinstance(format, GaudiGblr) for format in plan_of(model).values()):
+        harden_(model)
+    return model
+
+
 def _measure(
     settings: Settings, plans: Mapping[tuple[str, float], Plan]
-) -> tuple[list[Result], StructuredModule | None]:
+) -> tuple[list[Result], dict[str, dict[str, StructuredModule]]]:
     data = digits()
     long, short = settings.epochs
     images = data.test_images
     dense_result = Result("dense", 1.0)
     results: dict[tuple[str, float], Result] = {}
     to_time: dict[str, nn.Module] = {}
-    blast: StructuredModule | None = None
+    shown_layers: dict[str, dict[str, StructuredModule]] = {}
     from_scratch = sum(math.isclose(keep, settings.keep) for _, keep in plans)
     epochs = settings.seeds * (long + len(plans) * short + from_scratch * long)
 
@@ -201,22 +218,33 @@ def _measure(
                 fits = compress_(model, plan, progress=False)
                 result.weight_error.append(_pooled_error(dense, fits))
                 result.before.append(accuracy(model, data))
-                train(model, data, epochs=short, learning_rate=1e-3, seed=seed, progress=bar.update)
+                learning = _learning(name, keep)
+                train(model, data, epochs=short, learning_rate=1e-3, seed=seed, progress=bar.update, structure=learning)
+                _hardened(model)
                 result.after.append(accuracy(model, data))
                 if seed == 0:
-                    _count(result, plan, model, dense_result, images)
+                    _count(result, model, dense_result, images)
                 if at_table:
                     if seed == 0:
-                        to_time[name] = model
-                        blast = model.get_submodule("blocks.0.qkv") if name == "blast" else blast  # pyright: ignore
+                        to_time[name] = _tiled(model) if learning else model
+                        shown_layers[name] = {n: m for n, m in model.named_modules() if isinstance(m, StructuredModule)}
                     bar.set_description(f"{name} from scratch")
                     torch.manual_seed(seed)
                     fresh = apply_plan_(VisionTransformer(), plan)
-                    train(fresh, data, epochs=long, learning_rate=2e-3, seed=seed, progress=bar.update)
-                    result.scratch.append(accuracy(fresh, data))
+                    train(
+                        fresh, data, epochs=long, learning_rate=2e-3, seed=seed, progress=bar.update, structure=learning
+                    )
+                    result.scratch.append(accuracy(_hardened(fresh), data))
 
     _time(to_time, images, [dense_result, *results.values()], settings.keep)
-    return [dense_result, *results.values()], blast
+    return [dense_result, *results.values()], shown_layers
+
+
+def _tiled(model: nn.Module) -> nn.Module:
+    """A copy with hardened layers in tiles, as they run fastest."""
+    tiled = copy.deepcopy(model)
+    tile_(tiled)
+    return tiled
 
 
 def _pooled_error(dense: nn.Module, fits: Mapping[str, Fit]) -> float:
@@ -224,7 +252,8 @@ def _pooled_error(dense: nn.Module, fits: Mapping[str, Fit]) -> float:
     return math.sqrt(sum(fit.error**2 * energies[name] for name, fit in fits.items()) / sum(energies.values()))
 
 
-def _count(result: Result, plan: Mapping[str, Format], model: nn.Module, dense: Result, images: torch.Tensor) -> None:
+def _count(result: Result, model: nn.Module, dense: Result, images: torch.Tensor) -> None:
+    plan = plan_of(model)
     costs = report(model, example_inputs=images[:1])
     result.real_keep = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
     result.parameters = costs.parameters
@@ -240,7 +269,9 @@ def _time(models: Mapping[str, nn.Module], images: torch.Tensor, results: Sequen
             result.relative_time = times[result.name] / times["dense"]
 
 
-def _draw(settings: Settings, results: Sequence[Result], blast: StructuredModule | None) -> None:
+def _draw(
+    settings: Settings, results: Sequence[Result], shown_layers: Mapping[str, Mapping[str, StructuredModule]]
+) -> None:
     dense = results[0]
     curves: dict[str, list[tuple[float, float]]] = {}
     for result in results[1:]:
@@ -249,10 +280,15 @@ def _draw(settings: Settings, results: Sequence[Result], blast: StructuredModule
     title = f"ViT on digits, compressed and retrained for {settings.epochs[1]} epochs"
     figure = trade_off(curves, reference=(1.0, statistics.mean(dense.before)), title=title)
     write_atomically(settings.out / "trade_off.png", lambda path: figure.savefig(path, format="png"))
+    blast = shown_layers.get("blast", {}).get("blocks.0.qkv")
     if blast is not None and isinstance(blast.format, Blast):
         I, J = blast.format.blocks
         picture = couplings(blast, title=f"blocks.0.qkv as BLAST, {I} x {J} blocks, rank {blast.format.rank}")
         write_atomically(settings.out / "couplings.png", lambda path: picture.savefig(path, format="png"))
+    if "gaudi_gblr" in shown_layers:
+        title = "components over each matrix, Gaudi-GBLR after retraining"
+        maps = structure_maps(shown_layers["gaudi_gblr"], title=title)
+        write_atomically(settings.out / "structure.png", lambda path: maps.savefig(path, format="png"))
 
 
 def _table(results: Sequence[Result]) -> str:

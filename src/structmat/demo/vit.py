@@ -11,6 +11,11 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from structmat.training import StructureLearning, parameter_groups, set_sigma_, structure_step_
+
+STRUCTURE_RATE = 2e-3
+"""Highest learning rate of widths and locations."""
+
 
 @dataclass(frozen=True)
 class Digits:
@@ -92,6 +97,7 @@ def train(
     learning_rate: float,
     seed: int,
     progress: Callable[[], object] = lambda: None,
+    structure: StructureLearning | None = None,
 ) -> None:
     """Train with AdamW and a one-cycle schedule; three images in ten are shifted by up to a pixel.
 
@@ -102,20 +108,32 @@ def train(
         learning_rate: The highest.
         seed: Of the order of the images and of their shifts.
         progress: Called after every epoch.
+        structure: How the structure of Gaudi-GBLR layers is learned; None for networks without them.
     """
     generator = torch.Generator().manual_seed(seed)
     count, batch = len(data.train_labels), 64
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
+    steps = epochs * (count // batch)
+    if structure is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
+    else:
+        groups = parameter_groups(model, learning_rate, 0.05, structure_learning_rate=STRUCTURE_RATE)
+        optimizer = torch.optim.AdamW(groups)
+        set_sigma_(model, structure.sigma_at(0))
+    highest = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=epochs * (count // batch), pct_start=0.2
+        optimizer, highest, total_steps=steps, pct_start=0.2, cycle_momentum=structure is None
     )
     model.train()
+    step = 0
     for _ in range(epochs):
         for index in torch.randperm(count, generator=generator)[: count // batch * batch].view(-1, batch):
             loss = F.cross_entropy(model(_shifted(data.train_images[index], generator)), data.train_labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            step += 1
+            if structure is not None:
+                structure_step_(model, structure, optimizer.param_groups[-1]["lr"], step / steps)
             schedule.step()
         progress()
     model.eval()

@@ -14,7 +14,15 @@ from structmat.formats.conversions import to_blast
 from structmat.formats.dense import Dense
 from structmat.formats.gaudi_gblr import GaudiGblr
 from structmat.formats.gblr import Gblr
-from structmat.formats.gblr_conversions import add_gblr, harden, hardening_gap, interpolate_gaudi, to_gaudi, to_gblr
+from structmat.formats.gblr_conversions import (
+    add_gblr,
+    harden,
+    hardening_gap,
+    interpolate_gaudi,
+    overlap,
+    to_gaudi,
+    to_gblr,
+)
 from structmat.formats.low_rank import LowRank
 from structmat.formats.monarch import Monarch
 from structmat.formats.tiled_gblr import TiledGblr, tile
@@ -75,6 +83,7 @@ __all__ = [
     "harden",
     "hardening_gap",
     "interpolate_gaudi",
+    "overlap",
     "tile",
     "to_blast",
     "to_gaudi",

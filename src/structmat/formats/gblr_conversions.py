@@ -182,6 +182,27 @@ def interpolate_gaudi(format: GaudiGblr, first: Factors, second: Factors, weight
     return {**mixed, "sigma": first["sigma"]}
 
 
+def overlap(format: Format, factors: Factors) -> Tensor:
+    """How many components lie over each entry of a GBLR or Gaudi-GBLR matrix.
+
+    Args:
+        format: The format.
+        factors: Its factors.
+
+    Returns:
+        ``(M, N)``, float32 whole numbers.
+
+    Raises:
+        TypeError: If the format is another.
+    """
+    if isinstance(format, GaudiGblr):
+        format, factors = harden(format, factors)
+    if not isinstance(format, Gblr):
+        raise TypeError(f"expected a Gblr or GaudiGblr format, got {format}")
+    ones = {name: torch.ones_like(factors[name].detach(), dtype=torch.float32) for name in ("left", "right")}
+    return format.to_dense({**factors, **ones})
+
+
 def _whole_axes(format: Format, left: Tensor, right: Tensor) -> Result:
     start = torch.zeros(2, left.shape[1], dtype=torch.long, device=left.device)
     width = torch.tensor(format.shape, device=left.device)[:, None].expand_as(start)
