@@ -94,7 +94,7 @@ def table(found: dict[str, Any]) -> str:
         f"Made by `benchmarks/gblr_speed.py` on: {hardware_line(found['hardware'])}.",
         "",
         f"{SIZE} x {SIZE}, float32, {COMPONENTS} components, `TiledGblr`. Each cell: how many times faster than the "
-        "dense product, and in brackets the time relative to a low-rank product of equal multiplications (without padding).",
+        "dense product, and in brackets the time relative to a low-rank product of equal multiplications.",
         "",
         "| segments | multiple | multiplications | with padding | "
         + " | ".join(f"{t} token{'s' if t > 1 else ''}" for t in TOKENS)

@@ -19,7 +19,7 @@ LEVELS = {
     1: ("ops",),
     2: ("formats",),
     3: ("fit", "nn"),
-    4: ("plan",),
+    4: ("plan", "structure"),
     5: ("blocks", "calibrate", "convert", "checkpoint", "report", "plot", "bench", "data", "evaluate", "training"),
     6: ("refine", "sequential", "compress"),
     7: ("integrations",),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from structmat import Blast, LowRank, StructuredLinear
-from structmat.plot import COLORS, MARKERS, couplings, trade_off
+from structmat import Blast, GaudiGblr, LowRank, StructuredLinear, harden
+from structmat.plot import COLORS, MARKERS, couplings, heat_map, structure_maps, trade_off
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CURVES = {"BLAST": [(0.6, 0.9), (0.3, 0.8)], "low-rank": [(0.5, 0.7)]}
@@ -93,3 +93,41 @@ def test_missing_matplotlib_is_named(draw: Callable[[], object], monkeypatch: py
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'structmat\[plot\]'"):
         draw()
+
+
+def gaudi(seed: int = 0) -> StructuredLinear:
+    return StructuredLinear(GaudiGblr(12, 20, 5, 0.4), generator=torch.Generator().manual_seed(seed))
+
+
+def test_structure_maps_count_the_components_over_each_entry() -> None:
+    soft = gaudi()
+    format, factors = harden(soft.format, soft.factors)
+    hard = StructuredLinear(format, factors=factors)
+    figure = structure_maps({"soft": soft, "hard": hard, "other": gaudi(1)}, columns=2, title="maps")
+    panels = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert [axes.get_title().split(",")[0] for axes in panels] == ["soft", "hard", "other"]
+    start, width = (t.tolist() for t in soft.format.segments(soft.factors))
+    counts = torch.zeros(12, 20)
+    for k in range(5):
+        for i in range(width[0][k]):
+            for j in range(width[1][k]):
+                counts[(start[0][k] + i) % 12, (start[1][k] + j) % 20] += 1
+    for axes in panels[:2]:
+        assert axes.images[0].get_array().tolist() == counts.tolist()
+    limits = {axes.images[0].get_clim() for axes in panels}
+    assert len(limits) == 1
+
+
+def test_only_sums_of_blocks_have_structure_maps() -> None:
+    with pytest.raises(ValueError, match="expected at least one GBLR or Gaudi-GBLR layer to draw, got none"):
+        structure_maps({})
+    with pytest.raises(TypeError, match="expected a Gblr or GaudiGblr format, got LowRank"):
+        structure_maps({"a": StructuredLinear(LowRank(4, 4, 1))})
+
+
+def test_a_heat_map_writes_each_number() -> None:
+    figure = heat_map({"a": [0.1, 0.25], "b": [0.5, 1.0]}, ["x", "y"], title="numbers")
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0.10", "0.25", "0.50", "1.00"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["x", "y"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]

@@ -13,8 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from structmat._calls import call, evaluating
 from structmat.fit import Fit
+from structmat.formats import GaudiGblr, Gblr
 from structmat.nn import DENSE_KINDS, StructuredConv2d, StructuredModule, dense_weight, unseen_weights
 from structmat.plan import Plan
+from structmat.structure import StructureNumbers, structure_numbers
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Report:
         dense_multiplications: Those of the same layers dense.
         per_token: Whether multiplications are per token and layer; otherwise they are over the example inputs.
         unseen: Matrices that are in no linear layer or convolution, by parameter name; they are shown below the table.
+        structure: What the learned structure of GBLR layers looks like, by layer, where that was asked for; likewise.
     """
 
     rows: tuple[Row, ...]
@@ -67,6 +70,7 @@ class Report:
     dense_multiplications: int
     per_token: bool
     unseen: Mapping[str, str] = field(default_factory=dict)
+    structure: Mapping[str, StructureNumbers] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-compatible data."""
@@ -98,6 +102,12 @@ class Report:
             f"{self.multiplications:,}", "", f"{share(self.multiplications, self.dense_multiplications)} of dense",
         )  # fmt: skip
         notes = [f"not in any row: {name} ({what})" for name, what in self.unseen.items()]
+        total_keep = sum(row.parameters for row in self.rows if row.name in self.structure) or 1
+        notes += [
+            f"{row.name}: {row.parameters / total_keep:.1%} of the learned budget, {self.structure[row.name]}"
+            for row in self.rows
+            if row.name in self.structure
+        ]
         return "\n".join([table([head, *body, total], right=(4, 5, 6, 7)), *notes])
 
 
@@ -107,6 +117,7 @@ def report(
     fits: Mapping[str, Fit] | None = None,
     plan: Plan | None = None,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    structure: bool = False,
 ) -> Report:
     """Describe the linear layers and convolutions of a network.
 
@@ -116,6 +127,7 @@ def report(
         plan: For the reasons why layers were skipped.
         example_inputs: Input or inputs of one call, a mapping for keyword arguments; multiplications are then
             counted over that call, so that layers that see more tokens weigh more. None for multiplications per token.
+        structure: Whether to measure what GBLR and Gaudi-GBLR layers have learned, as ``structure_numbers`` does.
 
     Returns:
         The report.
@@ -162,7 +174,16 @@ def report(
         sum(row.dense_multiplications for row in rows),
         example_inputs is None,
         unseen,
+        _learned(model) if structure else {},
     )
+
+
+def _learned(model: nn.Module) -> dict[str, StructureNumbers]:
+    return {
+        name: structure_numbers(module.format, module.factors)
+        for name, module in model.named_modules()
+        if isinstance(module, StructuredModule) and isinstance(module.format, (Gblr, GaudiGblr))
+    }
 
 
 def _settings(fields: dict[str, Any]) -> str:
