@@ -15,7 +15,7 @@ from structmat.fit.published_gblr import PublishedGblr
 from structmat.fit.segments import Segments
 from structmat.formats import Factors, GaudiGblr
 
-FINAL_SWEEPS = 20
+FINAL_SWEEPS = 10
 """Sweeps of the contents after the segments have come to rest."""
 
 

@@ -29,8 +29,11 @@ POWER_ITERATIONS = 4
 BISECTIONS = 20
 """Of the interval in which the price per entry lies."""
 
-BISECTIONS_NEAR = 8
-"""Where the last move's price is known."""
+NEAR = 1.4
+"""The price is first looked for within this factor of the last move's."""
+
+BISECTIONS_NEAR = 5
+"""There."""
 
 
 @dataclass
@@ -246,28 +249,35 @@ def best_segments(gains: Sequence[Tensor], budget: Tensor, near: Tensor | None =
         Masks ``(B, K, cells)`` of each axis (a component has runs on all axes or on none), and the price.
     """
 
-    def at(price: Tensor) -> tuple[list[Tensor], Tensor]:
-        masks = [runs(gain - price[:, None, None]) for gain in gains]
-        alive = torch.stack([mask.any(2) for mask in masks]).all(0)[:, :, None]
-        masks = [mask & alive for mask in masks]
-        return masks, torch.stack([mask.sum((1, 2)) for mask in masks]).sum(0)
+    def spent(price: Tensor) -> Tensor:
+        lengths = torch.stack([_best_run(gain - price[:, None, None])[1] for gain in gains])
+        return (lengths.sum(0) * (lengths > 0).all(0)).sum(1)
 
     most = torch.stack([gain.amax((1, 2)) for gain in gains]).amax(0) * 1.001
     low, high, known = torch.zeros_like(most), most, torch.zeros_like(most, dtype=torch.bool)
     if near is not None:  # the price moves little from call to call
-        below, above = at(near / 2)[1] > budget, at(2 * near)[1] <= budget
-        low, high = torch.where(below, near / 2, low), torch.where(above, 2 * near, high)
+        below, above = spent(near / NEAR) > budget, spent(NEAR * near) <= budget
+        low, high = torch.where(below, near / NEAR, low), torch.where(above, NEAR * near, high)
         known = below & above
     for step in range(BISECTIONS_NEAR if bool(known.all()) else BISECTIONS):
         price = (low + high) / 2
-        over = at(price)[1] > budget
+        over = spent(price) > budget
         going = ~known | (step < BISECTIONS_NEAR)
         low, high = torch.where(over & going, price, low), torch.where(~over & going, price, high)
-    return at(high)[0], high
+    masks = [runs(gain - high[:, None, None]) for gain in gains]
+    alive = torch.stack([mask.any(2) for mask in masks]).all(0)[:, :, None]
+    return [mask & alive for mask in masks], high
 
 
 def runs(values: Tensor) -> Tensor:
     """Where the cyclic run with the largest sum lies, along the last dimension; nowhere if no sum is positive."""
+    begin, length = _best_run(values)
+    n = values.shape[-1]
+    return (torch.arange(n, device=values.device) - begin[..., None]) % n < length[..., None]
+
+
+def _best_run(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Where that run begins, and its length."""
     n = values.shape[-1]
     sums = torch.cat([torch.zeros_like(values[..., :1]), values.cumsum(-1)], -1)
     lowest, begins = sums.cummin(-1)
@@ -277,9 +287,8 @@ def runs(values: Tensor) -> Tensor:
     hole, hole_end = (highest - sums).max(-1)  # a run over the end is what the worst run leaves
     hole_begin = starts.gather(-1, hole_end[..., None])[..., 0]
     wraps = sums[..., -1] + hole > straight
-    begin = torch.where(wraps, hole_end % n, begin)
     length = torch.where(wraps, n - (hole_end - hole_begin), end - torch.where(wraps, end, begin))
-    return (torch.arange(n, device=values.device) - begin[..., None]) % n < length[..., None]
+    return torch.where(wraps, hole_end % n, begin), length
 
 
 def _solved(
