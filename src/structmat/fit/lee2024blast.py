@@ -19,6 +19,9 @@ from structmat.formats import Blast, Factors, Format
 WARM_UP = 3
 """After so many sweeps a weight whose error rises by 5 % goes on without over-relaxation."""
 
+MEMORY_COST = 80
+"""What it takes to read or write a number, in multiplications of a product (measured on a CPU)."""
+
 PATIENCE = 10
 """Over how many sweeps the tolerance looks back."""
 
@@ -126,9 +129,10 @@ class Lee2024Blast(Method[Blast]):
         return [self.step] * (self.sweeps - settling) + [1.0] * settling
 
     def cost(self, format: Blast, *, aware: bool = False) -> float:
-        """Multiplications of the sweeps' products."""
+        """Multiplications of the sweeps' products, and the passes over the couplings' Gram matrices in their units."""
         (M, N), (I, J), R = format.shape, format.blocks, format.rank
-        sweep = 2 * M * N * R + (M + N + I * J * (2 + self.cg_iterations)) * R**2 + (I + J) * R**3 / 3
+        passes = MEMORY_COST * I * J * (3 + self.cg_iterations) * R**2
+        sweep = 2 * M * N * R + (M + N) * R**2 + (I + J) * R**3 / 3 + passes
         products = 2 * (BASIS_ITERATIONS * 2 + DIAG_ITERATIONS) + 3
         metric_sweep = products * M * N * R + products / 2 * M * N * N + (I + J) * R**3 / 3
         return self.sweeps * sweep + (self.metric_sweeps * metric_sweep + 20 * N**3 if aware else 0.0)
