@@ -83,7 +83,8 @@ def test_settings_of_a_full_run() -> None:
     assert Settings(keep=0.3).keeps == (0.15, 0.3, 0.6)
     assert Settings(keep=0.6).keeps == (0.3, 0.6, 0.9)
     assert Settings(keep=0.3, quick=True).keeps == (0.3,)
-    assert set(Settings().formats) == {"low_rank", "block_diagonal", "monarch", "block_sparse", "blast"}
+    names = {"low_rank", "block_diagonal", "monarch", "block_sparse", "blast", "gaudi_gblr"}
+    assert set(Settings().formats) == names
 
 
 @pytest.mark.parametrize(

@@ -504,6 +504,7 @@ def test_default_methods() -> None:
         "BlockSparse": "Magnitude",
         "Monarch": "Dao2022Monarch",
         "Blast": "Lee2024Blast",
+        "GaudiGblr": "Lee2024Gblr",
     }
     assert default_method(LowRank(4, 4, 1)) == TruncatedSvd()
     assert all(issubclass(format, method.formats) for format, method in DEFAULT_METHODS.items())
