@@ -12,7 +12,7 @@ from torch import Tensor
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
 from structmat.formats.gblr import Gblr
-from structmat.ops.gblr import tile_project, tile_spread, tiling
+from structmat.ops.gblr import tile_matmul, tiling
 
 AXES = ("left", "right")
 
@@ -23,9 +23,10 @@ class TiledGblr(Format):
 
     Each axis is cut into blocks of ``block`` entries. What a component has in a block is a row of a tile there; a tile
     has ``height`` rows. Factors: ``left (S H, B)`` and ``right (S H, B)``, with the axes' own numbers of tiles ``S``,
-    heights and blocks, and for each axis the buffers ``index (S H,)``, the component of each row, and ``place (S,)``,
-    the block of each tile. A product is two batches of dense ones, without packing. The padding counts as parameters
-    and multiplications; it learns if the layer is trained.
+    heights and blocks, and for each axis the buffer ``place (S,)``, the block of each tile. ``left_index (S H,)`` is
+    the component of each row of ``left``; ``right_rows (S H,)`` the rows of ``right`` sorted by component, of which
+    those of component ``k`` begin at ``right_offsets[k]``. A product is two batches of dense ones, without packing. The
+    padding counts as parameters and multiplications; it learns if the layer is trained.
 
     Attributes:
         M: Out features.
@@ -62,43 +63,46 @@ class TiledGblr(Format):
             raise ValueError(f"expected blocks of at most {self.shape} entries, got {self.block_sizes}")
 
     def factor_specs(self) -> dict[str, FactorSpec]:
-        """``left`` and ``right`` as tiles, and for each the component of every row and the block of every tile."""
+        """``left`` and ``right`` as tiles, and the indices that say where they belong."""
         specs: dict[str, FactorSpec] = {}
         for axis, name in enumerate(AXES):
             S, H, B = self._sizes(axis)
             specs[name] = FactorSpec((S * H, B))
         for axis, name in enumerate(AXES):
             rows = self.tiles[axis] * self.heights[axis]
-            specs[f"{name}_index"] = FactorSpec((rows,), trainable=False, dtype=torch.int32)
             specs[f"{name}_place"] = FactorSpec((self.tiles[axis],), trainable=False, dtype=torch.int32)
+            specs["left_index" if axis == 0 else "right_rows"] = FactorSpec((rows,), trainable=False, dtype=torch.int32)
+        specs["right_offsets"] = FactorSpec((self.components,), trainable=False, dtype=torch.int32)
         return specs
 
     def to_dense(self, factors: Factors) -> Tensor:
         """The sum of the components, each put together from its rows of tiles."""
         full = []
-        for axis, name in enumerate(AXES):
+        for axis, (name, index) in enumerate(zip(AXES, self._components(factors), strict=True)):
             (_, H, B), n = self._sizes(axis), self.shape[axis]
             blocks = -(-n // B)
             place = factors[f"{name}_place"].long().repeat_interleave(H)
             rows = factors[name].new_zeros(self.components * blocks, B)
-            rows = rows.index_add(0, factors[f"{name}_index"].long() * blocks + place, factors[name])
+            rows = rows.index_add(0, index * blocks + place, factors[name])
             full.append(rows.view(self.components, blocks * B)[:, :n])
         return full[0].mT @ full[1]
 
     def matmul(self, x: Tensor, factors: Factors) -> Tensor:
         """Two batches of dense products on slices of the input and the output, and sums of rows between them."""
-        tokens = x.reshape(-1, self.N)
-        z = tile_project(tokens, *self._axis(factors, 1), self.components)
-        y = tile_spread(z, *self._axis(factors, 0), self.M)
-        return y.reshape(*x.shape[:-1], self.M)
+        left, right = (factors[name].view(self._sizes(axis)) for axis, name in enumerate(AXES))
+        inputs = (right, factors["right_place"], factors["right_rows"], factors["right_offsets"])
+        outputs = (left, factors["left_place"], factors["left_index"])
+        return tile_matmul(x.reshape(-1, self.N), inputs, outputs, self.M).view(*x.shape[:-1], self.M)
 
     def _sizes(self, axis: int) -> tuple[int, int, int]:
         return self.tiles[axis], self.heights[axis], self.block_sizes[axis]
 
-    def _axis(self, factors: Factors, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tiles ``(S, H, B)``, their blocks ``(S,)`` and the components of their rows ``(S, H)``."""
-        name, (S, H, B) = AXES[axis], self._sizes(axis)
-        return factors[name].view(S, H, B), factors[f"{name}_place"], factors[f"{name}_index"].view(S, H)
+    def _components(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """The component of every row of ``left`` and of ``right``."""
+        rows, offsets = factors["right_rows"].long(), factors["right_offsets"].long()
+        ends = torch.cat([offsets[1:], offsets.new_full((1,), len(rows))])
+        components = torch.repeat_interleave(torch.arange(len(offsets), device=rows.device), ends - offsets)
+        return factors["left_index"].long(), torch.empty_like(rows).index_put((rows,), components)
 
     def _how_to_save(self) -> str:
         return "keep the GBLR layer, which has no padding"
@@ -109,8 +113,11 @@ class TiledGblr(Format):
             S, H, B = self._sizes(axis)
             blocks = -(-self.shape[axis] // B)
             factors[name] = torch.randn(S * H, B, generator=generator)
-            factors[f"{name}_index"] = torch.arange(S * H) % max(self.components, 1)
             factors[f"{name}_place"] = torch.arange(S) % blocks
+        rows = [self.tiles[axis] * self.heights[axis] for axis in (0, 1)]
+        factors["left_index"] = torch.arange(rows[0]) % max(self.components, 1)
+        factors["right_rows"] = torch.arange(rows[1])
+        factors["right_offsets"] = torch.arange(self.components) * rows[1] // max(self.components, 1)
         variance = self.to_dense(factors).square().mean().item()
         scaled = self.scaled(factors, (3 * self.N * variance) ** -0.5)
         return {name: scaled[name] for name in self.factor_specs()}
@@ -143,8 +150,10 @@ def tile(format: Gblr, factors: Factors, *, block_sizes: Sequence[int | None] = 
     for name, one in zip(AXES, found, strict=True):
         tiled[name] = one.packed(factors[name]).flatten(0, 1)
     for name, one in zip(AXES, found, strict=True):
-        components = one.index if name == "right" else factors["order"].long()[one.index]
-        tiled[f"{name}_index"] = components.flatten().to(torch.int32)
         tiled[f"{name}_place"] = one.blocks.to(torch.int32)
+    outputs, inputs = found
+    rows, offsets = inputs.bags(format.components)
+    tiled["left_index"] = factors["order"].long()[outputs.index].flatten().to(torch.int32)
+    tiled["right_rows"], tiled["right_offsets"] = rows.to(torch.int32), offsets.to(torch.int32)
     (So, Ho, Bo), (Si, Hi, Bi) = (tuple(one.entries.shape) for one in found)
     return TiledGblr(format.M, format.N, format.components, (So, Si), (Ho, Hi), (Bo, Bi)), tiled

@@ -21,6 +21,9 @@ BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 ROW_COST = 16
 """What it takes to gather or add up one number, in multiplications of a product (measured on a CPU)."""
 
+CHUNK = 128
+"""Tokens at a time on a CPU, so that the pieces of the components stay in its cache."""
+
 
 def gblr_matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int) -> Tensor:
     """Compute ``x @ W.T`` for a GBLR matrix in ``entries`` multiplications per token, and some more for padding.
@@ -50,9 +53,13 @@ def _matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor
     if len(x) == 0 or len(order) == 0:
         return x.new_zeros(len(x), M)
     inputs, outputs = tiling(start[1], width[1], x.shape[1]), tiling(start[0], width[0], M)
-    z = tile_project(x, inputs.packed(right), inputs.blocks, inputs.index, len(order))
-    y = tile_spread(z[order.long()], outputs.packed(left), outputs.blocks, outputs.index, M)
-    return y.contiguous()
+    index = order.long()[outputs.index]
+    return tile_matmul(
+        x,
+        (inputs.packed(right), inputs.blocks, *inputs.bags(len(order))),
+        (outputs.packed(left), outputs.blocks, index),
+        M,
+    )
 
 
 @_matmul.register_fake
@@ -69,8 +76,8 @@ def _matmul_backward(
     (M, N), K = (upstream.shape[1], x.shape[1]), len(order)
     inputs, outputs = tiling(start[1], width[1], N), tiling(start[0], width[0], M)
     packed = inputs.packed(right)
-    z = tile_project(x, packed, inputs.blocks, inputs.index, K)[order.long()]
-    z_gradient = tile_project(upstream, outputs.packed(left), outputs.blocks, outputs.index, K)
+    z = tile_project(x, packed, inputs.blocks, *inputs.bags(K))[order.long()]
+    z_gradient = tile_project(upstream, outputs.packed(left), outputs.blocks, *outputs.bags(K))
     left_gradient = outputs.outer(upstream, z)
     z_gradient = torch.empty_like(z).index_copy(0, order.long(), z_gradient)
     x_gradient = tile_spread(z_gradient, packed, inputs.blocks, inputs.index, N)
@@ -129,7 +136,7 @@ class Tiling:
         n: Entries of the axis.
         block: ``B``; the last block may be shorter.
         blocks: The block of each of the ``S`` tiles, ascending, ``(S,)``; every block has a tile.
-        index: The component of each row of each tile, ``(S, H)``; 0 for rows without one.
+        index: The component of each row of each tile, ``(S, H)``; any for rows without one, whose entries are padding.
         entries: For each entry of a tile its place in the flat contents, ``(S, H, B)``; their number for padding.
         contents: Length of the flat contents.
     """
@@ -149,6 +156,12 @@ class Tiling:
     def packed(self, contents: Tensor) -> Tensor:
         """Flat contents as tiles ``(S, H, B)``, differentiable."""
         return torch.cat([contents, contents.new_zeros(1)])[self.entries]
+
+    def bags(self, K: int) -> tuple[Tensor, Tensor]:
+        """The rows of all tiles, sorted by their components, ``(S H,)``, and where each component's begin, ``(K,)``."""
+        index = self.index.flatten()
+        counts = torch.bincount(index, minlength=K)
+        return index.argsort(stable=True), counts.cumsum(0) - counts
 
     def outer(self, x: Tensor, z: Tensor) -> Tensor:
         """``sum_t x[t, place] z[component, t]`` for each entry of the flat contents: their gradient.
@@ -194,7 +207,8 @@ def tiling(start: Tensor, width: Tensor, n: int, block: int | None = None) -> Ti
     within = torch.arange(len(pieces), device=start.device) - first_piece[piece_block]
     slot = (first_tile[piece_block] + within // H) * H + within % H
     S = int(tiles.sum())
-    index = slot.new_zeros(S * H).index_put((slot,), piece_component)
+    spread = torch.arange(S * H, device=start.device) % max(len(width), 1)  # no component gets all of the empty rows
+    index = spread.index_put((slot,), piece_component)
     entries = slot.new_full((S * H * block,), total)
     entries[slot[piece_of] * block + places % block] = torch.arange(total, device=start.device)
     blocks = torch.repeat_interleave(torch.arange(len(tiles), device=start.device), tiles)
@@ -218,26 +232,43 @@ def _height(counts: Tensor) -> int:
     return next((H for H in heights if 4 * padded[H] <= 5 * total), min(heights, key=lambda H: padded[H]))
 
 
-def tile_project(x: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, K: int) -> Tensor:
+def tile_matmul(
+    x: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor], M: int
+) -> Tensor:
+    """Compute ``x @ W.T`` from tiles, on a CPU ``CHUNK`` tokens at a time.
+
+    Args:
+        x: ``(T, N)``.
+        inputs: What ``tile_project`` takes besides.
+        outputs: What ``tile_spread`` takes besides.
+        M: Entries of the output axis.
+
+    Returns:
+        ``(T, M)``.
+    """
+    chunks = x.split(CHUNK) if x.device.type == "cpu" else (x,)
+    products = [tile_spread(tile_project(some, *inputs), *outputs, M) for some in chunks]
+    return products[0].contiguous() if len(products) == 1 else torch.cat(products)
+
+
+def tile_project(x: Tensor, tiles: Tensor, blocks: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     """From an axis to components: ``z_k = sum_t content_k[t] x[t]``.
 
     Args:
         x: ``(T, n)``.
         tiles: ``(S, H, B)``.
         blocks: ``(S,)``.
-        index: ``(S, H)``.
-        K: Number of components.
+        rows: ``(S H,)``, the rows of all tiles sorted by component.
+        offsets: ``(K,)``, where each component's rows begin.
 
     Returns:
         ``(K, T)``.
     """
-    S, _, B = tiles.shape
-    segments = _cut(x, B).permute(1, 2, 0)  # (C, B, T)
-    if len(segments) != S:  # a block has several tiles
+    segments = _cut(x.mT.contiguous().mT, tiles.shape[2]).permute(1, 2, 0)  # (C, B, T), tokens side by side
+    if len(segments) != len(tiles):  # a block has several tiles
         segments = segments.index_select(0, blocks)
-    pieces = torch.bmm(tiles, segments)  # (S, H, T)
-    # with int32 indices, which buffers are, index_add takes several times as long on a CPU
-    return pieces.new_zeros(K, len(x)).index_add(0, index.flatten().long(), pieces.flatten(0, 1))
+    pieces = torch.bmm(tiles, segments).flatten(0, 1)  # (S H, T)
+    return F.embedding_bag(rows, pieces, offsets, mode="sum")  # on a CPU a tenth of the time of index_add
 
 
 def tile_spread(z: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, n: int) -> Tensor:
@@ -247,7 +278,7 @@ def tile_spread(z: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, n: int)
         z: ``(K, T)``.
         tiles: ``(S, H, B)``.
         blocks: ``(S,)``.
-        index: ``(S, H)``.
+        index: ``(S, H)`` or flat.
         n: Entries of the axis.
 
     Returns:
