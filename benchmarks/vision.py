@@ -6,7 +6,6 @@ are timm's, of width 128 and depth 3 on 16 tokens.
 
 from __future__ import annotations
 
-import copy
 import gzip
 import os
 import re
@@ -24,11 +23,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import structmat as sm
-from structmat.training import StructureLearning, parameter_groups, set_sigma_, structure_state, structure_step_
+from structmat.training import StructureLearning, parameter_groups, set_sigma_, structure_step_
 
 BATCH = 128
 WEIGHT_DECAY = 0.05
-STRUCTURE_RATE = 2e-3
+STRUCTURE_RATE = 1e-3
 LAYERS = {"vit": r"blocks\..*\.(qkv|proj|fc1|fc2)", "mixer": r"blocks\..*\.mlp_channels\.(fc1|fc2)"}
 """Which linear layers get a structure, by network."""
 
@@ -193,10 +192,8 @@ class Run:
         """How the structure is learned, if it is."""
         if self.method not in ("gaudi-gblr", "learned ranks"):
             return None
-        settings: dict[str, Any] = {"shrinkage": 0.2, "sigma": None, **self.structure}
-        if self.method == "learned ranks":
-            settings.setdefault("hard_share", 0.5)
-        return StructureLearning(self.keep, **settings)
+        usual = {"shrinkage": 2.0, "hard_share": 0.3} if self.method == "learned ranks" else {"shrinkage": 0.2}
+        return StructureLearning(self.keep, **{"sigma": None, **usual, **self.structure})
 
 
 FORMATS: dict[str, tuple[type[sm.Format], Any]] = {
@@ -338,8 +335,3 @@ def kept(run: Run, model: nn.Module, dense: int) -> float:
         elif isinstance(module, sm.StructuredLinear):
             total += module.format.num_parameters(module.factors)
     return total / dense
-
-
-def share_at_start(run: Run, data: Data) -> float:
-    """Cost of the learned structure before the first step."""
-    return structure_state(copy.deepcopy(begin(run, data))).share
