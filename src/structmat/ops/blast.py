@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from structmat.ops.common import MIB, cast, is_half, plain, tokens_within
 
 FEW_TOKENS = 4
-"""Up to this many tokens the couplings are applied by broadcasting; beyond, by one product batched over ``R``."""
+"""Up to this many tokens a CPU multiplies vectors with matrices; beyond, matrices with matrices."""
+
+BUFFER = 1
+"""MiB of one intermediate on a CPU in float32: what stays in its cache, and costs few fresh pages of memory."""
+
+TOKENS = 256
+"""At a time on a CPU in float32."""
+
+HALF_BUFFER = 8
+"""MiB, for dtypes of 16 bits."""
+
+HALF_TOKENS = 128
+"""At a time on a CPU, for dtypes of 16 bits."""
+
+SOME_TOKENS = 32
+"""Up to this many on a CPU, the first product is that of vectors with matrices; half as many for 16 bits."""
 
 
 def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
@@ -14,7 +34,8 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor
 
     ``R (M + N + I J)`` multiplications per token. The couplings are the trap: written with broadcasting they
     materialise an ``I J T R`` tensor. For many tokens they are one product of ``(R, I, J)`` with ``(R, J, T)``, whose
-    operands are strided views of the neighbouring products.
+    operands are strided views of the neighbouring products. The operator is ``torch.ops.structmat.blast_matmul``; its
+    backward computes the intermediates again instead of keeping them.
 
     Args:
         x: Input ``(..., J Q)``.
@@ -25,15 +46,154 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor
     Returns:
         Output ``(..., I P)``.
     """
-    I, P, _ = left.shape
+    M = left.shape[0] * left.shape[1]
+    x, left, diag, right = cast(x, left, diag, right)
+    tokens = x.reshape(-1, x.shape[-1])
+    product = _whole if plain() else torch.ops.structmat.blast_matmul
+    return product(tokens, left, diag, right).view(*x.shape[:-1], M)
+
+
+@torch.library.custom_op("structmat::blast_matmul", mutates_args=())
+def _matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+    if x.device.type != "cpu" or len(x) == 0:
+        return _whole(x, left, diag, right)
+    if len(x) <= FEW_TOKENS:
+        return _few(x, left, diag, right)
+    return (_half if is_half(x) else _many)(x, left, diag, right)
+
+
+@_matmul.register_fake
+def _(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+    return x.new_empty(len(x), left.shape[0] * left.shape[1])
+
+
+def _whole(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+    """All tokens at once."""
+    z = torch.bmm(right, _segments(x, right))  # (J, R, T)
+    h = torch.bmm(diag.permute(2, 0, 1), z.transpose(0, 1)).transpose(0, 1)  # (I, R, T)
+    return torch.bmm(left, h).flatten(0, 1).mT.contiguous()
+
+
+def _few(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+    """Vectors times matrices: each factor is read once, along its rows."""
     J, _, Q = right.shape
-    segments = x.reshape(-1, J, Q).permute(1, 2, 0)  # (J, Q, T)
-    T = segments.shape[-1]
-    z = torch.bmm(right, segments)  # (J, R, T)
-    if T <= FEW_TOKENS:
-        coupling = diag.to(z.dtype)
-        h = (coupling[..., None] * z).sum(1)  # (I, R, T)
+    z = torch.bmm(x.unflatten(1, (J, Q)).transpose(0, 1), right.mT)  # (J, T, R)
+    if len(x) == 1:
+        h = (diag[:, :, None] * z).sum(1)  # (I, T, R)
     else:
-        h = torch.bmm(diag.permute(2, 0, 1), z.transpose(0, 1)).transpose(0, 1)  # (I, R, T)
-    y = torch.bmm(left, h)  # (I, P, T)
-    return y.reshape(I * P, T).mT.reshape(*x.shape[:-1], I * P)
+        h = diag[:, 0, None] * z[0]
+        for j in range(1, J):
+            h.addcmul_(diag[:, j, None], z[j])
+    return torch.bmm(h, left.mT).transpose(0, 1).flatten(1).contiguous()
+
+
+def _many(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+    """Some of the tokens and of the components at a time."""
+    (I, P, R), J = left.shape, len(right)
+    couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
+    if len(x) <= SOME_TOKENS:
+        z = torch.bmm(x.unflatten(1, (J, -1)).transpose(0, 1), right.mT).mT.contiguous()  # (J, R, T)
+        h = torch.bmm(couplings, z.transpose(0, 1))  # (R, I, T)
+        return torch.bmm(left, h.transpose(0, 1)).flatten(0, 1).mT.contiguous()
+    y = x.new_empty(len(x), I * P)
+    for some, out in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
+        n, segments = len(some), _segments(some, right)
+        step = _components(n, max(I, J), x)
+        z_buffer, h_buffer = (x.new_empty(count * min(step, R) * n) for count in (J, I))
+        out_segments = x.new_empty(I, P, n)
+        for r in range(0, R, step):
+            k = min(step, R - r)
+            z, h = z_buffer[: J * k * n].view(J, k, n), h_buffer[: I * k * n].view(k, I, n)
+            torch.bmm(right[:, r : r + k], segments, out=z)
+            torch.bmm(couplings[r : r + k], z.transpose(0, 1), out=h)
+            torch.baddbmm(
+                out_segments, left[:, :, r : r + k], h.transpose(0, 1), beta=0 if r == 0 else 1, out=out_segments
+            )
+        out.copy_(out_segments.flatten(0, 1).mT)
+    return y
+
+
+def _half(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+    """Some of the tokens at a time; operands side by side, since products in 16 bits copy others."""
+    (I, P, R), (J, _, Q) = left.shape, right.shape
+    couplings = diag.permute(2, 0, 1)  # (R, I, J)
+    y = x.new_empty(len(x), I * P)
+    step = min(len(x), HALF_TOKENS, tokens_within(HALF_BUFFER, max(I, J) * R, x))
+    z_buffer, h_buffer = x.new_empty(J * R * step), x.new_empty(I * R * step)  # fresh memory costs more than products
+    for some, out in zip(x.split(step), y.split(step), strict=True):
+        n = len(some)
+        z, h = z_buffer[: J * R * n].view(J, R, n), h_buffer[: I * R * n].view(I, R, n)
+        if n <= SOME_TOKENS // 2:
+            z.copy_(torch.bmm(some.unflatten(1, (J, Q)).transpose(0, 1).contiguous(), right.mT).mT)
+        else:
+            torch.bmm(right, some.mT.contiguous().unflatten(0, (J, Q)), out=z)
+        torch.bmm(couplings, z.transpose(0, 1), out=h.transpose(0, 1))
+        torch.bmm(h.mT, left.mT, out=out.unflatten(1, (I, P)).transpose(0, 1))
+    return y
+
+
+@torch.library.custom_op("structmat::blast_matmul_backward", mutates_args=())
+def _matmul_backward(
+    upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (I, _, R), (J, _, Q), T = left.shape, right.shape, len(x)
+    couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
+    segments, upstream_segments = _segments(x, right), _segments(upstream, left.mT)  # (J, Q, T), (I, P, T)
+    left_gradient, right_gradient = left.new_empty(left.shape), right.new_empty(right.shape)
+    coupling_gradient = diag.new_empty(R, I, J)
+    x_gradient = x.new_zeros(J, Q, T)
+    # sums over components and tokens are not rounded to 16 bits on the way
+    step = R if is_half(x) or x.device.type != "cpu" else _components(max(T, 1), max(I, J), x)
+    for r in range(0, R, step):
+        part = slice(r, r + step)
+        z = torch.bmm(right[:, part], segments).transpose(0, 1)  # (k, J, T)
+        h = torch.bmm(couplings[part], z)  # (k, I, T)
+        h_gradient = torch.bmm(left[:, :, part].mT, upstream_segments).transpose(0, 1)  # (k, I, T)
+        z_gradient = torch.bmm(couplings[part].mT, h_gradient)  # (k, J, T)
+        coupling_gradient[part] = torch.bmm(h_gradient, z.mT)
+        left_gradient[:, :, part] = torch.bmm(upstream_segments, h.permute(1, 2, 0))
+        right_gradient[:, part] = torch.bmm(z_gradient.transpose(0, 1), segments.mT)
+        x_gradient.baddbmm_(right[:, part].mT, z_gradient.transpose(0, 1))
+    return (
+        x_gradient.flatten(0, 1).mT.contiguous(), left_gradient, coupling_gradient.permute(1, 2, 0).contiguous(),
+        right_gradient,
+    )  # fmt: skip
+
+
+@_matmul_backward.register_fake
+def _(upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), left.new_empty(left.shape), diag.new_empty(diag.shape), right.new_empty(right.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+    return torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors)
+
+
+_matmul.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.structmat.blast_matmul)
+def _flops(x_shape: Any, left_shape: Any, diag_shape: Any, right_shape: Any, *args: Any, **kwargs: Any) -> int:
+    (I, P, R), (J, _, Q) = left_shape, right_shape
+    return 2 * x_shape[0] * R * (I * P + J * Q + I * J)
+
+
+@register_flop_formula(torch.ops.structmat.blast_matmul_backward)
+def _backward_flops(upstream_shape: Any, x_shape: Any, left_shape: Any, diag_shape: Any, right_shape: Any,
+                    *args: Any, **kwargs: Any) -> int:  # fmt: skip
+    (I, P, R), (J, _, Q) = left_shape, right_shape
+    return 2 * x_shape[0] * R * (2 * I * P + 3 * J * Q + 4 * I * J)
+
+
+def _segments(x: Tensor, matrices: Tensor) -> Tensor:
+    """``(T, J Q)`` as ``(J, Q, T)``, for matrices ``(J, ..., Q)``."""
+    return x.unflatten(1, (matrices.shape[0], matrices.shape[-1])).permute(1, 2, 0)
+
+
+def _components(tokens: int, blocks: int, x: Tensor) -> int:
+    """How many components to take at a time on a CPU."""
+    return max(8, BUFFER * MIB // (x.element_size() * blocks * tokens) // 8 * 8)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from structmat.ops.common import cast, plain
 
 
 def block_sparse_matmul(x: Tensor, blocks: Tensor, columns: Sequence[Sequence[int]], block_columns: int) -> Tensor:
     """Compute ``x @ W.T`` for ``W`` made of dense blocks on a fixed pattern, in ``P Q`` multiplications per block.
 
     Block rows that hold equally many blocks go through one batched product: their input segments are gathered side by
-    side, so that each block row is one dense product of width ``count Q``.
+    side, so that each block row is one dense product of width ``count Q``. The operator is
+    ``torch.ops.structmat.block_sparse_matmul``.
 
     Args:
         x: Input ``(..., J Q)``.
@@ -23,35 +29,101 @@ def block_sparse_matmul(x: Tensor, blocks: Tensor, columns: Sequence[Sequence[in
     Returns:
         Output ``(..., I P)``.
     """
-    P, Q = blocks.shape[1:]
-    I = len(columns)
-    segments = x.reshape(-1, block_columns, Q).transpose(0, 1)  # (J, T, Q)
-    rows_by_count: dict[int, list[int]] = {}
-    for i, row in enumerate(columns):
-        rows_by_count.setdefault(len(row), []).append(i)
-    if len(rows_by_count) == 1:
-        y = _equal_rows(segments, blocks, columns)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], I * P)
+    x, blocks = cast(x, blocks)
+    counts, flat = [len(row) for row in columns], [column for row in columns for column in row]
+    product = _whole if plain() else torch.ops.structmat.block_sparse_matmul
+    y = product(x.reshape(-1, x.shape[-1]), blocks, counts, flat, block_columns)
+    return y.view(*x.shape[:-1], len(counts) * blocks.shape[1])
 
-    starts = [0]
-    for row in columns:
-        starts.append(starts[-1] + len(row))
-    pieces: list[Tensor] = [segments[0]] * I
-    for count, rows in rows_by_count.items():
-        if count:
-            kept = torch.cat([blocks[starts[i] : starts[i] + count] for i in rows])
-            products = _equal_rows(segments, kept, [columns[i] for i in rows])
-        else:
-            products = [segments.new_zeros(segments.shape[1], P)] * len(rows)
+
+def _whole(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int) -> Tensor:
+    P, Q = blocks.shape[1:]
+    segments = x.unflatten(1, (block_columns, Q)).transpose(0, 1)  # (J, T, Q)
+    pieces: list[Tensor | None] = [None] * len(counts)
+    for rows, entries in _equal_rows(counts):
+        products = torch.bmm(_gathered(segments, columns, entries), _rows(blocks, entries).mT)  # (rows, T, P)
         for i, product in zip(rows, products, strict=True):
             pieces[i] = product
-    dtype = next(pieces[i] for i, row in enumerate(columns) if row).dtype  # under autocast not that of x
-    return torch.cat([piece.to(dtype) for piece in pieces], -1).reshape(*x.shape[:-1], I * P)
+    empty = x.new_zeros(len(x), P)
+    return torch.cat([empty if piece is None else piece for piece in pieces], 1)
 
 
-def _equal_rows(segments: Tensor, blocks: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
-    """Block rows of ``count`` blocks: ``segments (J, T, Q)``, ``blocks (rows count, P, Q)`` to ``(rows, T, P)``."""
-    rows, count, (P, Q) = len(columns), len(columns[0]), blocks.shape[1:]
-    gathered = torch.stack([torch.cat([segments[j] for j in row], -1) for row in columns])  # (rows, T, count Q)
-    weight = blocks.view(rows, count, P, Q).transpose(1, 2).reshape(rows, P, count * Q)
-    return torch.bmm(gathered, weight.mT)
+def _equal_rows(counts: Sequence[int]) -> Iterator[tuple[list[int], list[range]]]:
+    """Block rows that hold equally many blocks, but for empty ones, and where the blocks of each of them are."""
+    starts = list(accumulate(counts, initial=0))
+    for count in sorted(set(counts) - {0}):
+        rows = [i for i, other in enumerate(counts) if other == count]
+        yield rows, [range(starts[i], starts[i] + count) for i in rows]
+
+
+def _gathered(segments: Tensor, columns: Sequence[int], entries: Sequence[range]) -> Tensor:
+    """For each block row the input segments that it reads, side by side: ``(rows, T, count Q)``."""
+    return torch.stack([torch.cat([segments[columns[entry]] for entry in row], -1) for row in entries])
+
+
+def _rows(blocks: Tensor, entries: Sequence[range]) -> Tensor:
+    """The blocks of each block row, side by side: ``(rows, P, count Q)``."""
+    kept = torch.stack([blocks[row.start : row.stop] for row in entries])  # (rows, count, P, Q)
+    return kept.transpose(1, 2).flatten(2)
+
+
+@torch.library.custom_op("structmat::block_sparse_matmul", mutates_args=())
+def _matmul(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int) -> Tensor:
+    return _whole(x, blocks, counts, columns, block_columns)
+
+
+@_matmul.register_fake
+def _(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int) -> Tensor:
+    return x.new_empty(len(x), len(counts) * blocks.shape[1])
+
+
+@torch.library.custom_op("structmat::block_sparse_matmul_backward", mutates_args=())
+def _matmul_backward(
+    upstream: Tensor, x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int
+) -> tuple[Tensor, Tensor]:
+    P, Q = blocks.shape[1:]
+    segments = x.unflatten(1, (block_columns, Q)).transpose(0, 1)  # (J, T, Q)
+    upstream_segments = upstream.unflatten(1, (len(counts), P)).transpose(0, 1)  # (I, T, P)
+    x_gradient = segments.new_zeros(segments.shape)
+    blocks_gradient = torch.zeros_like(blocks, memory_format=torch.contiguous_format)
+    for rows, entries in _equal_rows(counts):
+        count = len(entries[0])
+        here = torch.stack([upstream_segments[i] for i in rows])  # (rows, T, P)
+        products = torch.bmm(here.mT, _gathered(segments, columns, entries)).unflatten(2, (count, Q)).transpose(1, 2)
+        inputs = torch.bmm(here, _rows(blocks, entries)).unflatten(2, (count, Q))  # (rows, T, count, Q)
+        for row, product, back in zip(entries, products, inputs, strict=True):
+            blocks_gradient[row.start : row.stop] = product
+            for place, entry in enumerate(row):
+                x_gradient[columns[entry]] += back[:, place]
+    return x_gradient.transpose(0, 1).flatten(1).contiguous(), blocks_gradient
+
+
+@_matmul_backward.register_fake
+def _(
+    upstream: Tensor, x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), blocks.new_empty(blocks.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, blocks, *ctx.pattern = inputs
+    ctx.save_for_backward(x, blocks)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.structmat.block_sparse_matmul_backward(upstream, *ctx.saved_tensors, *ctx.pattern)
+    return *gradients, None, None, None
+
+
+_matmul.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.structmat.block_sparse_matmul)
+def _flops(x_shape: Any, blocks_shape: Any, *args: Any, **kwargs: Any) -> int:
+    n, P, Q = blocks_shape
+    return 2 * x_shape[0] * n * P * Q
+
+
+@register_flop_formula(torch.ops.structmat.block_sparse_matmul_backward)
+def _backward_flops(upstream_shape: Any, x_shape: Any, blocks_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _flops(x_shape, blocks_shape)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from structmat.ops.common import cast
+
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes to choose from."""
 
@@ -40,10 +42,7 @@ def gblr_matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Te
     Returns:
         Output ``(..., M)``.
     """
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, left, right = x.to(dtype), left.to(dtype), right.to(dtype)
+    x, left, right = cast(x, left, right)
     y = torch.ops.structmat.gblr_matmul(x.reshape(-1, x.shape[-1]), left, right, start, width, order, M)
     return y.view(*x.shape[:-1], M)
 
@@ -107,6 +106,13 @@ _matmul.register_autograd(_backward, setup_context=_setup_context)
 @register_flop_formula(torch.ops.structmat.gblr_matmul)
 def _flops(x_shape: Any, left_shape: Any, right_shape: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * x_shape[0] * (left_shape[0] + right_shape[0])
+
+
+@register_flop_formula(torch.ops.structmat.gblr_matmul_backward)
+def _backward_flops(
+    upstream_shape: Any, x_shape: Any, left_shape: Any, right_shape: Any, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * x_shape[0] * (2 * left_shape[0] + 3 * right_shape[0])  # the components' values once more
 
 
 def positions(start: Tensor, width: Tensor, n: int, total: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,60 @@
+"""What the operators share: autocast, and how much a CPU works on at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+
+ROW_SPLITS = 8
+"""Into how many parts the rows of a matrix go for a product with few vectors on a CPU."""
+
+
+def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast wants the operands of a product; unchanged outside of it."""
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(tensor.to(dtype) for tensor in tensors)
+    return tensors
+
+
+def plain() -> bool:
+    """Whether a graph is being made for other runtimes, which know PyTorch's own operators alone."""
+    return torch.compiler.is_exporting()
+
+
+def is_half(x: Tensor) -> bool:
+    """Whether sums must not be rounded to this dtype on the way."""
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` on a CPU, in the form that is fastest for the number of vectors.
+
+    ``F.linear`` in float32 reads the weight at half of the memory's speed for few vectors; a batch of its rows goes at
+    full speed, and for some more vectors, so does the transposed product.
+
+    Args:
+        x: ``(T, N)``.
+        weight: ``(M, N)``.
+
+    Returns:
+        ``(T, M)``, contiguous.
+    """
+    T, (M, N) = len(x), weight.shape
+    if T <= 8 and not is_half(x) and M >= 2 * ROW_SPLITS:
+        height = M // ROW_SPLITS
+        split = height * ROW_SPLITS
+        rows = weight[:split].unflatten(0, (ROW_SPLITS, height))
+        y = torch.bmm(x.expand(ROW_SPLITS, T, N), rows.mT).transpose(0, 1).reshape(T, split)
+        return y if split == M else torch.cat([y, x @ weight[split:].mT], 1)
+    if 8 < T <= 64:
+        return torch.mm(weight, x.mT).mT.contiguous()
+    return torch.nn.functional.linear(x, weight)
+
+
+def tokens_within(mebibytes: float, numbers: int, x: Tensor) -> int:
+    """How many tokens to take at a time so that ``numbers`` each stay within a size, in steps of 16."""
+    return max(16, int(mebibytes * MIB) // (x.element_size() * max(numbers, 1)) // 16 * 16)
