@@ -2,16 +2,17 @@
 
 A 2048 x 2048 matrix in float32 with about a quarter of the multiplications in 2048 components: segments uniformly
 random (every start alike, widths up to a quarter of the axis), and segments that were learned (those of the hardened
-layers of the model that ``--learned`` names, scaled to the size), each rounded to multiples of 1, 8, 16 and 32.
+networks of from_scratch.py, scaled to the size), each rounded to multiples of 1, 8, 16 and 32.
 
     python benchmarks/gblr_speed.py                                     # random segments, about two minutes
-    python benchmarks/gblr_speed.py --learned small
+    python benchmarks/gblr_speed.py --learned benchmarks/results/from_scratch/segments-vit-0.25-*.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hardware import hardware, hardware_line
-from structmat import Gblr, LowRank, StructuredLinear, load_pretrained, tile
+from structmat import LowRank, tile
 from structmat.bench import time_side_by_side
 from structmat.formats.gblr import from_segments
 
@@ -39,15 +40,14 @@ def random_segments() -> tuple[Tensor, Tensor]:
     return start, width
 
 
-def learned_segments(folder: str) -> tuple[Tensor, Tensor]:
-    """Those of every GBLR layer of a hardened model, drawn with repetition and scaled to the budget."""
+def learned_segments(files: Sequence[Path]) -> tuple[Tensor, Tensor]:
+    """Those of every layer in files that from_scratch.py wrote, drawn with repetition and scaled to the budget."""
     starts, widths = [], []
-    for layer in load_pretrained(folder).modules():
-        if isinstance(layer, StructuredLinear) and isinstance(layer.format, Gblr):
-            factors, sizes = layer.factors, torch.tensor(layer.format.shape, dtype=torch.float64)[:, None]
-            order = factors["order"].long()
-            for found, name in ((starts, "start"), (widths, "width")):
-                found.append(torch.stack([factors[name][0], factors[name][1][order]]) / sizes)
+    for file in files:
+        for layer in json.loads(file.read_text()).values():
+            sizes = torch.tensor(layer["shape"], dtype=torch.float64)[:, None]
+            starts.append(torch.tensor(layer["start"], dtype=torch.float64) / sizes)
+            widths.append(torch.tensor(layer["width"], dtype=torch.float64) / sizes)
     start, width = torch.cat(starts, 1), torch.cat(widths, 1)
     chosen = torch.randint(start.shape[1], (COMPONENTS,), generator=torch.Generator().manual_seed(0))
     start, width = start[:, chosen], width[:, chosen]
@@ -118,13 +118,14 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     """Time everything and write JSON and table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--learned", help="folder of a model with hardened layers")
+    parser.add_argument("--learned", type=Path, nargs="+", metavar="FILE", help="segments-*.json of from_scratch.py")
     options = parser.parse_args()
     path = RESULTS / "gblr_speed.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"segments": {}}
     kind, segments = "random", random_segments
     if options.learned is not None:
-        kind, segments = f"learned ({Path(options.learned).name})", lambda: learned_segments(options.learned)
+        names = ", ".join(file.stem.removeprefix("segments-") for file in options.learned)
+        kind, segments = f"learned ({names})", lambda: learned_segments(options.learned)
     found["segments"][kind] = [cell(segments(), multiple) for multiple in MULTIPLES]
     found["hardware"] = hardware()
     path.write_text(json.dumps(found, indent=1))

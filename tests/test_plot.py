@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from structmat import Blast, GaudiGblr, LowRank, StructuredLinear, harden
-from structmat.plot import COLORS, MARKERS, couplings, heat_map, structure_maps, trade_off
+from structmat.formats import overlap
+from structmat.plot import COLORS, KINDS, MARKERS, budget_shares, couplings, heat_map, structure_maps, trade_off
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CURVES = {"BLAST": [(0.6, 0.9), (0.3, 0.8)], "low-rank": [(0.5, 0.7)]}
@@ -105,7 +107,10 @@ def test_structure_maps_count_the_components_over_each_entry() -> None:
     hard = StructuredLinear(format, factors=factors)
     figure = structure_maps({"soft": soft, "hard": hard, "other": gaudi(1)}, columns=2, title="maps")
     panels = [axes for axes in figure.axes if axes.images and axes.get_title()]
-    assert [axes.get_title().split(",")[0] for axes in panels] == ["soft", "hard", "other"]
+    assert [axes.get_title().split()[0] for axes in panels] == ["soft", "hard", "other"]
+    assert (
+        panels[0].get_title().splitlines()[1] == f"12 x 20, keep {soft.format.num_parameters(soft.factors) / 240:.2f}"
+    )
     start, width = (t.tolist() for t in soft.format.segments(soft.factors))
     counts = torch.zeros(12, 20)
     for k in range(5):
@@ -123,6 +128,92 @@ def test_only_sums_of_blocks_have_structure_maps() -> None:
         structure_maps({})
     with pytest.raises(TypeError, match="expected a Gblr or GaudiGblr format, got LowRank"):
         structure_maps({"a": StructuredLinear(LowRank(4, 4, 1))})
+
+
+def test_structure_maps_of_large_matrices_are_averaged() -> None:
+    layer = StructuredLinear(GaudiGblr(64, 1024, 40, 0.3), generator=torch.Generator().manual_seed(0))
+    image = structure_maps({"model.layers.10.a_rather_long_name.of_a_layer": layer}).axes[0].images[0].get_array()
+    assert image.shape == (64, 256)
+    whole = overlap(layer.format, layer.factors).unflatten(1, (256, 4)).mean(2)
+    torch.testing.assert_close(torch.tensor(image), whole)
+
+
+def test_many_structure_maps_are_about_square() -> None:
+    panels = structure_maps({str(k): gaudi(k) for k in range(30)}).axes
+    assert len(panels) == 5 * 6 + 1
+    title = structure_maps({"a.name." * 9: gaudi()}).axes[0].get_title()
+    assert title.startswith("…")
+    assert len(title.splitlines()[0]) == 36
+
+
+def entries(names: list[str], steps: int = 3) -> list[dict[str, Any]]:
+    """A history whose first layer takes more and more."""
+    found = []
+    for step in range(steps):
+        weights = {name: 1.0 + step * (k == 0) for k, name in enumerate(names)}
+        total = sum(weights.values())
+        costs = {name: weight / total for name, weight in weights.items()}
+        found.append({"step": 10 * step, "structure_share": 0.5 - 0.1 * step, "costs": costs})
+    return found
+
+
+def heights(figure: Any) -> list[list[float]]:
+    """Upper minus lower edge of the areas in the order of drawing, at each step."""
+    areas = []
+    for area in figure.axes[0].collections:
+        if len(area.get_paths()) == 1 and len(area.get_paths()[0].vertices) > 2:
+            points = area.get_paths()[0].vertices
+            steps = sorted({x for x, _ in points.tolist()})
+            areas.append([max(y for x, y in points.tolist() if x == s) - min(y for x, y in points.tolist() if x == s)
+                          for s in steps])  # fmt: skip
+    return areas
+
+
+def test_budget_shares_are_stacked_by_kind_of_layer() -> None:
+    history = entries(["blocks.0.fc", "blocks.1.fc", "head"])
+    figure = budget_shares(history, title="shares")
+    assert figure.axes[0].get_title() == "shares"
+    both, first, head = heights(figure)  # the second block lies under the first
+    costs = [entry["costs"] for entry in history]
+    assert both == pytest.approx([cost["blocks.0.fc"] + cost["blocks.1.fc"] for cost in costs])
+    assert first == pytest.approx([cost["blocks.0.fc"] for cost in costs])
+    assert head == pytest.approx([cost["head"] for cost in costs])
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["head: 20%", "fc, 2 x: 80%"]
+    assert figure.axes[1].lines[0].get_ydata() == pytest.approx([0.5, 0.4, 0.3])
+
+
+def test_budget_shares_go_from_the_first_layer_to_the_last() -> None:
+    """JSON files have names in alphabetical order, in which 10 comes before 2."""
+    history = entries(sorted(f"blocks.{k}.fc" for k in (0, 2, 10)))
+    whole, second, first = heights(budget_shares(history))
+    costs = history[-1]["costs"]
+    assert first[-1] == pytest.approx(costs["blocks.0.fc"])
+    assert second[-1] == pytest.approx(costs["blocks.0.fc"] + costs["blocks.2.fc"])
+    assert whole == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("layers", [2, 30])
+def test_budget_shares_of_many_layers_have_a_short_legend(layers: int) -> None:
+    kinds = [f"mlp{k}.proj" for k in range(layers // 2)]
+    names = [f"model.layers.{k}.{kind}" for k in range(2) for kind in kinds]
+    figure = budget_shares(entries(names))
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert len(texts) == min(KINDS, len(kinds))
+    if len(kinds) > KINDS:
+        assert texts[0].startswith(f"others, {2 * (len(kinds) - KINDS + 1)} x: ")
+    assert sum(float(text.split(": ")[1].rstrip("%")) for text in texts) == pytest.approx(100, abs=4)
+    figure.canvas.draw()
+
+
+def test_kinds_of_one_ending_keep_their_names_apart() -> None:
+    texts = budget_shares(entries(["encoder.0.fc", "decoder.0.fc", "0", "1"])).axes[0].get_legend().get_texts()
+    assert [text.get_text().split(":")[0] for text in texts] == ["*, 2 x", "decoder.*.fc", "encoder.*.fc"]
+
+
+def test_a_history_of_one_entry_has_no_course() -> None:
+    with pytest.raises(ValueError, match="expected a history of at least two entries to draw, got 1; log more often"):
+        budget_shares(entries(["a"], 1))
 
 
 def test_a_heat_map_writes_each_number() -> None:

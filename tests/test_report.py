@@ -7,7 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from structmat import Blast, BlockSparse, LowRank, Monarch, Plan, apply_plan_, compress_, make_plan, report
+from structmat import (
+    Blast,
+    BlockSparse,
+    GaudiGblr,
+    LowRank,
+    Monarch,
+    Plan,
+    apply_plan_,
+    compress_,
+    harden_,
+    make_plan,
+    report,
+)
 from structmat.report import share, table
 
 
@@ -211,3 +223,17 @@ class Scaled(nn.Linear):
 
 def test_example_inputs_by_keyword() -> None:
     assert report(Scaled(4, 2), example_inputs={"values": torch.zeros(3, 4)}).multiplications == 3 * 8
+
+
+def test_a_learning_layer_counts_what_is_inside_its_segments() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
+    apply_plan_(model, {"0": GaudiGblr(8, 12, 6, 0.5)})
+    with torch.no_grad():
+        model[0].width[:, 0] = 0
+    result = report(model)
+    assert result.rows[0].parameters == 5 * (4 + 6)
+    assert result.parameters == 50 + 8 + 32 + 4
+    assert result.dense_parameters == 96 + 8 + 32 + 4
+    harden_(model)
+    hardened = report(model)
+    assert (hardened.parameters, hardened.dense_parameters) == (result.parameters, result.dense_parameters)

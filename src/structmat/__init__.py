@@ -45,6 +45,7 @@ from structmat.formats import (
 )
 from structmat.hub import load_pretrained
 from structmat.nn import StructuredConv2d, StructuredLinear
+from structmat.optimize import Optimization, optimize_
 from structmat.plan import Plan, Rule, make_plan
 from structmat.refine import Refinement
 from structmat.report import Report, report
@@ -68,6 +69,7 @@ __all__ = [
     "Method",
     "Moments",
     "Monarch",
+    "Optimization",
     "Plan",
     "Refinement",
     "Report",
@@ -92,6 +94,7 @@ __all__ = [
     "load",
     "load_pretrained",
     "make_plan",
+    "optimize_",
     "plan_of",
     "report",
     "save",

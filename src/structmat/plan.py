@@ -56,6 +56,31 @@ class Rule:
                 f"expected no blocks for {self.format.__name__}, whose budget alone decides, got {self.blocks}"
             )
 
+    def format_for(self, M: int, N: int) -> Format:
+        """The largest member of the format that this rule allows for a matrix.
+
+        Args:
+            M: Its rows.
+            N: Its columns.
+
+        Returns:
+            The format.
+
+        Raises:
+            ValueError: If the rule says no ``keep``, or no ``blocks`` where they are needed, the budget allows no
+                member, or it would not save parameters.
+        """
+        if self.keep is None:
+            raise ValueError(f"expected a keep in the rule for {self.format.__name__}, got none")
+        options = dict(self.options)
+        if self.format.takes_blocks:
+            if self.blocks is None:
+                raise ValueError(f"expected blocks in the rule for {self.format.__name__}, got none")
+            options["blocks"] = self.blocks
+        format = self.format.for_budget(M, N, keep=self.keep, **options)
+        format.check_saves()
+        return format
+
 
 @dataclass(frozen=True)
 class Plan(Mapping[str, Format]):
@@ -192,7 +217,7 @@ def make_plan(
             if site.problem:
                 raise ValueError(site.problem)
             M, N = site.matrix.shape
-            layers[name] = _format_for(rule, M, N)
+            layers[name] = rule.format_for(M, N)
         except ValueError as error:
             if misfits == "error":
                 raise ValueError(
@@ -216,15 +241,6 @@ def _as_rule(rule: type[Format] | Rule, keep: float, blocks: int | tuple[int, in
         blocks if rule.blocks is None and rule.format.takes_blocks else rule.blocks,
         rule.options,
     )
-
-
-def _format_for(rule: Rule, M: int, N: int) -> Format:
-    options = dict(rule.options)
-    if rule.format.takes_blocks:
-        options["blocks"] = rule.blocks
-    format = rule.format.for_budget(M, N, keep=rule.keep, **options)
-    format.check_saves()
-    return format
 
 
 def _decider(site: Site, rules: Mapping[Selector, Rule], exclude: Iterable[Selector]) -> Selector | None:

@@ -1,11 +1,14 @@
-"""Pictures: trade-off curves and couplings (needs the extra ``plot``)."""
+"""Pictures: trade-off curves, couplings, and what a structure has learned (needs the extra ``plot``)."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from structmat.formats import Blast, overlap
 from structmat.nn import StructuredModule
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette, which colour-blind people can tell apart."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
+KINDS = 8
+"""Of layers that have a colour of their own in ``budget_shares``, at most; the smallest share one."""
+PIXELS = 256
+"""Of a structure map along each axis, at most; a larger matrix is averaged over patches."""
 
 
 def _figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
@@ -109,16 +116,17 @@ def couplings(layer: StructuredModule, *, title: str = "") -> Figure:
     return figure
 
 
-def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int = 4, title: str = "") -> Figure:
+def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int | None = None, title: str = "") -> Figure:
     """Draw how many components lie over each entry of GBLR and Gaudi-GBLR matrices (Gaudi-GBLR, figure 1).
 
     Args:
         layers: The layers by name.
-        columns: Panels in a row, at most.
+        columns: Panels in a row, at most; None for 4, or about as many as rows where there are many layers.
         title: Of the figure.
 
     Returns:
-        The figure; ``figure.savefig(path)`` writes it. All panels share one scale of brightness.
+        The figure; ``figure.savefig(path)`` writes it. All panels share one scale of brightness; matrices of more than
+        ``PIXELS`` rows or columns are averaged over patches.
 
     Raises:
         ValueError: If there is no layer.
@@ -127,8 +135,8 @@ def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int = 4, 
     """
     if not layers:
         raise ValueError("expected at least one GBLR or Gaudi-GBLR layer to draw, got none")
-    maps = {name: overlap(layer.format, layer.factors) for name, layer in layers.items()}
-    columns = min(columns, len(maps))
+    maps = {name: _patches(overlap(layer.format, layer.factors)) for name, layer in layers.items()}
+    columns = min(max(4, math.isqrt(len(maps))) if columns is None else columns, len(maps))
     rows = -(-len(maps) // columns)
     figure, grid = _figure(2.2 * columns + 0.8, 2.2 * rows + 0.4, nrows=rows, ncols=columns, squeeze=False)
     most = max(float(counts.max()) for counts in maps.values())
@@ -139,13 +147,95 @@ def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int = 4, 
             image = axes.imshow(
                 counts.cpu().numpy(), cmap="magma", vmin=0, vmax=max(most, 1), aspect="auto", interpolation="nearest"
             )
-            M, N = counts.shape
+            M, N = layers[name].format.shape
             share = layers[name].format.num_parameters(layers[name].factors) / (M * N)
-            axes.set_title(f"{name}, {M} x {N}, keep {share:.2f}", size=6)
+            axes.set_title(f"{_short(name)}\n{M} x {N}, keep {share:.2f}", size=6)
             if k == 0:
-                figure.colorbar(image, ax=list(grid.flat), shrink=0.6, label="components")
+                figure.colorbar(image, ax=list(grid.flat), shrink=0.6, fraction=0.04, label="components")
     figure.suptitle(title)
     return figure
+
+
+def _patches(counts: Tensor) -> Tensor:
+    """A map of at most ``PIXELS`` along each axis."""
+    M, N = counts.shape
+    return torch.nn.functional.adaptive_avg_pool2d(counts[None], (min(M, PIXELS), min(N, PIXELS)))[0]
+
+
+def _short(name: str, longest: int = 36) -> str:
+    """The end of a name, which tells it from others best."""
+    return name if len(name) <= longest else f"…{name[-longest + 1 :]}"
+
+
+def budget_shares(history: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure:
+    """Draw how one budget is shared among layers while their structure is learned.
+
+    Above, the share that each layer has of the cost of all, one area for each layer: layers whose names differ in
+    numbers alone have one colour, the first of them the darkest. Below, the cost of all, relative to dense.
+
+    Args:
+        history: As ``integrations.structure.StructureCallback`` keeps it: at each entry ``"step"``,
+            ``"structure_share"`` (cost of all layers, relative to dense) and ``"costs"`` (share of each layer in it).
+        title: Of the figure.
+
+    Returns:
+        The figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ValueError: If there are fewer than two entries.
+        ImportError: If matplotlib is missing.
+    """
+    if len(history) < 2:
+        raise ValueError(f"expected a history of at least two entries to draw, got {len(history)}; log more often")
+    steps = [entry["step"] for entry in history]
+    figure, (axes, total) = _figure(7.6, 5.0, nrows=2, height_ratios=(4, 1), sharex=True)
+    floor = torch.zeros(len(steps))
+    for k, (label, names) in enumerate(_kinds(list(history[-1]["costs"]), history[-1]["costs"]).items()):
+        bottom, ceilings = floor, []
+        for name in names:
+            floor = floor + torch.tensor([entry["costs"].get(name, 0.0) for entry in history])
+            ceilings.append(floor)
+        for depth in reversed(range(len(names))):  # each over the ones above it: no gaps between them
+            color = _lighter(_KIND_COLORS[k], 0.65 * depth / max(1, len(names) - 1))
+            axes.fill_between(steps, bottom.numpy(), ceilings[depth].numpy(), color=color, linewidth=0)
+        axes.plot(steps, floor.numpy(), color="white", linewidth=1)
+        last = float(floor[-1] - bottom[-1])
+        text = f"{label}, {len(names)} x: {last:.0%}" if len(names) > 1 else f"{label}: {last:.0%}"
+        axes.fill_between([], [], color=_KIND_COLORS[k], label=text)
+    axes.set(ylabel="share of the budget", ylim=(0, 1), xlim=(steps[0], steps[-1]), title=title)
+    axes.legend(
+        frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize=8,
+        title="layers, dark to light: first\nto last; share at the end", title_fontsize=8, alignment="left",
+    )  # fmt: skip
+    shares = [entry["structure_share"] for entry in history]
+    total.plot(steps, shares, color="black", linewidth=1.5)
+    total.set(xlabel="step", ylabel="cost / dense", ylim=(0, 1.15 * max(shares) or 1))
+    total.grid(alpha=0.25)
+    total.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+_KIND_COLORS = (*COLORS, "#B8A800", "#666666")
+
+
+def _kinds(names: Sequence[str], costs: Mapping[str, float]) -> dict[str, list[str]]:
+    """Layers whose names differ in numbers alone, by what their names end with; the smallest kinds are one."""
+    patterns: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
+        patterns.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+    ends = [pattern.rpartition("*.")[2] for pattern in patterns]
+    labels = [end if ends.count(end) == 1 else pattern for end, pattern in zip(ends, patterns, strict=True)]
+    kinds = dict(zip(labels, patterns.values(), strict=True))
+    if len(kinds) <= KINDS:
+        return kinds
+    order = sorted(kinds, key=lambda label: sum(costs[name] for name in kinds[label]), reverse=True)
+    rest = [name for label in kinds if label in order[KINDS - 1 :] for name in kinds[label]]
+    return {**{label: found for label, found in kinds.items() if label in order[: KINDS - 1]}, "others": rest}
+
+
+def _lighter(color: str, share: float) -> tuple[float, ...]:
+    """A colour mixed with this share of white."""
+    return tuple(int(color[k : k + 2], 16) / 255 * (1 - share) + share for k in (1, 3, 5))
 
 
 def heat_map(rows: Mapping[str, Sequence[float]], columns: Sequence[str], *, title: str = "") -> Figure:

@@ -54,7 +54,8 @@ class Report:
 
     Attributes:
         rows: One for each linear layer and convolution.
-        parameters: Of the whole network, biases, norms and embeddings included.
+        parameters: Of the whole network, biases, norms and embeddings included; of Gaudi-GBLR layers those inside the
+            segments, as in ``rows``, though they store more while they learn.
         dense_parameters: Those of the network with every structured layer dense.
         multiplications: Of the layers in ``rows``.
         dense_multiplications: Those of the same layers dense.
@@ -137,7 +138,7 @@ def report(
     tokens = _count_tokens(model, example_inputs) if example_inputs is not None else {}
     counted: set[int] = set()
     rows: list[Row] = []
-    extra = 0
+    extra = surplus = 0
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -165,7 +166,10 @@ def report(
             )
         )  # fmt: skip
         extra += rows[-1].dense_parameters - rows[-1].parameters
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+        if not shared:
+            stored = (factor for factor in factors.values() if isinstance(factor, nn.Parameter))
+            surplus += sum(factor.numel() for factor in stored) - parameters
+    parameters = sum(parameter.numel() for parameter in model.parameters()) - surplus
     return Report(
         tuple(rows),
         parameters,

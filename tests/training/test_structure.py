@@ -188,7 +188,8 @@ def test_dead_components_are_counted() -> None:
         ({"unit": "bytes"}, "unit"),
         ({"rule": "hope"}, "rule"),
         ({"shrinkage": -1.0}, "expected shrinkage to be at least 0, got -1.0"),
-        ({"sigma": (0.0, 1.0)}, "expected two positive values of sigma"),
+        ({"sigma": (0.0, 1.0)}, "expected two positive, finite values of sigma"),
+        ({"sigma": (1.0, math.inf)}, r"expected two positive, finite values of sigma, .* got \(1.0, inf\)"),
         ({"hard_share": 1.5}, r"expected hard_share in \[0, 1\], got 1.5"),
     ],
 )
@@ -349,7 +350,9 @@ OPTIONS = {
 def test_the_trainer_learns_the_structure(tmp_path: Path) -> None:
     model = tiny.learning_llama()
     run = tiny.trainer("causal-lm", tiny.arguments(tmp_path, **OPTIONS), model=model)
-    run.train()
+    with pytest.warns(UserWarning, match=r"with a budget of 0\.4 are at 0\.899 .* last phase begins") as told:
+        run.train()
+    assert len(told) == 1
     logs = [log for log in run.state.log_history if "structure_share" in log]
     shares = [log["structure_share"] for log in logs]
     assert len(shares) == 6
@@ -368,6 +371,7 @@ def test_the_trainer_learns_the_structure(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:the layers with a budget of 0.4 are at")
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     whole = tiny.trainer(
         "causal-lm",
@@ -382,6 +386,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
         assert torch.equal(value, expected[name]), name
     callback = next(c for c in again.callback_handler.callbacks if type(c).__name__ == "StructureCallback")
     assert [entry["step"] for entry in callback.history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_infinite_sigma_is_no_smoothing(tmp_path: Path) -> None:
+    structure = tiny.arguments(tmp_path, structure_target=0.4, structure_sigma_start=math.inf).structure
+    assert structure == StructureLearning(0.4, sigma=None)
 
 
 def test_an_optimizer_without_the_group_is_refused(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from structmat.cli.compress import compress
 from structmat.cli.demo import demo
 from structmat.cli.evaluate import evaluate
 from structmat.cli.plan import plan
+from structmat.cli.report import report
 from structmat.cli.retrain import retrain
-from structmat.cli.tools import densify, generate, harden, import_blast, report
+from structmat.cli.tools import densify, generate, harden, import_blast
 
 EXPLAINED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, RuntimeError, SafetensorError)
 """Errors that a user can cause; they are shown as one line. Others are faults of the program, with a traceback."""
@@ -42,7 +43,11 @@ EXAMPLES: dict[Any, tuple[str, ...]] = {
         "structmat evaluate small better --dense MODEL --data texts.txt --tasks arc_easy piqa --json found.json",
         "structmat evaluate small-vit --dense google/vit-base-patch16-224 --data images/",
     ),
-    report: ("structmat report small", "structmat report small --json"),
+    report: (
+        "structmat report small",
+        "structmat report small --json",
+        "structmat report learned --plot pictures",
+    ),
     generate: ("structmat generate small 'Once upon a time' --tokens 100 --seed 1",),
     densify: ("structmat densify small -o plain",),
     harden: ("structmat harden learned -o small",),

@@ -1,8 +1,7 @@
-"""The smaller commands: ``report``, ``generate``, ``densify``, ``harden`` and ``import-blast``."""
+"""The smaller commands: ``generate``, ``densify``, ``harden`` and ``import-blast``."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,53 +11,10 @@ import typer
 from structmat import _checks
 from structmat.checkpoint import plan_of
 from structmat.cli import models, options
-from structmat.cli.output import Output, fingerprint, read_record
-from structmat.cli.show import count, say, table
+from structmat.cli.output import Output, fingerprint
+from structmat.cli.show import count, say
 from structmat.convert import densify_, harden_
-from structmat.report import Report, share
 from structmat.report import report as report_on
-
-
-def report(
-    model: options.Model,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> None:
-    """Show what each layer of a model is and costs, and its error if compress made it; reads no weights."""
-    found = report_on(models.skeleton(model))
-    record = (read_record(Path(model)) if Path(model).is_dir() else None) or {}
-    errors = {name: facts["error"] for name, facts in record.get("layers", {}).items()}
-    found = dataclasses.replace(
-        found, rows=tuple(dataclasses.replace(row, error=errors.get(row.name)) for row in found.rows)
-    )
-    if as_json:
-        print(found.to_json())
-    else:
-        show_report(found)
-
-
-def show_report(found: Report) -> None:
-    """Print a report as a table."""
-    rows = [
-        (
-            row.name,
-            f"{row.format} {row.settings}".strip(),
-            f"{row.shape[0]} x {row.shape[1]}",
-            count(row.parameters),
-            share(row.parameters, row.dense_parameters),
-            count(row.multiplications),
-            "" if row.error is None else f"{row.error:.4f}",
-            row.note,
-        )
-        for row in found.rows
-    ]
-    total = (
-        "whole model", "", "", count(found.parameters), share(found.parameters, found.dense_parameters),
-        count(found.multiplications), "", f"{share(found.multiplications, found.dense_multiplications)} of dense",
-    )  # fmt: skip
-    head = ("layer", "format", "shape", "parameters", "keep", "mult. per token", "error", "")
-    table(head, [*rows, ("",) * len(head), total], right=(3, 4, 5, 6))
-    for name, what in found.unseen.items():
-        say(f"not in any row: {name} ({what})")
 
 
 def generate(
@@ -127,14 +83,14 @@ def harden(
         return
     with output:
         loaded = models.load(model, dtype=dtype, device="cpu")
-        before = report_on(loaded)
+        stored = sum(parameter.numel() for parameter in loaded.parameters())
         gaps = harden_(loaded)
         after = report_on(loaded)
         facts = {"layers": gaps, "parameters": after.parameters, "dense_parameters": after.dense_parameters}
         save(loaded, models.processors(model), output, facts)
     say(
         f"{len(gaps)} layers hardened, the matrices changed by {max(gaps.values()):.1e} at most; "
-        f"{count(after.parameters)} parameters in all where there were {count(before.parameters)}"
+        f"{count(after.parameters)} parameters in all where {count(stored)} were stored"
     )
 
 

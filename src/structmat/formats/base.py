@@ -60,6 +60,7 @@ class Format(abc.ABC):
     for_budget: ClassVar[Callable[..., Format]]
     scale_exponents: ClassVar[dict[str, float]]
     takes_blocks: ClassVar[bool] = False
+    algorithms: ClassVar[tuple[str, ...]] = ()
     must_save: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -74,12 +75,14 @@ class Format(abc.ABC):
     def to_dense(self, factors: Factors) -> Tensor:
         """The matrix ``W (M, N)`` that the factors stand for: the definition of the format."""
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Compute ``x @ W.T``.
 
         Args:
             x: Input ``(..., N)``, any number of leading dimensions.
             factors: The factors.
+            algorithm: How, one of ``algorithms``; empty for the one that suits the tokens, the dtype and the device.
+                Formats with one way alone take no notice.
 
         Returns:
             Output ``(..., M)``.

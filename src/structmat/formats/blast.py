@@ -12,6 +12,7 @@ from torch import Tensor
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, RankedFormat
 from structmat.ops import blast_matmul
+from structmat.ops.blast import ALGORITHMS
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Blast(RankedFormat):
 
     name: ClassVar[str] = "blast"
     takes_blocks: ClassVar[bool] = True
+    algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 3, "diag": 1 / 3, "right": 1 / 3}
 
     def __post_init__(self) -> None:
@@ -96,9 +98,9 @@ class Blast(RankedFormat):
         left, diag, right = self.views(factors)
         return torch.einsum("ipr,ijr,jrq->ipjq", left, diag, right).reshape(self.M, self.N)
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Bases of the columns, couplings, bases of the rows (Algorithm 1)."""
-        return blast_matmul(x, *self.views(factors))
+        return blast_matmul(x, *self.views(factors), algorithm)
 
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         (I, J), Q, R = self.blocks, self.block_shape[1], self.rank

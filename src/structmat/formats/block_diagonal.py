@@ -81,7 +81,7 @@ class BlockDiagonal(Format):
         """Zeros with the blocks on the diagonal."""
         return torch.block_diag(*factors["blocks"].view(self.blocks, *self.block_shape))
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """One batched product over the blocks."""
         return block_diagonal_matmul(x, factors["blocks"].view(self.blocks, *self.block_shape))
 

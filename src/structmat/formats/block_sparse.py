@@ -232,7 +232,7 @@ class BlockSparse(RankedFormat):
         W = grid.transpose(1, 2).reshape(self.M, self.N)
         return W + factors["left"] @ factors["right"] if self.rank else W
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """One batched product for each number of blocks in a row, plus the low-rank product."""
         y = block_sparse_matmul(x, factors["blocks"].view(-1, *self.block_shape), self.columns, self.blocks[1])
         return y + low_rank_matmul(x, factors["left"], factors["right"]) if self.rank else y

@@ -55,7 +55,7 @@ class Dense(Format):
         """The weight itself."""
         return factors["weight"]
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """``x @ weight.T``."""
         return F.linear(x, factors["weight"])
 

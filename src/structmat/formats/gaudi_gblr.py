@@ -164,7 +164,7 @@ class GaudiGblr(Format):
         left, right = self.masked(factors)
         return left @ right
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Two products with the masked contents, or one with the dense matrix, whichever multiplies less."""
         left, right = self.masked(factors)
         tokens = math.prod(x.shape[:-1])

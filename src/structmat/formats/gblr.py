@@ -135,7 +135,7 @@ class Gblr(Format):
         left, right = self.axes(factors)
         return left @ right
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """A few dense products on contiguous slices of the input and the output."""
         return gblr_matmul(x, **factors, M=self.M)
 

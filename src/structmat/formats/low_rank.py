@@ -12,6 +12,7 @@ from torch import Tensor
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, RankedFormat
 from structmat.ops import low_rank_matmul
+from structmat.ops.common import LINEAR
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class LowRank(RankedFormat):
     rank: int
 
     name: ClassVar[str] = "low_rank"
+    algorithms: ClassVar[tuple[str, ...]] = tuple(LINEAR)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 0.5, "right": 0.5}
 
     def __post_init__(self) -> None:
@@ -77,9 +79,9 @@ class LowRank(RankedFormat):
         """``left @ right``."""
         return factors["left"] @ factors["right"]
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Two products through the ``R`` features in the middle."""
-        return low_rank_matmul(x, factors["left"], factors["right"])
+        return low_rank_matmul(x, factors["left"], factors["right"], algorithm)
 
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         return {

@@ -12,6 +12,7 @@ from torch import Tensor
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, RankedFormat
 from structmat.ops import monarch_matmul
+from structmat.ops.monarch import ALGORITHMS
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Monarch(RankedFormat):
 
     name: ClassVar[str] = "monarch"
     takes_blocks: ClassVar[bool] = True
+    algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 0.5, "right": 0.5}
 
     def __post_init__(self) -> None:
@@ -110,9 +112,9 @@ class Monarch(RankedFormat):
             W = W.transpose(0, 1)
         return W.reshape(self.M, self.N)
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Two batched products with a regrouping between them."""
-        return monarch_matmul(x, *self.views(factors), self.permute_output)
+        return monarch_matmul(x, *self.views(factors), self.permute_output, algorithm)
 
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         shapes, Q = {n: spec.shape for n, spec in self.factor_specs().items()}, self.block_shape[1]

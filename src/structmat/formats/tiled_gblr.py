@@ -87,7 +87,7 @@ class TiledGblr(Format):
             full.append(rows.view(self.components, blocks * B)[:, :n])
         return full[0].mT @ full[1]
 
-    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Two batches of dense products on slices of the input and the output, and sums of rows between them."""
         left, right = (factors[name].view(self._sizes(axis)) for axis, name in enumerate(AXES))
         inputs = (right, factors["right_place"], factors["right_rows"], factors["right_offsets"])

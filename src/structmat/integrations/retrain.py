@@ -85,6 +85,7 @@ def retrain(
     )
     figures = dict(trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics)
     trainer.save_model()
+    trainer.save_state()
     if task == "causal-lm" and evaluation is not None:
         figures |= _perplexities(trainer, processor, texts_of(evaluation, None), length)
     elif held_out is not None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from structmat.training import StructureLearning, StructureState, set_sigma_, structure_state, structure_step_
+from structmat.training import (
+    StructureLearning,
+    StructureState,
+    set_sigma_,
+    structure_state,
+    structure_step_,
+    structure_warnings,
+)
+
+SAMPLES = 256
+"""Of the steps that are left, at which the learning rate is looked up."""
 
 
 class StructureCallback(TrainerCallback, ExportableState):
@@ -17,6 +29,8 @@ class StructureCallback(TrainerCallback, ExportableState):
     It needs parameter groups as ``training.parameter_groups`` makes them, of which it takes the learning rate of the
     one named ``"structure"``; ``StructuredTrainer`` has them. All that it needs to go on is in the model and in the
     state of the trainer, so that a resumed run ends where an uninterrupted one does; checkpoints hold the history too.
+    What ``training.structure_warnings`` finds, at the start and at each logging step, the first process warns of, once
+    each.
 
     Args:
         settings: How the structure is learned.
@@ -30,6 +44,7 @@ class StructureCallback(TrainerCallback, ExportableState):
         self.settings, self.vectors = settings, vectors
         self.history: list[dict[str, Any]] = []
         self._last: StructureState | None = None
+        self._warned: set[str] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,20 +56,16 @@ class StructureCallback(TrainerCallback, ExportableState):
         saved = cast("dict[str, Any]", state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
             self.history = list(saved["attributes"]["history"])
+        self._warn(state, kwargs)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Shrink, clamp and wrap, and set the smoothing of the next step."""
         groups = kwargs["optimizer"].param_groups
-        rate = next((group["lr"] for group in groups if group.get("name") == "structure"), None)
-        if rate is None:
-            raise ValueError(
-                "expected an optimizer with a group named 'structure', got none; use StructuredTrainer, or make the "
-                "groups with structmat.training.parameter_groups"
-            )
+        rate = float(groups[_structure_group(groups)]["lr"])
         progress = (state.global_step + 1) / state.max_steps
-        self._last = structure_step_(kwargs["model"], self.settings, float(rate), progress, self.vectors)
+        self._last = structure_step_(kwargs["model"], self.settings, rate, progress, self.vectors)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note where the budget is."""
@@ -69,6 +80,54 @@ class StructureCallback(TrainerCallback, ExportableState):
             {"step": state.global_step, **found, "layers": dict(self._last.layers), "costs": dict(self._last.costs)}
         )
 
+        self._warn(state, kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the history to the trainer's state, which checkpoints alone would have."""
+        cast("dict[str, Any]", state.stateful_callbacks)[type(self).__name__] = self.state()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
         return {"args": {}, "attributes": {"history": self.history}}
+
+    def _warn(self, state: TrainerState, kwargs: dict[str, Any]) -> None:
+        rates = rates_left(self.settings, state, kwargs["optimizer"].param_groups, kwargs.get("lr_scheduler"))
+        for name, text in structure_warnings(kwargs["model"], self.settings, rates, self.vectors).items():
+            if name not in self._warned and state.is_world_process_zero:
+                warnings.warn(text, stacklevel=2)
+            self._warned.add(name)
+
+
+def _structure_group(groups: list[dict[str, Any]]) -> int:
+    index = next((k for k, group in enumerate(groups) if group.get("name") == "structure"), None)
+    if index is None:
+        raise ValueError(
+            "expected an optimizer with a group named 'structure', got none; use StructuredTrainer, or make the groups "
+            "with structmat.training.parameter_groups"
+        )
+    return index
+
+
+def rates_left(settings: StructureLearning, state: TrainerState, groups: list[dict[str, Any]], scheduler: Any) -> float:
+    """The learning rates of the structure from here to the last phase, summed.
+
+    Args:
+        settings: How the structure is learned.
+        state: Where the training is.
+        groups: Of the optimizer.
+        scheduler: A ``LambdaLR``, as most of the trainer's schedules are, is asked; with others every rate is taken for
+            the peak, so that too little is warned of rather than too much.
+
+    Returns:
+        The sum.
+    """
+    index, left = _structure_group(groups), range(state.global_step, state.max_steps)
+    asked = left[:: 1 + len(left) // SAMPLES]
+    soft = [step for step in asked if not settings.is_hard((step + 1) / state.max_steps)]
+    if isinstance(scheduler, LambdaLR):
+        rates = [scheduler.base_lrs[index] * scheduler.lr_lambdas[index](step) for step in soft]
+    else:
+        rates = [groups[index].get("initial_lr", groups[index]["lr"])] * len(soft)
+    return float(sum(rates)) * len(left) / max(1, len(asked))

@@ -26,7 +26,7 @@ class StructuredTrainingArguments(TrainingArguments):
         structure_rule: How widths are held to it.
         structure_shrinkage: ``lambda``.
         structure_sigma_start: Smoothing of the masks at the start; infinite for none.
-        structure_sigma_end: Likewise, where its schedule ends.
+        structure_sigma_end: Likewise, where its schedule ends; finite.
         structure_hard_share: Of the training, at its end, without smoothing.
         decay_embeddings: Whether embeddings have weight decay.
         balance: Whether the components of BLAST and low-rank layers are balanced before the first step.
@@ -89,7 +89,7 @@ class StructuredTrainingArguments(TrainingArguments):
             self.structure_unit,  # pyright: ignore[reportArgumentType] - checked there
             self.structure_rule,
             self.structure_shrinkage,
-            sigma=None if math.isinf(min(smoothing)) else smoothing,
+            sigma=None if math.isinf(self.structure_sigma_start) else smoothing,
             hard_share=self.structure_hard_share,
         )
 

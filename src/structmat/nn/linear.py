@@ -17,6 +17,11 @@ from structmat.nn.weight import ReadOnlyWeight
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
+def bucket(tokens: int) -> int:
+    """The least power of two that is not below the number of tokens."""
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
 class StructuredModule(nn.Module):
     """A module that holds the factors of one structured matrix, under their own names, and a bias.
 
@@ -31,6 +36,8 @@ class StructuredModule(nn.Module):
     Attributes:
         format: The structured matrix' shape and hyperparameters.
         bias: ``(M,)`` or None.
+        algorithms: How to multiply, by number of tokens (``bucket``); what is missing is chosen for each product.
+            ``optimize_`` sets it.
     """
 
     bias: nn.Parameter | None
@@ -49,6 +56,7 @@ class StructuredModule(nn.Module):
             raise TypeError(f"expected a structmat format, got {format!r}")
         super().__init__()
         self.format = format
+        self.algorithms: dict[int, str] = {}
         dtype = dtype or torch.get_default_dtype()
         if factors is None:
             factors = format.init(generator=generator, dtype=dtype, device=device)
@@ -107,7 +115,7 @@ class StructuredModule(nn.Module):
         learns = any(factor.requires_grad for factor in self.factors.values())
         new = copy.copy(self)
         new._parameters, new._buffers = {}, {}
-        new.format, new._factor_names = format, tuple(format.factor_specs())
+        new.format, new._factor_names, new.algorithms = format, tuple(format.factor_specs()), {}
         for name, spec in format.factor_specs().items():
             tensor = factors[name].detach()
             if spec.trainable:
@@ -141,7 +149,8 @@ class StructuredModule(nn.Module):
         return matrix
 
     def _product(self, x: Tensor) -> Tensor:
-        y = self.format.matmul(x, self.factors)
+        algorithm = self.algorithms.get(bucket(x.numel() // self.format.N), "") if self.algorithms else ""
+        y = self.format.matmul(x, self.factors, algorithm)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

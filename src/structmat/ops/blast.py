@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ SOME_TOKENS = 32
 """Up to this many on a CPU, the first product is that of vectors with matrices; half as many for 16 bits."""
 
 
-def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str = "") -> Tensor:
     """Compute ``x @ W.T`` for blocks ``W_ij = left_i Diag(diag_ij) right_j`` (BLAST, Algorithm 1).
 
     ``R (M + N + I J)`` multiplications per token. The couplings are the trap: written with broadcasting they
@@ -42,6 +43,7 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor
         left: ``(I, P, R)``.
         diag: ``(I, J, R)``.
         right: ``(J, R, Q)``.
+        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device.
 
     Returns:
         Output ``(..., I P)``.
@@ -49,22 +51,32 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor
     M = left.shape[0] * left.shape[1]
     x, left, diag, right = cast(x, left, diag, right)
     tokens = x.reshape(-1, x.shape[-1])
-    product = _whole if plain() else torch.ops.structmat.blast_matmul
-    return product(tokens, left, diag, right).view(*x.shape[:-1], M)
+    if plain():
+        y = _whole(tokens, left, diag, right)
+    else:
+        y = torch.ops.structmat.blast_matmul(tokens, left, diag, right, algorithm)
+    return y.view(*x.shape[:-1], M)
 
 
 @torch.library.custom_op("structmat::blast_matmul", mutates_args=())
-def _matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
-    if x.device.type != "cpu" or len(x) == 0:
-        return _whole(x, left, diag, right)
-    if len(x) <= FEW_TOKENS:
-        return _few(x, left, diag, right)
-    return (_half if is_half(x) else _many)(x, left, diag, right)
+def _matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str) -> Tensor:
+    name = "whole" if x.shape[0] == 0 else algorithm or _automatic(x)
+    return ALGORITHMS[name](x, left, diag, right)
 
 
 @_matmul.register_fake
-def _(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
-    return x.new_empty(len(x), left.shape[0] * left.shape[1])
+def _(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str) -> Tensor:
+    return x.new_empty(x.shape[0], left.shape[0] * left.shape[1])
+
+
+def _automatic(x: Tensor) -> str:
+    if x.device.type != "cpu":
+        return "whole"
+    if x.shape[0] <= FEW_TOKENS:
+        return "vectors"
+    if is_half(x):
+        return "tokens"
+    return "vectors first" if x.shape[0] <= SOME_TOKENS else "components"
 
 
 def _whole(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
@@ -78,7 +90,7 @@ def _few(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     """Vectors times matrices: each factor is read once, along its rows."""
     J, _, Q = right.shape
     z = torch.bmm(x.unflatten(1, (J, Q)).transpose(0, 1), right.mT)  # (J, T, R)
-    if len(x) == 1:
+    if x.shape[0] == 1:
         h = (diag[:, :, None] * z).sum(1)  # (I, T, R)
     else:
         h = diag[:, 0, None] * z[0]
@@ -87,15 +99,19 @@ def _few(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(h, left.mT).transpose(0, 1).flatten(1).contiguous()
 
 
+def _some(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+    """Vectors times matrices first, matrices times matrices then."""
+    J = len(right)
+    z = torch.bmm(x.unflatten(1, (J, -1)).transpose(0, 1), right.mT).mT.contiguous()  # (J, R, T)
+    h = torch.bmm(diag.permute(2, 0, 1).contiguous(), z.transpose(0, 1))  # (R, I, T)
+    return torch.bmm(left, h.transpose(0, 1)).flatten(0, 1).mT.contiguous()
+
+
 def _many(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     """Some of the tokens and of the components at a time."""
     (I, P, R), J = left.shape, len(right)
     couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
-    if len(x) <= SOME_TOKENS:
-        z = torch.bmm(x.unflatten(1, (J, -1)).transpose(0, 1), right.mT).mT.contiguous()  # (J, R, T)
-        h = torch.bmm(couplings, z.transpose(0, 1))  # (R, I, T)
-        return torch.bmm(left, h.transpose(0, 1)).flatten(0, 1).mT.contiguous()
-    y = x.new_empty(len(x), I * P)
+    y = x.new_empty(x.shape[0], I * P)
     for some, out in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
         n, segments = len(some), _segments(some, right)
         step = _components(n, max(I, J), x)
@@ -117,8 +133,8 @@ def _half(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     """Some of the tokens at a time; operands side by side, since products in 16 bits copy others."""
     (I, P, R), (J, _, Q) = left.shape, right.shape
     couplings = diag.permute(2, 0, 1)  # (R, I, J)
-    y = x.new_empty(len(x), I * P)
-    step = min(len(x), HALF_TOKENS, tokens_within(HALF_BUFFER, max(I, J) * R, x))
+    y = x.new_empty(x.shape[0], I * P)
+    step = min(x.shape[0], HALF_TOKENS, tokens_within(HALF_BUFFER, max(I, J) * R, x))
     z_buffer, h_buffer = x.new_empty(J * R * step), x.new_empty(I * R * step)  # fresh memory costs more than products
     for some, out in zip(x.split(step), y.split(step), strict=True):
         n = len(some)
@@ -132,11 +148,21 @@ def _half(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     return y
 
 
+ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "vectors": _few,
+    "vectors first": _some,
+    "components": _many,
+    "tokens": _half,
+    "whole": _whole,
+}
+"""Ways to compute the product, all of them right for every shape, dtype and device."""
+
+
 @torch.library.custom_op("structmat::blast_matmul_backward", mutates_args=())
 def _matmul_backward(
     upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (I, _, R), (J, _, Q), T = left.shape, right.shape, len(x)
+    (I, _, R), (J, _, Q), T = left.shape, right.shape, x.shape[0]
     couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
     segments, upstream_segments = _segments(x, right), _segments(upstream, left.mT)  # (J, Q, T), (I, P, T)
     left_gradient, right_gradient = left.new_empty(left.shape), right.new_empty(right.shape)
@@ -166,11 +192,12 @@ def _(upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor) ->
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors)
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors), None
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)
@@ -196,4 +223,4 @@ def _segments(x: Tensor, matrices: Tensor) -> Tensor:
 
 def _components(tokens: int, blocks: int, x: Tensor) -> int:
     """How many components to take at a time on a CPU."""
-    return max(8, BUFFER * MIB // (x.element_size() * blocks * tokens) // 8 * 8)
+    return max(8, int(BUFFER * MIB) // (x.element_size() * blocks * tokens) // 8 * 8)

@@ -39,7 +39,7 @@ def _matmul(x: Tensor, blocks: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return _whole(x, blocks)
     I, P, Q = blocks.shape
-    y = x.new_empty(len(x), I * P)
+    y = x.new_empty(x.shape[0], I * P)
     segments = x.unflatten(1, (I, Q)).transpose(0, 1)  # (I, T, Q)
     torch.bmm(segments, blocks.mT, out=y.unflatten(1, (I, P)).transpose(0, 1))
     return y
@@ -47,7 +47,7 @@ def _matmul(x: Tensor, blocks: Tensor) -> Tensor:
 
 @_matmul.register_fake
 def _(x: Tensor, blocks: Tensor) -> Tensor:
-    return x.new_empty(len(x), blocks.shape[0] * blocks.shape[1])
+    return x.new_empty(x.shape[0], blocks.shape[0] * blocks.shape[1])
 
 
 @torch.library.custom_op("structmat::block_diagonal_matmul_backward", mutates_args=())

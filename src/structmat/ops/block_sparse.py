@@ -44,7 +44,7 @@ def _whole(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[i
         products = torch.bmm(_gathered(segments, columns, entries), _rows(blocks, entries).mT)  # (rows, T, P)
         for i, product in zip(rows, products, strict=True):
             pieces[i] = product
-    empty = x.new_zeros(len(x), P)
+    empty = x.new_zeros(x.shape[0], P)
     return torch.cat([empty if piece is None else piece for piece in pieces], 1)
 
 
@@ -74,7 +74,7 @@ def _matmul(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[
 
 @_matmul.register_fake
 def _(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int) -> Tensor:
-    return x.new_empty(len(x), len(counts) * blocks.shape[1])
+    return x.new_empty(x.shape[0], len(counts) * blocks.shape[1])
 
 
 @torch.library.custom_op("structmat::block_sparse_matmul_backward", mutates_args=())

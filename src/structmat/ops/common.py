@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MIB = 2**20
@@ -30,8 +33,8 @@ def is_half(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` on a CPU, in the form that is fastest for the number of vectors.
+def linear(x: Tensor, weight: Tensor, algorithm: str = "") -> Tensor:
+    """``x @ weight.T``, on a CPU in the form that is fastest for the number of vectors.
 
     ``F.linear`` in float32 reads the weight at half of the memory's speed for few vectors; a batch of its rows goes at
     full speed, and for some more vectors, so does the transposed product.
@@ -39,20 +42,40 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         x: ``(T, N)``.
         weight: ``(M, N)``.
+        algorithm: One of ``LINEAR``; empty for the automatic choice.
 
     Returns:
-        ``(T, M)``, contiguous.
+        ``(T, M)``.
     """
-    T, (M, N) = len(x), weight.shape
-    if T <= 8 and not is_half(x) and M >= 2 * ROW_SPLITS:
-        height = M // ROW_SPLITS
-        split = height * ROW_SPLITS
-        rows = weight[:split].unflatten(0, (ROW_SPLITS, height))
-        y = torch.bmm(x.expand(ROW_SPLITS, T, N), rows.mT).transpose(0, 1).reshape(T, split)
-        return y if split == M else torch.cat([y, x @ weight[split:].mT], 1)
-    if 8 < T <= 64:
-        return torch.mm(weight, x.mT).mT.contiguous()
-    return torch.nn.functional.linear(x, weight)
+    return LINEAR[algorithm or _automatic(x, weight)](x, weight)
+
+
+def _automatic(x: Tensor, weight: Tensor) -> str:
+    T = x.shape[0]
+    if x.device.type == "cpu" and 0 < T <= 8 and not is_half(x) and len(weight) >= 2 * ROW_SPLITS:
+        return "split"
+    return "transposed" if x.device.type == "cpu" and 8 < T <= 64 else "linear"
+
+
+def _split(x: Tensor, weight: Tensor) -> Tensor:
+    T, (M, N) = x.shape[0], weight.shape
+    height = M // ROW_SPLITS
+    split = height * ROW_SPLITS
+    rows = weight[:split].unflatten(0, (ROW_SPLITS, height))
+    y = torch.bmm(x.expand(ROW_SPLITS, T, N), rows.mT).transpose(0, 1).reshape(T, split)
+    return y if split == M else torch.cat([y, x @ weight[split:].mT], 1)
+
+
+def _transposed(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(weight, x.mT).mT.contiguous()
+
+
+LINEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": F.linear,
+    "split": _split,
+    "transposed": _transposed,
+}
+"""Ways to multiply vectors with a matrix, all of them right for every shape, dtype and device."""
 
 
 def tokens_within(mebibytes: float, numbers: int, x: Tensor) -> int:

@@ -49,8 +49,8 @@ def gblr_matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Te
 
 @torch.library.custom_op("structmat::gblr_matmul", mutates_args=())
 def _matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int) -> Tensor:
-    if len(x) == 0 or len(order) == 0:
-        return x.new_zeros(len(x), M)
+    if x.shape[0] == 0 or len(order) == 0:
+        return x.new_zeros(x.shape[0], M)
     inputs, outputs = tiling(start[1], width[1], x.shape[1]), tiling(start[0], width[0], M)
     index = order.long()[outputs.index]
     return tile_matmul(
@@ -63,14 +63,14 @@ def _matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor
 
 @_matmul.register_fake
 def _(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int) -> Tensor:
-    return x.new_empty(len(x), M)
+    return x.new_empty(x.shape[0], M)
 
 
 @torch.library.custom_op("structmat::gblr_matmul_backward", mutates_args=())
 def _matmul_backward(
     upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if len(x) == 0 or len(order) == 0:
+    if x.shape[0] == 0 or len(order) == 0:
         return torch.zeros_like(x), torch.zeros_like(left), torch.zeros_like(right)
     (M, N), K = (upstream.shape[1], x.shape[1]), len(order)
     inputs, outputs = tiling(start[1], width[1], N), tiling(start[0], width[0], M)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from structmat.ops.common import cast, linear, plain
 
 
-def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, algorithm: str = "") -> Tensor:
     """Compute ``x @ (left @ right).T`` in ``R (M + N)`` multiplications per token.
 
     The operator is ``torch.ops.structmat.low_rank_matmul``; it returns ``x @ right.T`` too, for the backward.
@@ -21,6 +21,7 @@ def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         x: Input ``(..., N)``.
         left: ``(M, R)``.
         right: ``(R, N)``.
+        algorithm: One of ``common.LINEAR``; empty for the one that suits the tokens, the dtype and the device.
 
     Returns:
         Output ``(..., M)``.
@@ -28,20 +29,19 @@ def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     x, left, right = cast(x, left, right)
     if plain():
         return F.linear(F.linear(x, right), left)
-    y, _ = torch.ops.structmat.low_rank_matmul(x.reshape(-1, x.shape[-1]), left, right)
+    y, _ = torch.ops.structmat.low_rank_matmul(x.reshape(-1, x.shape[-1]), left, right, algorithm)
     return y.view(*x.shape[:-1], left.shape[0])
 
 
 @torch.library.custom_op("structmat::low_rank_matmul", mutates_args=())
-def _matmul(x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    product = linear if x.device.type == "cpu" else F.linear
-    z = product(x, right)
-    return product(z, left), z
+def _matmul(x: Tensor, left: Tensor, right: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
+    z = linear(x, right, algorithm)
+    return linear(z, left, algorithm), z
 
 
 @_matmul.register_fake
-def _(x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), left.shape[0]), x.new_empty(len(x), right.shape[0])
+def _(x: Tensor, left: Tensor, right: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], left.shape[0]), x.new_empty(x.shape[0], right.shape[0])
 
 
 @torch.library.custom_op("structmat::low_rank_matmul_backward", mutates_args=())
@@ -58,13 +58,13 @@ def _(upstream: Tensor, x: Tensor, z: Tensor, left: Tensor, right: Tensor) -> tu
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, left, right = inputs
+    x, left, right, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], left, right)
 
 
-def _backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor, ...]:
-    return torch.ops.structmat.low_rank_matmul_backward(upstream, *ctx.saved_tensors)
+def _backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *torch.ops.structmat.low_rank_matmul_backward(upstream, *ctx.saved_tensors), None
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)

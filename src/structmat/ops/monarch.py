@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ SMALL_RANK = 64
 """Of the blocks."""
 
 
-def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool = False) -> Tensor:
+def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool = False, algorithm: str = "") -> Tensor:
     """Compute ``x @ W.T`` for a Monarch matrix in ``t (J M + I N)`` multiplications per token.
 
     The operator is ``torch.ops.structmat.monarch_matmul``; its backward computes the intermediate again.
@@ -30,52 +31,81 @@ def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool 
         left: ``(I, P, J, t)``.
         right: ``(J, I, t, Q)``.
         permute_output: Emit entry ``p`` of output block ``i`` at ``p I + i`` (Dao et al. 2022) instead of ``i P + p``.
+        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device.
 
     Returns:
         Output ``(..., I P)``.
     """
     I, P = left.shape[:2]
     x, left, right = cast(x, left, right)
-    product = _whole if plain() else torch.ops.structmat.monarch_matmul
-    return product(x.reshape(-1, x.shape[-1]), left, right, permute_output).view(*x.shape[:-1], I * P)
+    tokens = x.reshape(-1, x.shape[-1])
+    if plain():
+        y = _whole(tokens, left, right, permute_output)
+    else:
+        y = torch.ops.structmat.monarch_matmul(tokens, left, right, permute_output, algorithm)
+    return y.view(*x.shape[:-1], I * P)
 
 
 @torch.library.custom_op("structmat::monarch_matmul", mutates_args=())
-def _matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Tensor:
-    (I, P, J, t), T = left.shape, len(x)
-    if x.device.type != "cpu" or T == 0:
-        return _whole(x, left, right, permute_output)
-    y = x.new_empty(T, I * P)
-    shape = (P, I) if permute_output else (I, P)
-    segments_out = y.unflatten(1, shape).permute((2, 0, 1) if permute_output else (1, 0, 2))  # (I, T, P)
-    if T >= MANY_TOKENS and t <= SMALL_RANK and not is_half(x):
-        _by_rows(x, left, right, segments_out)
-        return y
-    step = tokens_within(BUFFER / 2 if is_half(x) else BUFFER, I * J * t, x)
-    matrices = left.flatten(2).mT  # (I, J t, P)
-    for some, out in zip(x.split(step), segments_out.split(step, 1), strict=True):
-        torch.bmm(_regrouped(some, right), matrices, out=out)
-    return y
+def _matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool, algorithm: str) -> Tensor:
+    name = "whole" if x.shape[0] == 0 else algorithm or _automatic(x, left)
+    return ALGORITHMS[name](x, left, right, permute_output)
 
 
 @_matmul.register_fake
-def _(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Tensor:
-    return x.new_empty(len(x), left.shape[0] * left.shape[1])
+def _(x: Tensor, left: Tensor, right: Tensor, permute_output: bool, algorithm: str) -> Tensor:
+    return x.new_empty(x.shape[0], left.shape[0] * left.shape[1])
+
+
+def _automatic(x: Tensor, left: Tensor) -> str:
+    if x.device.type != "cpu":
+        return "whole"
+    return "rows" if x.shape[0] >= MANY_TOKENS and left.shape[3] <= SMALL_RANK and not is_half(x) else "tokens"
 
 
 def _whole(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Tensor:
+    """All tokens at once."""
     y = torch.bmm(_regrouped(x, right), left.flatten(2).mT)  # (I, T, P)
     return (y.permute(1, 2, 0) if permute_output else y.transpose(0, 1)).flatten(1).contiguous()
 
 
-def _by_rows(x: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
+def _tokens(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Tensor:
+    """Some of the tokens at a time."""
+    I, P, J, t = left.shape
+    y = x.new_empty(x.shape[0], I * P)
+    step = tokens_within(BUFFER / 2 if is_half(x) else BUFFER, I * J * t, x)
+    matrices = left.flatten(2).mT  # (I, J t, P)
+    for some, out in zip(x.split(step), _out_segments(y, I, permute_output).split(step, 1), strict=True):
+        torch.bmm(_regrouped(some, right), matrices, out=out)
+    return y
+
+
+def _by_rows(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Tensor:
     """One block row after the other: what the columns give it is side by side already."""
-    J, I, t, Q = right.shape
+    (I, P, _, _), (J, _, t, Q) = left.shape, right.shape
+    y = x.new_empty(x.shape[0], I * P)
+    out = _out_segments(y, I, permute_output)
     segments = x.unflatten(1, (J, Q)).permute(1, 2, 0)  # (J, Q, T)
-    z = x.new_empty(J, t, len(x))
+    z = x.new_empty(J, t, x.shape[0])
     for i in range(I):
         torch.bmm(right[:, i], segments, out=z)
         out[i].copy_(torch.mm(z.flatten(0, 1).mT, left[i].flatten(1).mT))
+    return y
+
+
+ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {
+    "tokens": _tokens,
+    "rows": _by_rows,
+    "whole": _whole,
+}
+"""Ways to compute the product, all of them right for every shape, dtype and device."""
+
+
+def _out_segments(y: Tensor, I: int, permute_output: bool) -> Tensor:
+    """``(T, I P)`` as ``(I, T, P)``."""
+    if permute_output:
+        return y.unflatten(1, (-1, I)).permute(2, 0, 1)
+    return y.unflatten(1, (I, -1)).transpose(0, 1)
 
 
 def _regrouped(x: Tensor, right: Tensor) -> Tensor:
@@ -90,10 +120,9 @@ def _regrouped(x: Tensor, right: Tensor) -> Tensor:
 def _matmul_backward(
     upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, permute_output: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (I, P, J, t), Q = left.shape, right.shape[-1]
+    (I, _, J, t), Q = left.shape, right.shape[-1]
     segments = x.unflatten(1, (J, Q)).transpose(0, 1)  # (J, T, Q)
-    shape = (P, I) if permute_output else (I, P)
-    upstream_segments = upstream.unflatten(1, shape).permute((2, 0, 1) if permute_output else (1, 0, 2))  # (I, T, P)
+    upstream_segments = _out_segments(upstream, I, permute_output)  # (I, T, P)
     z = _regrouped(x, right)
     left_gradient = torch.bmm(upstream_segments.mT, z).unflatten(2, (J, t))
     z_gradient = torch.bmm(upstream_segments, left.flatten(2))  # (I, T, J t)
@@ -109,13 +138,13 @@ def _(upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, permute_output: 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.permute_output = inputs
+    *tensors, ctx.permute_output, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.structmat.monarch_matmul_backward(upstream, *ctx.saved_tensors, ctx.permute_output)
-    return *gradients, None
+    return *gradients, None, None
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)

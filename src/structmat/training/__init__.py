@@ -11,6 +11,7 @@ from structmat.training.structure import (
     structure_state,
     structure_step_,
 )
+from structmat.training.structure_warnings import structure_warnings
 
 __all__ = [
     "StructureLearning",
@@ -23,4 +24,5 @@ __all__ = [
     "structure_layers",
     "structure_state",
     "structure_step_",
+    "structure_warnings",
 ]

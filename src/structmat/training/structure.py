@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,8 +70,10 @@ class StructureLearning:
         for name in ("shrinkage", "power"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} to be at least 0, got {getattr(self, name)}")
-        if self.sigma is not None and not (len(self.sigma) == 2 and min(self.sigma) > 0):
-            raise ValueError(f"expected two positive values of sigma, or None for no smoothing, got {self.sigma}")
+        if self.sigma is not None and not (len(self.sigma) == 2 and all(0 < s < math.inf for s in self.sigma)):
+            raise ValueError(
+                f"expected two positive, finite values of sigma, or None for no smoothing, got {self.sigma}"
+            )
         if not 0 <= self.hard_share <= 1:
             raise ValueError(f"expected hard_share in [0, 1], got {self.hard_share}")
 
@@ -173,7 +176,7 @@ def structure_state(
     Raises:
         ValueError: If there is no such layer, or the vectors of one are missing.
     """
-    return _state(_read(model, unit, vectors), unit)
+    return _state(read_layers(model, unit, vectors), unit)
 
 
 @torch.no_grad()
@@ -201,15 +204,15 @@ def structure_step_(
     Raises:
         ValueError: If there is no Gaudi-GBLR layer, a target's pattern matches none, or the vectors of one are missing.
     """
-    layers = _read(model, settings.unit, vectors)
+    layers = read_layers(model, settings.unit, vectors)
     strongest = 0.0
-    for target, group in _grouped(layers, settings.targets):
-        share = _share(group, settings.unit)
+    for target, group in grouped(layers, settings.targets):
+        share = share_of(group, settings.unit)
         strength = settings.strength(share, target)
         strongest = max(strongest, strength)
         amount = strength * learning_rate
         if settings.rule == "shrink" or settings.is_hard(progress):
-            amount = max(amount, _excess(group, settings.unit, target))
+            amount = max(amount, excess(group, settings.unit, target))
         for layer in group:
             layer.shrink(amount)
     sigma = settings.sigma_at(progress)
@@ -219,8 +222,8 @@ def structure_step_(
     return StructureState(state.share, state.layers, state.costs, state.dead, sigma, strongest)
 
 
-class _Layer:
-    """The structural parameters of one layer, whole."""
+class Layer:
+    """The structural parameters of one layer, whole; for this package alone, and so is everything below."""
 
     def __init__(self, name: str, module: StructuredModule, vectors: float) -> None:
         if not isinstance(module.format, GaudiGblr):
@@ -232,18 +235,33 @@ class _Layer:
         self.least = least.clamp_max(1)
 
     def shrunk(self, amount: float) -> Tensor:
+        """The widths after taking an amount off."""
         return torch.maximum((self.width - amount).clamp(0, 1), self.least)
 
     def shrink(self, amount: float) -> None:
+        """Take an amount off."""
         self.width = self.shrunk(amount)
 
     def cost(self, unit: Unit, width: Tensor) -> Tensor:
+        """What the layer costs at these widths."""
         return self.vectors * self.format.cost(width, unit)
 
     def dense_cost(self, unit: Unit) -> float:
+        """What shares are relative to."""
         return self.vectors * self.format.dense_cost(unit)
 
+    @property
+    def entries(self) -> Tensor:
+        """The widths in whole entries, ``(2, K)``."""
+        return self.format.rounded_widths(self.width)
+
+    @property
+    def dead(self) -> int:
+        """Components without a block."""
+        return int((self.entries == 0).any(0).sum())
+
     def write(self, sigma: float) -> None:
+        """Put everything back into the module, the locations wrapped."""
         location = self.module.get_parameter("location")
         location.sub_(location.floor())
         location.masked_fill_(location == 1, 0)  # -1e-9 wraps to 1 by rounding
@@ -251,20 +269,22 @@ class _Layer:
         self.module.get_buffer("sigma").fill_(sigma)
 
 
-def _read(model: nn.Module, unit: Unit, vectors: Mapping[str, float] | None) -> list[_Layer]:
+def read_layers(model: nn.Module, unit: Unit, vectors: Mapping[str, float] | None) -> list[Layer]:
+    """The Gaudi-GBLR layers of a network, those of which the unit can count the cost."""
     modules = structure_layers(model)
     if not modules:
         raise ValueError("expected a network with Gaudi-GBLR layers, got none; plan them with apply_plan_ first")
     if unit != "multiplications":
-        return [_Layer(name, module, 1) for name, module in modules.items()]
+        return [Layer(name, module, 1) for name, module in modules.items()]
     missing = [name for name in modules if name not in (vectors or {})]
     if vectors is None or missing:
         raise ValueError(f"expected how many vectors each layer sees for multiplications, missing: {missing}")
-    return [_Layer(name, module, vectors[name]) for name, module in modules.items()]
+    return [Layer(name, module, vectors[name]) for name, module in modules.items()]
 
 
-def _grouped(layers: list[_Layer], targets: Mapping[str, float]) -> list[tuple[float, list[_Layer]]]:
-    groups: dict[str, list[_Layer]] = {pattern: [] for pattern in targets}
+def grouped(layers: list[Layer], targets: Mapping[str, float]) -> list[tuple[float, list[Layer]]]:
+    """Each target and the layers that it is for."""
+    groups: dict[str, list[Layer]] = {pattern: [] for pattern in targets}
     for layer in layers:
         pattern = next((pattern for pattern in targets if re.fullmatch(pattern, layer.name)), None)
         if pattern is not None:
@@ -278,37 +298,37 @@ def _grouped(layers: list[_Layer], targets: Mapping[str, float]) -> list[tuple[f
     return [(targets[pattern], group) for pattern, group in groups.items()]
 
 
-def _costs(group: list[_Layer], unit: Unit, amount: float = 0.0) -> list[float]:
+def _costs(group: list[Layer], unit: Unit, amount: float = 0.0) -> list[float]:
     """Costs after taking an amount off all widths; one transfer from the device for all layers."""
     widths = (layer.shrunk(amount) if amount else layer.width for layer in group)
     costs = [layer.cost(unit, width) for layer, width in zip(group, widths, strict=True)]
     return torch.stack([cost.to(costs[0].device) for cost in costs]).tolist()
 
 
-def _share(group: list[_Layer], unit: Unit, amount: float = 0.0) -> float:
+def share_of(group: list[Layer], unit: Unit, amount: float = 0.0) -> float:
+    """The cost of a group after taking an amount off all widths, relative to the dense cost."""
     return sum(_costs(group, unit, amount)) / sum(layer.dense_cost(unit) for layer in group)
 
 
-def _excess(group: list[_Layer], unit: Unit, target: float) -> float:
+def excess(group: list[Layer], unit: Unit, target: float) -> float:
     """The least amount that, taken off all widths, brings the cost within the target; 1 if none does."""
-    if _share(group, unit) <= target:
+    if share_of(group, unit) <= target:
         return 0.0
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if _share(group, unit, middle) <= target else (middle, high)
+        low, high = (low, middle) if share_of(group, unit, middle) <= target else (middle, high)
     return high
 
 
-def _state(layers: list[_Layer], unit: Unit) -> StructureState:
+def _state(layers: list[Layer], unit: Unit) -> StructureState:
     costs, dense = _costs(layers, unit), [layer.dense_cost(unit) for layer in layers]
     total = sum(costs)
-    dead = sum(int((layer.format.rounded_widths(layer.width) == 0).any(0).sum()) for layer in layers)
     return StructureState(
         total / sum(dense),
         {layer.name: cost / whole for layer, cost, whole in zip(layers, costs, dense, strict=True)},
         {layer.name: cost / total if total else 0.0 for layer, cost in zip(layers, costs, strict=True)},
-        dead / sum(layer.format.components for layer in layers),
+        sum(layer.dead for layer in layers) / sum(layer.format.components for layer in layers),
         float(layers[0].module.get_buffer("sigma")),
     )
 

@@ -1,0 +1,23 @@
+"""Benchmarks that can be trusted: structured against dense in the same run, after a check that the results are right.
+
+``bench_layers`` times single layers, ``bench_generation`` whole language models, ``time_side_by_side`` anything.
+"""
+
+from structmat.bench.layers import LayerBench, LayerTime, bench_layers
+from structmat.bench.machine import Peak, hardware, measure_peak
+from structmat.bench.timing import Timing, time_in_turn, time_side_by_side
+from structmat.bench.verify import IncorrectResultError, check_format
+
+__all__ = [
+    "IncorrectResultError",
+    "LayerBench",
+    "LayerTime",
+    "Peak",
+    "Timing",
+    "bench_layers",
+    "check_format",
+    "hardware",
+    "measure_peak",
+    "time_in_turn",
+    "time_side_by_side",
+]

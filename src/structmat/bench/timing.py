@@ -1,0 +1,167 @@
+"""Timing callables in turn, so that a drift of the machine's speed meets all of them alike."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from structmat import _checks
+
+MODES = ("eager", "graphs", "compile")
+"""How what is timed runs: as it is, as one CUDA graph, or through ``torch.compile``."""
+
+BUSY_BYTES = 2**28
+"""A GPU is given this much to fill before it is timed: its caches are cold then, and it waits for no launch."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long something takes.
+
+    Attributes:
+        median: In seconds.
+        low: First quartile, in seconds.
+        high: Third quartile, in seconds.
+        rounds: How often it was timed.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        """Median and quartiles of single times."""
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1)
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, low, high, len(seconds))
+
+    def each(self, count: int) -> Timing:
+        """The time of one of ``count`` equal parts."""
+        return Timing(self.median / count, self.low / count, self.high / count, self.rounds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range relative to the median."""
+        return (self.high - self.low) / self.median if self.median else 0.0
+
+
+def time_side_by_side(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20) -> dict[str, float]:
+    """Time callables in turn, so that a drift of the machine's speed meets all of them alike.
+
+    Args:
+        candidates: What to time, by name; each is called twice to warm up.
+        rounds: How often each is timed.
+
+    Returns:
+        Median seconds of each.
+
+    Raises:
+        ValueError: If ``rounds`` is below 1.
+    """
+    return {name: timing.median for name, timing in time_in_turn(candidates, rounds=rounds, clock=synchronised).items()}
+
+
+def time_in_turn(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    clock: Callable[[Callable[[], object]], float] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Time callables in turn, with their spread.
+
+    Args:
+        candidates: What to time, by name; each is called twice to warm up.
+        rounds: How often each is timed.
+        clock: Calls something and says how many seconds it took; None for the one that suits the device.
+        device: Where the work is done.
+
+    Returns:
+        Median and quartiles of each.
+
+    Raises:
+        ValueError: If ``rounds`` is below 1.
+    """
+    _checks.positive_int(rounds, "rounds")
+    clock = clock or clock_of(torch.device(device))
+    for run in candidates.values():
+        run()
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            seconds[name].append(clock(run))
+    return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def synchronised(run: Callable[[], object]) -> float:
+    """Seconds that a call takes until all of its work is done, by the processor's clock."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def clock_of(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """The clock that suits a device: events on a GPU that is kept busy until the work is launched.
+
+    Args:
+        device: A CPU or a CUDA device.
+
+    Returns:
+        What calls something and says how many seconds its work took.
+    """
+    if device.type != "cuda":
+        return synchronised
+    ahead = torch.empty(BUSY_BYTES, dtype=torch.uint8, device=device)
+
+    def clock(run: Callable[[], object]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        ahead.zero_()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def captured(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """Turn work on a GPU into one CUDA graph.
+
+    Args:
+        build: Gives the work, a callable whose tensors keep their places; it is called on the stream of the capture,
+            where what it computes may be needed by the work's backward.
+
+    Returns:
+        What launches the graph.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run = build()
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    torch.cuda.synchronize()
+    return functools.partial(_launch, graph, run)
+
+
+def _launch(graph: torch.cuda.CUDAGraph, run: Callable[[], object]) -> None:
+    """Launch a graph; ``run`` comes along because it holds the tensors that the graph works on."""
+    graph.replay()

@@ -1,0 +1,145 @@
+"""The operators: every algorithm against the dense definition, beyond the sizes at which it works in parts."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from conformance import CASES, LARGE
+from structmat import Blast, BlockSparse, Format, LowRank, Monarch
+from structmat.ops import blast, common, monarch
+
+WITH_ALGORITHMS = {
+    "blast": Blast(60, 84, blocks=(4, 6), rank=37),
+    "blast one block": Blast(40, 24, blocks=1, rank=9),
+    "monarch": Monarch(60, 84, blocks=(4, 6), rank=3),
+    "monarch permuted": Monarch(60, 84, blocks=(6, 4), rank=5, permute_output=True),
+    "low-rank": LowRank(60, 84, rank=19),
+    "low-rank, few rows": LowRank(7, 84, rank=3),
+}
+OPERATORS = {
+    name: CASES[name]
+    for name in (
+        "low-rank square", "block-diagonal wide", "monarch 3x7 blocks, I > J", "monarch permuted, I < J",
+        "blast 3x7 blocks, I > J", "block-sparse 3x7 blocks, unequal rows", "block-sparse empty first row", "gblr wide",
+    )
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch):
+    """So that few tokens and components already go in several parts."""
+    monkeypatch.setattr(blast, "TOKENS", 24)
+    monkeypatch.setattr(blast, "HALF_TOKENS", 20)
+    monkeypatch.setattr(blast, "BUFFER", 6 * 8 * 9 * 24 / 2**20)
+    monkeypatch.setattr(monarch, "BUFFER", 0.001)
+    monkeypatch.setattr(monarch, "MANY_TOKENS", 40)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17, 33, 50, 100])
+@pytest.mark.parametrize("name", WITH_ALGORITHMS)
+def test_every_algorithm_is_the_product_with_the_dense_matrix(name: str, tokens: int):
+    format = WITH_ALGORITHMS[name]
+    factors = format.init(dtype=torch.float64)
+    x = torch.randn(tokens, format.N, dtype=torch.float64)
+    expected = x @ format.to_dense(factors).mT
+    assert format.algorithms
+    for algorithm in ("", *format.algorithms):
+        got = format.matmul(x, factors, algorithm)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=lambda text, a=algorithm: f"{a}: {text}")
+        assert got.is_contiguous() or got.shape[0] == 1
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 17, 50])
+@pytest.mark.parametrize("name", WITH_ALGORITHMS)
+def test_every_algorithm_loses_a_few_roundings_in_16_bits(name: str, tokens: int, dtype: torch.dtype):
+    format = WITH_ALGORITHMS[name]
+    factors = format.init(dtype=dtype)
+    x = torch.randn(tokens, format.N, dtype=dtype)
+    exact = x.double() @ format.to_dense({n: f.double() for n, f in factors.items()}).mT
+    for algorithm in ("", *format.algorithms):
+        got = format.matmul(x, factors, algorithm)
+        assert got.dtype == dtype
+        error = ((got.double() - exact).norm() / exact.norm()).item()
+        assert error < 6 * torch.finfo(dtype).eps, (algorithm, error)
+
+
+def test_the_automatic_choice_depends_on_tokens_and_dtype():
+    few, some, many = (torch.empty(n, 8) for n in (1, 20, 200))
+    assert [blast._automatic(x) for x in (few, some, many)] == ["vectors", "vectors first", "components"]
+    assert blast._automatic(many.bfloat16()) == "tokens"
+    assert blast._automatic(torch.empty(200, 8, device="meta")) == "whole"
+    weight = torch.empty(64, 8)
+    assert [common._automatic(x, weight) for x in (few, some, many)] == ["split", "transposed", "linear"]
+
+
+def leaf(tensor: torch.Tensor, learns: bool) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(learns and tensor.requires_grad)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str):
+    format = OPERATORS[name]
+    specs = format.factor_specs()
+    factors = {n: f.requires_grad_(specs[n].trainable) for n, f in format.init(dtype=torch.float64).items()}
+    recorded: list[tuple[object, tuple[object, ...]]] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "structmat":
+                recorded.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(5, format.N, dtype=torch.float64, requires_grad=True)
+    with Record():
+        format.matmul(x, factors).sum().backward()
+    names = [str(function) for function, _ in recorded]
+    assert len(names) >= 2
+    assert sum("backward" in name for name in names) * 2 == len(names)
+    for function, args in recorded:
+        learns = "backward" not in str(function)  # gradients of gradients are not there
+        leaves = tuple(leaf(a, learns) if isinstance(a, torch.Tensor) else a for a in args)
+        opcheck(function, leaves, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_gradients_of_many_tokens(name: str):
+    format = LARGE[name]
+    factors = format.init(dtype=torch.float64)
+    trainable = [factors[n].requires_grad_() for n, spec in format.factor_specs().items() if spec.trainable]
+    x = torch.randn(300, format.N, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(300, format.M, dtype=torch.float64)
+    got = torch.autograd.grad(format.matmul(x, factors), [x, *trainable], upstream)
+    expected = torch.autograd.grad(x @ format.to_dense(factors).mT, [x, *trainable], upstream)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [*OPERATORS, "tiled gblr"])
+def test_export_has_no_operator_of_ours_where_pytorch_has_its_own(name: str):
+    format: Format = CASES[name]
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for key, factor in format.init().items():
+                self.register_buffer(key, factor)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return format.matmul(x, dict(self.named_buffers()))
+
+    module, x = Module(), torch.randn(3, format.N)
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: tokens},))
+    other = torch.randn(9, format.N)
+    torch.testing.assert_close(program.module()(other), module(other))
+    ours = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("structmat")}
+    assert bool(ours) == (format.name == "gblr")
+
+
+def test_block_sparse_rows_of_every_count_go_through_one_operator():
+    format = BlockSparse(15, 21, ("110", "001", "111", "000", "101"))
+    factors = format.init(dtype=torch.float64)
+    x = torch.randn(4, 21, dtype=torch.float64)
+    torch.testing.assert_close(format.matmul(x, factors), x @ format.to_dense(factors).mT)
