@@ -155,9 +155,9 @@ def test_the_public_list() -> None:
         "GaudiGblr", "Gblr", "GradientFit", "Lee2024Blast", "Lee2024Gblr", "LowRank", "Magnitude", "Method", "Moments",
         "Monarch", "Optimization", "Plan", "Refinement", "Report", "Rule", "StructuredConv2d", "StructuredLinear",
         "TiledGblr", "TruncatedSvd", "__version__", "add_gblr", "apply_plan_", "calibrate", "compress_",
-        "default_method", "densify_", "flat_butterfly", "format_from_json", "harden", "harden_", "hardening_gap", "interpolate_gaudi",
-        "load", "load_pretrained", "make_plan", "optimize_", "plan_of", "report", "save", "tile", "tile_", "to_blast",
-        "to_gaudi", "to_gblr",
+        "default_method", "densify_", "flat_butterfly", "format_from_json", "harden", "harden_", "hardening_gap",
+        "interpolate_gaudi", "load", "load_pretrained", "make_plan", "optimize_", "plan_of", "report", "save", "tile",
+        "tile_", "to_blast", "to_gaudi", "to_gblr",
     ]  # fmt: skip
 
 

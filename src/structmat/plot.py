@@ -221,8 +221,10 @@ _KIND_COLORS = (*COLORS, "#B8A800", "#666666")
 def _kinds(names: Sequence[str], costs: Mapping[str, float]) -> dict[str, list[str]]:
     """Layers whose names differ in numbers alone, by what their names end with; the smallest kinds are one."""
     patterns: dict[str, list[str]] = {}
-    for name in sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
+    for name in names:
         patterns.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+    for found in patterns.values():
+        found.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     ends = [pattern.rpartition("*.")[2] for pattern in patterns]
     labels = [end if ends.count(end) == 1 else pattern for end, pattern in zip(ends, patterns, strict=True)]
     kinds = dict(zip(labels, patterns.values(), strict=True))
@@ -230,7 +232,7 @@ def _kinds(names: Sequence[str], costs: Mapping[str, float]) -> dict[str, list[s
         return kinds
     order = sorted(kinds, key=lambda label: sum(costs[name] for name in kinds[label]), reverse=True)
     rest = [name for label in kinds if label in order[KINDS - 1 :] for name in kinds[label]]
-    return {**{label: found for label, found in kinds.items() if label in order[: KINDS - 1]}, "others": rest}
+    return {**{label: kinds[label] for label in kinds if label in order[: KINDS - 1]}, "others": rest}
 
 
 def _lighter(color: str, share: float) -> tuple[float, ...]:
