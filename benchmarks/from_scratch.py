@@ -64,8 +64,8 @@ class Grid:
 
 GRIDS = {
     "vit": Grid("ViT from random weights", "vit", (0.25, 0.125, 0.0625), 0.125, 1000, (1e-3, 2e-3, 4e-3)),
-    "mixer": Grid("MLP-Mixer from random weights", "mixer", (0.125,), 0.125, 600, (1e-3, 2e-3, 4e-3)),
-    "finetune": Grid("ViT from pretrained weights", "vit", (0.125,), 0.125, 300, (5e-4, 1e-3, 2e-3), 1000),
+    "mixer": Grid("MLP-Mixer from random weights", "mixer", (0.125,), 0.125, 400, (1e-3, 2e-3, 4e-3)),
+    "finetune": Grid("ViT from pretrained weights", "vit", (0.125,), 0.125, 200, (5e-4, 1e-3, 2e-3), 1000),
 }
 
 

@@ -2,34 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from pathlib import Path
+from structmat.bench import hardware
 
-import torch
-
-from structmat import __version__
-
-
-def hardware() -> dict[str, str]:
-    """Name the processor, the accelerator, the threads and the versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [
-        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
-    facts = {
-        "processor": models[0] if models else platform.processor(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "structmat": __version__,
-    }
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+__all__ = ["hardware", "hardware_line"]
 
 
 def hardware_line(facts: dict[str, str]) -> str:

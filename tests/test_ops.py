@@ -21,6 +21,7 @@ OPERATORS = {
     for name in (
         "low-rank square", "block-diagonal wide", "monarch 3x7 blocks, I > J", "monarch permuted, I < J",
         "blast 3x7 blocks, I > J", "block-sparse 3x7 blocks, unequal rows", "block-sparse empty first row", "gblr wide",
+        "tiled gblr, several tiles in a block",
     )
 }  # fmt: skip
 
@@ -44,7 +45,7 @@ def test_every_algorithm_is_the_product_with_the_dense_matrix(name: str, tokens:
     x = torch.randn(tokens, format.N, dtype=torch.float64)
     expected = x @ format.to_dense(factors).mT
     assert format.algorithms
-    for algorithm in ("", *format.algorithms):
+    for algorithm in ("", *(name for name in format.algorithms if name != "triton")):
         got = format.matmul(x, factors, algorithm)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=lambda text, a=algorithm: f"{a}: {text}")
         assert got.is_contiguous() or got.shape[0] == 1
@@ -59,7 +60,7 @@ def test_every_algorithm_loses_a_few_roundings_in_16_bits(name: str, tokens: int
     factors = format.init(dtype=dtype)
     x = torch.randn(tokens, format.N, dtype=dtype)
     exact = x.double() @ format.to_dense({n: f.double() for n, f in factors.items()}).mT
-    for algorithm in ("", *format.algorithms):
+    for algorithm in ("", *(name for name in format.algorithms if name != "triton")):
         got = format.matmul(x, factors, algorithm)
         assert got.dtype == dtype
         error = ((got.double() - exact).norm() / exact.norm()).item()
@@ -116,7 +117,7 @@ def test_gradients_of_many_tokens(name: str):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [*OPERATORS, "tiled gblr"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_export_has_no_operator_of_ours_where_pytorch_has_its_own(name: str):
     format: Format = CASES[name]
 

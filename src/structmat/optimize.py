@@ -24,6 +24,7 @@ from structmat.convert import densify_, tile_
 from structmat.formats import Format, Gblr, tile
 from structmat.nn import StructuredModule
 from structmat.nn.linear import bucket
+from structmat.ops.common import TRITON
 
 AUTOMATIC = "automatic"
 DENSE = "dense"
@@ -279,7 +280,7 @@ def _measure(layer: StructuredModule, tokens: int, dtype: torch.dtype, rounds: i
     device = next(iter(factors.values())).device
     x = torch.randn(tokens, format.N, device=device, dtype=dtype)
     ways: dict[str, tuple[Format, Mapping[str, Tensor], str]] = {AUTOMATIC: (format, factors, "")}
-    ways |= {name: (format, factors, name) for name in format.algorithms}
+    ways |= {name: (format, factors, name) for name in format.algorithms if name != TRITON or device.type == "cuda"}
     if isinstance(format, Gblr) and format.components:
         ways[TILED] = (*tile(format, factors), "")
     runs = {name: _in_turn(way, x) for name, way in ways.items()}

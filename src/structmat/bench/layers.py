@@ -201,13 +201,15 @@ def bench_layers(
     with bar:
         for dtype in dtypes:
             bar.set_postfix_str(f"checking {_name(dtype)}")
-            _check(formats, planned, dtype, device, tokens, gradients, choose is not None)
+            _check(formats, planned, dtype, device, tokens, gradients)
             bar.update()
         for dtype in dtypes:
             if _name(dtype) not in measured:
                 measured[_name(dtype)] = measure_peak(dtype, device, large=cold > 0)
             for shape in shapes:
-                stacks = _Stacks(planned[shape], dtype, device, cold, mode, choose, tokens)
+                stacks = _Stacks(planned[shape], dtype, device, cold, mode)
+                if choose is not None:
+                    stacks.choose(choose, tokens, formats)
                 for count in tokens:
                     bar.set_postfix_str(f"{shape[0]} x {shape[1]}, {count} tokens, {_name(dtype)}")
                     times += stacks.time(count, steps, rounds, measured[_name(dtype)])
@@ -218,6 +220,13 @@ def bench_layers(
 
 def checked_device(device: torch.device | str, mode: str) -> torch.device:
     """The device, if it is one that can be timed in this mode.
+
+    Args:
+        device: A CPU or a CUDA device.
+        mode: One of ``MODES``.
+
+    Returns:
+        The device.
 
     Raises:
         ValueError: If it is neither a CPU nor a CUDA device, is not there, or cannot run in the mode.
@@ -239,34 +248,27 @@ def _check(
     device: torch.device,
     tokens: Sequence[int],
     gradients: bool,
-    chosen: bool,
 ) -> None:
     """Check each format at a small size with odd blocks, and at the smallest shape that will be timed."""
     smallest = min(planned, key=lambda shape: shape[0] * shape[1])
     for label, rule in formats.items():
-        blocks = rule.blocks or 1
-        I, J = (blocks, blocks) if isinstance(blocks, int) else blocks
-        keep = max(rule.keep or 0.0, SMALL_KEEP)
-        small = dataclasses.replace(rule, keep=keep).format_for(21 * I, 27 * J)
-        counts = sorted({1, 7, *tokens})
-        ways = ("", *small.algorithms) if chosen else ("",)
-        check_format(small, dtype, device, counts, gradients=gradients, algorithms=ways)
+        check_format(_small(rule), dtype, device, sorted({1, 7, *tokens}), gradients=gradients)
         if gradients:
             check_format(planned[smallest][label], dtype, device, [FEW_TOKENS], gradients=True)
+
+
+def _small(rule: Rule) -> Format:
+    """A small member of a format, with blocks of odd sizes."""
+    blocks = rule.blocks or 1
+    I, J = (blocks, blocks) if isinstance(blocks, int) else blocks
+    return dataclasses.replace(rule, keep=max(rule.keep or 0.0, SMALL_KEEP)).format_for(21 * I, 27 * J)
 
 
 class _Stacks:
     """The layers of one shape and dtype: one stack for the dense layer and for each format."""
 
     def __init__(
-        self,
-        formats: Mapping[str, Format],
-        dtype: torch.dtype,
-        device: torch.device,
-        cold: int,
-        mode: str,
-        choose: Chooser | None,
-        tokens: Sequence[int],
+        self, formats: Mapping[str, Format], dtype: torch.dtype, device: torch.device, cold: int, mode: str
     ) -> None:
         self.dtype, self.device, self.mode, self.formats = dtype, device, mode, formats
         M, N = next(iter(formats.values())).shape
@@ -277,16 +279,21 @@ class _Stacks:
         for label, format in formats.items():
             layer = StructuredLinear(format, bias=False, dtype=dtype, device=device)
             self.weights[label] = exact_weight(layer)
-            if choose is not None:
-                prepared = copy.deepcopy(layer)
-                choose(nn.Sequential(prepared), tokens)
-                self.chosen[label] = dict(prepared.algorithms)
             first[label] = layer
         self.bytes = {label: _held(layer) for label, layer in first.items()}
         self.copies = max(2, -(-cold // min(self.bytes.values()))) if cold else 1
         self.layers = {
             label: [layer, *(copy.deepcopy(layer) for _ in range(self.copies - 1))] for label, layer in first.items()
         }
+
+    def choose(self, chooser: Chooser, tokens: Sequence[int], rules: Mapping[str, Rule]) -> None:
+        """Choose algorithms for these numbers of tokens, and check each that was chosen at a small size."""
+        for label, format in self.formats.items():
+            layer = StructuredLinear(format, bias=False, dtype=self.dtype, device=self.device)
+            chooser(nn.Sequential(layer), tokens)
+            self.chosen[label] = dict(layer.algorithms)
+            ways = sorted(set(layer.algorithms.values()))
+            check_format(_small(rules[label]), self.dtype, self.device, sorted({7, *tokens}), algorithms=ways)
 
     def time(self, tokens: int, steps: Sequence[str], rounds: int, peak: Peak) -> list[LayerTime]:
         """Time every step with so many tokens."""
@@ -302,7 +309,8 @@ class _Stacks:
                 check_layer(layers[0], x, self.weights[label])
         times: list[LayerTime] = []
         for step in steps:
-            torch.compiler.reset()
+            if self.mode == "compile":
+                torch.compiler.reset()
             runs = {f"{label}|{way}": _run(layers, x, step, self.mode) for (label, way), layers in stacks.items()}
             found = time_in_turn(runs, rounds=rounds, device=self.device)
             dense = found["dense|automatic"].each(self.copies)

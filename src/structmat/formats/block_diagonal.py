@@ -12,6 +12,7 @@ from torch import Tensor
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
 from structmat.ops import block_diagonal_matmul
+from structmat.ops.block_diagonal import ALGORITHMS
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class BlockDiagonal(Format):
     blocks: int
 
     name: ClassVar[str] = "block_diagonal"
+    algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"blocks": 1.0}
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class BlockDiagonal(Format):
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """One batched product over the blocks."""
-        return block_diagonal_matmul(x, factors["blocks"].view(self.blocks, *self.block_shape))
+        return block_diagonal_matmul(x, factors["blocks"].view(self.blocks, *self.block_shape), algorithm)
 
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         Q = self.block_shape[1]

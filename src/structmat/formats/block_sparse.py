@@ -13,6 +13,7 @@ from torch import Tensor
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, RankedFormat
 from structmat.ops import block_sparse_matmul, low_rank_matmul
+from structmat.ops.block_sparse import ALGORITHMS
 
 
 def flat_butterfly(blocks: tuple[int, int], stride: int) -> tuple[str, ...]:
@@ -80,6 +81,7 @@ class BlockSparse(RankedFormat):
     rank: int = 0
 
     name: ClassVar[str] = "block_sparse"
+    algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     takes_blocks: ClassVar[bool] = True
     scale_exponents: ClassVar[dict[str, float]] = {"blocks": 1.0, "left": 0.5, "right": 0.5}
 
@@ -234,7 +236,9 @@ class BlockSparse(RankedFormat):
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """One batched product for each number of blocks in a row, plus the low-rank product."""
-        y = block_sparse_matmul(x, factors["blocks"].view(-1, *self.block_shape), self.columns, self.blocks[1])
+        y = block_sparse_matmul(
+            x, factors["blocks"].view(-1, *self.block_shape), self.columns, self.blocks[1], algorithm
+        )
         return y + low_rank_matmul(x, factors["left"], factors["right"]) if self.rank else y
 
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:

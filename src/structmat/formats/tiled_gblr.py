@@ -12,7 +12,7 @@ from torch import Tensor
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
 from structmat.formats.gblr import Gblr
-from structmat.ops.gblr import tile_matmul, tiling
+from structmat.ops.gblr import ALGORITHMS, rows_to_components, tiled_gblr_matmul, tiling
 
 AXES = ("left", "right")
 
@@ -47,6 +47,7 @@ class TiledGblr(Format):
 
     name: ClassVar[str] = "tiled_gblr"
     must_save: ClassVar[bool] = False
+    algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 2, "right": 1 / 2}
 
     def __post_init__(self) -> None:
@@ -92,17 +93,14 @@ class TiledGblr(Format):
         left, right = (factors[name].view(self._sizes(axis)) for axis, name in enumerate(AXES))
         inputs = (right, factors["right_place"], factors["right_rows"], factors["right_offsets"])
         outputs = (left, factors["left_place"], factors["left_index"])
-        return tile_matmul(x.reshape(-1, self.N), inputs, outputs, self.M).view(*x.shape[:-1], self.M)
+        return tiled_gblr_matmul(x, inputs, outputs, self.M, algorithm)
 
     def _sizes(self, axis: int) -> tuple[int, int, int]:
         return self.tiles[axis], self.heights[axis], self.block_sizes[axis]
 
     def _components(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """The component of every row of ``left`` and of ``right``."""
-        rows, offsets = factors["right_rows"].long(), factors["right_offsets"].long()
-        ends = torch.cat([offsets[1:], offsets.new_full((1,), len(rows))])
-        components = torch.repeat_interleave(torch.arange(len(offsets), device=rows.device), ends - offsets)
-        return factors["left_index"].long(), torch.empty_like(rows).index_put((rows,), components)
+        return factors["left_index"].long(), rows_to_components(factors["right_rows"], factors["right_offsets"])
 
     def _how_to_save(self) -> str:
         return "keep the GBLR layer, which has no padding"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import MIB, cast, is_half, plain, tokens_within
+from structmat.ops.common import MIB, TRITON, cast, is_half, plain, side_by_side, tokens_within
 
 FEW_TOKENS = 4
 """Up to this many tokens a CPU multiplies vectors with matrices; beyond, matrices with matrices."""
@@ -148,20 +148,32 @@ def _half(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     return y
 
 
+def _triton(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
+    """Kernels of our own, for a GPU."""
+    from structmat.ops.triton import blast as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+
+    return kernels.blast_forward(*side_by_side(x, left, diag, right))
+
+
 ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "vectors": _few,
     "vectors first": _some,
     "components": _many,
     "tokens": _half,
     "whole": _whole,
+    TRITON: _triton,
 }
-"""Ways to compute the product, all of them right for every shape, dtype and device."""
+"""Ways to compute the product: right for every shape, dtype and device, but for triton's, which are for GPUs."""
 
 
 @torch.library.custom_op("structmat::blast_matmul_backward", mutates_args=())
 def _matmul_backward(
-    upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor
+    upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if algorithm == TRITON and x.shape[0]:
+        from structmat.ops.triton import blast as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+
+        return kernels.blast_backward(*side_by_side(upstream, x, left, diag, right))
     (I, _, R), (J, _, Q), T = left.shape, right.shape, x.shape[0]
     couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
     segments, upstream_segments = _segments(x, right), _segments(upstream, left.mT)  # (J, Q, T), (I, P, T)
@@ -187,17 +199,19 @@ def _matmul_backward(
 
 
 @_matmul_backward.register_fake
-def _(upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), left.new_empty(left.shape), diag.new_empty(diag.shape), right.new_empty(right.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _ = inputs
+    *tensors, ctx.algorithm = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors), None
+    return *torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors, ctx.algorithm), None
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import cast, plain
+from structmat.ops.common import TRITON, cast, plain, side_by_side
 
 
-def block_diagonal_matmul(x: Tensor, blocks: Tensor) -> Tensor:
+def block_diagonal_matmul(x: Tensor, blocks: Tensor, algorithm: str = "") -> Tensor:
     """Compute ``x @ W.T`` for ``W`` with ``blocks`` on its diagonal, in ``I P Q`` multiplications per token.
 
     The operator is ``torch.ops.structmat.block_diagonal_matmul``.
@@ -19,14 +20,16 @@ def block_diagonal_matmul(x: Tensor, blocks: Tensor) -> Tensor:
     Args:
         x: Input ``(..., I Q)``.
         blocks: ``(I, P, Q)``.
+        algorithm: One of ``ALGORITHMS``; empty for the one that suits the device.
 
     Returns:
         Output ``(..., I P)``.
     """
     I, P, _ = blocks.shape
     x, blocks = cast(x, blocks)
-    product = _whole if plain() else torch.ops.structmat.block_diagonal_matmul
-    return product(x.reshape(-1, x.shape[-1]), blocks).view(*x.shape[:-1], I * P)
+    tokens = x.reshape(-1, x.shape[-1])
+    y = _whole(tokens, blocks) if plain() else torch.ops.structmat.block_diagonal_matmul(tokens, blocks, algorithm)
+    return y.view(*x.shape[:-1], I * P)
 
 
 def _whole(x: Tensor, blocks: Tensor) -> Tensor:
@@ -34,10 +37,8 @@ def _whole(x: Tensor, blocks: Tensor) -> Tensor:
     return torch.bmm(segments, blocks.mT).transpose(0, 1).flatten(1).contiguous()
 
 
-@torch.library.custom_op("structmat::block_diagonal_matmul", mutates_args=())
-def _matmul(x: Tensor, blocks: Tensor) -> Tensor:
-    if x.device.type != "cpu":
-        return _whole(x, blocks)
+def _in_place(x: Tensor, blocks: Tensor) -> Tensor:
+    """The products written where they belong."""
     I, P, Q = blocks.shape
     y = x.new_empty(x.shape[0], I * P)
     segments = x.unflatten(1, (I, Q)).transpose(0, 1)  # (I, T, Q)
@@ -45,13 +46,34 @@ def _matmul(x: Tensor, blocks: Tensor) -> Tensor:
     return y
 
 
+def _triton(x: Tensor, blocks: Tensor) -> Tensor:
+    """Kernels of our own, for a GPU."""
+    from structmat.ops.triton import block_diagonal as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+
+    return kernels.block_diagonal_forward(*side_by_side(x, blocks))
+
+
+ALGORITHMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"in place": _in_place, "whole": _whole, TRITON: _triton}
+"""Ways to compute the product: right for every shape, dtype and device, but for triton's, which are for GPUs."""
+
+
+@torch.library.custom_op("structmat::block_diagonal_matmul", mutates_args=())
+def _matmul(x: Tensor, blocks: Tensor, algorithm: str) -> Tensor:
+    name = "whole" if x.shape[0] == 0 else algorithm or ("in place" if x.device.type == "cpu" else "whole")
+    return ALGORITHMS[name](x, blocks)
+
+
 @_matmul.register_fake
-def _(x: Tensor, blocks: Tensor) -> Tensor:
+def _(x: Tensor, blocks: Tensor, algorithm: str) -> Tensor:
     return x.new_empty(x.shape[0], blocks.shape[0] * blocks.shape[1])
 
 
 @torch.library.custom_op("structmat::block_diagonal_matmul_backward", mutates_args=())
-def _matmul_backward(upstream: Tensor, x: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _matmul_backward(upstream: Tensor, x: Tensor, blocks: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
+    if algorithm == TRITON and x.shape[0]:
+        from structmat.ops.triton import block_diagonal as kernels  # noqa: PLC0415 - triton where it is asked for
+
+        return kernels.block_diagonal_backward(*side_by_side(upstream, x, blocks))
     I, P, Q = blocks.shape
     segments = x.unflatten(1, (I, Q)).transpose(0, 1)  # (I, T, Q)
     upstream_segments = upstream.unflatten(1, (I, P)).transpose(0, 1)  # (I, T, P)
@@ -59,16 +81,18 @@ def _matmul_backward(upstream: Tensor, x: Tensor, blocks: Tensor) -> tuple[Tenso
 
 
 @_matmul_backward.register_fake
-def _(upstream: Tensor, x: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _(upstream: Tensor, x: Tensor, blocks: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), blocks.new_empty(blocks.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.algorithm = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.structmat.block_diagonal_matmul_backward(upstream, *ctx.saved_tensors)
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.structmat.block_diagonal_matmul_backward(upstream, *ctx.saved_tensors, ctx.algorithm)
+    return *gradients, None
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)

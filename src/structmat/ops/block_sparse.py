@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import cast, plain
+from structmat.ops.common import TRITON, cast, plain, side_by_side
 
 
-def block_sparse_matmul(x: Tensor, blocks: Tensor, columns: Sequence[Sequence[int]], block_columns: int) -> Tensor:
+def block_sparse_matmul(
+    x: Tensor, blocks: Tensor, columns: Sequence[Sequence[int]], block_columns: int, algorithm: str = ""
+) -> Tensor:
     """Compute ``x @ W.T`` for ``W`` made of dense blocks on a fixed pattern, in ``P Q`` multiplications per block.
 
     Block rows that hold equally many blocks go through one batched product: their input segments are gathered side by
@@ -25,14 +28,15 @@ def block_sparse_matmul(x: Tensor, blocks: Tensor, columns: Sequence[Sequence[in
         blocks: ``(n, P, Q)``, the blocks that are on, row by row, each row's from left to right.
         columns: For each of the ``I`` block rows the columns of its blocks, ascending.
         block_columns: ``J``.
+        algorithm: One of ``ALGORITHMS``; empty for the one that suits the device.
 
     Returns:
         Output ``(..., I P)``.
     """
     x, blocks = cast(x, blocks)
     counts, flat = [len(row) for row in columns], [column for row in columns for column in row]
-    product = _whole if plain() else torch.ops.structmat.block_sparse_matmul
-    y = product(x.reshape(-1, x.shape[-1]), blocks, counts, flat, block_columns)
+    arguments = (x.reshape(-1, x.shape[-1]), blocks, counts, flat, block_columns)
+    y = _whole(*arguments) if plain() else torch.ops.structmat.block_sparse_matmul(*arguments, algorithm)
     return y.view(*x.shape[:-1], len(counts) * blocks.shape[1])
 
 
@@ -67,20 +71,58 @@ def _rows(blocks: Tensor, entries: Sequence[range]) -> Tensor:
     return kept.transpose(1, 2).flatten(2)
 
 
+def _triton(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int) -> Tensor:
+    """Kernels of our own, for a GPU."""
+    from structmat.ops.triton import block_sparse as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+
+    pattern = _pattern(tuple(counts), tuple(columns), x.device)
+    return kernels.block_sparse_forward(*side_by_side(x, blocks), *pattern, block_columns)
+
+
+@lru_cache(maxsize=1024)
+def _pattern(counts: tuple[int, ...], columns: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each block row begins and the columns, on the device; made once, since a CUDA graph cannot copy them."""
+    starts = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32, device=device)
+    return starts, torch.tensor(columns, dtype=torch.int32, device=device)
+
+
+ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Sequence[int], Sequence[int], int], Tensor]] = {
+    "whole": _whole,
+    TRITON: _triton,
+}
+"""Ways to compute the product: right for every shape, dtype and device, but for triton's, which are for GPUs."""
+
+
 @torch.library.custom_op("structmat::block_sparse_matmul", mutates_args=())
-def _matmul(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int) -> Tensor:
-    return _whole(x, blocks, counts, columns, block_columns)
+def _matmul(
+    x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int, algorithm: str
+) -> Tensor:
+    name = "whole" if x.shape[0] == 0 else algorithm or "whole"
+    return ALGORITHMS[name](x, blocks, counts, columns, block_columns)
 
 
 @_matmul.register_fake
-def _(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int) -> Tensor:
+def _(
+    x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int, algorithm: str
+) -> Tensor:
     return x.new_empty(x.shape[0], len(counts) * blocks.shape[1])
 
 
 @torch.library.custom_op("structmat::block_sparse_matmul_backward", mutates_args=())
 def _matmul_backward(
-    upstream: Tensor, x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int
+    upstream: Tensor,
+    x: Tensor,
+    blocks: Tensor,
+    counts: Sequence[int],
+    columns: Sequence[int],
+    block_columns: int,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor]:
+    if algorithm == TRITON and x.shape[0]:
+        from structmat.ops.triton import block_sparse as kernels  # noqa: PLC0415 - triton where it is asked for
+
+        pattern = _pattern(tuple(counts), tuple(columns), x.device)
+        return kernels.block_sparse_backward(*side_by_side(upstream, x, blocks), *pattern, block_columns)
     P, Q = blocks.shape[1:]
     segments = x.unflatten(1, (block_columns, Q)).transpose(0, 1)  # (J, T, Q)
     upstream_segments = upstream.unflatten(1, (len(counts), P)).transpose(0, 1)  # (I, T, P)
@@ -100,7 +142,13 @@ def _matmul_backward(
 
 @_matmul_backward.register_fake
 def _(
-    upstream: Tensor, x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int
+    upstream: Tensor,
+    x: Tensor,
+    blocks: Tensor,
+    counts: Sequence[int],
+    columns: Sequence[int],
+    block_columns: int,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), blocks.new_empty(blocks.shape)
 
@@ -112,7 +160,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.structmat.block_sparse_matmul_backward(upstream, *ctx.saved_tensors, *ctx.pattern)
-    return *gradients, None, None, None
+    return *gradients, None, None, None, None
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)

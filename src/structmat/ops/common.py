@@ -10,6 +10,9 @@ from torch import Tensor
 
 MIB = 2**20
 
+TRITON = "triton"
+"""Name of the algorithms that are kernels of our own; they run on a GPU, and on a CPU in triton's interpreter."""
+
 ROW_SPLITS = 8
 """Into how many parts the rows of a matrix go for a product with few vectors on a CPU."""
 
@@ -21,6 +24,11 @@ def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype(device)
         return tuple(tensor.to(dtype) for tensor in tensors)
     return tensors
+
+
+def side_by_side(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, contiguous."""
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def plain() -> bool:

@@ -7,6 +7,7 @@ dense ones over all tiles, and sums of rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import cast
+from structmat.ops.common import TRITON, cast, plain, side_by_side
 
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes to choose from."""
@@ -165,9 +166,7 @@ class Tiling:
 
     def bags(self, K: int) -> tuple[Tensor, Tensor]:
         """The rows of all tiles, sorted by their components, ``(S H,)``, and where each component's begin, ``(K,)``."""
-        index = self.index.flatten()
-        counts = torch.bincount(index, minlength=K)
-        return index.argsort(stable=True), counts.cumsum(0) - counts
+        return _bags(self.index.flatten(), K)
 
     def outer(self, x: Tensor, z: Tensor) -> Tensor:
         """``sum_t x[t, place] z[component, t]`` for each entry of the flat contents: their gradient.
@@ -179,9 +178,7 @@ class Tiling:
         Returns:
             Flat, as the contents.
         """
-        S, H, B = self.entries.shape
-        pieces = z.index_select(0, self.index.flatten()).view(S, H, -1)
-        products = torch.bmm(pieces, _cut(x, B).transpose(0, 1)[self.blocks])  # (S, H, B)
+        products = _outer(x, z, self.blocks, self.index, self.entries.shape[2])
         flat = products.new_empty(self.contents + 1).index_put((self.entries,), products)
         return flat[: self.contents]
 
@@ -252,9 +249,147 @@ def tile_matmul(
     Returns:
         ``(T, M)``.
     """
-    chunks = x.split(CHUNK) if x.device.type == "cpu" else (x,)
+    chunks = x.split(CHUNK) if x.device.type == "cpu" and not plain() else (x,)
     products = [tile_spread(tile_project(some, *inputs), *outputs, M) for some in chunks]
     return products[0].contiguous() if len(products) == 1 else torch.cat(products)
+
+
+def tiled_gblr_matmul(
+    x: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor],
+    M: int,
+    algorithm: str = "",
+) -> Tensor:
+    """Compute ``x @ W.T`` for a GBLR matrix in tiles; the operator is ``torch.ops.structmat.tiled_gblr_matmul``.
+
+    Args:
+        x: Input ``(..., N)``.
+        inputs: Of the input axis: tiles ``(S, H, B)``, their blocks, the rows sorted by component, where each
+            component's begin.
+        outputs: Of the output axis: tiles, their blocks, the component of each row.
+        M: Entries of the output axis.
+        algorithm: One of ``ALGORITHMS``; empty for the one that suits the device.
+
+    Returns:
+        Output ``(..., M)``.
+    """
+    x, right, left = cast(x, inputs[0], outputs[0])
+    tokens = x.reshape(-1, x.shape[-1])
+    if plain():
+        y = tile_matmul(tokens, (right, *inputs[1:]), (left, *outputs[1:]), M)
+    else:
+        y = torch.ops.structmat.tiled_gblr_matmul(tokens, right, *inputs[1:], left, *outputs[1:], M, algorithm)
+    return y.view(*x.shape[:-1], M)
+
+
+def _tiled_triton(
+    x: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor], M: int
+) -> Tensor:
+    """Kernels of our own, for a GPU."""
+    from structmat.ops.triton import gblr as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+
+    return kernels.tile_matmul_forward(*side_by_side(x, *inputs, *outputs), M)
+
+
+ALGORITHMS = {"tiles": tile_matmul, TRITON: _tiled_triton}
+"""Ways to compute the product with tiles: triton's is for GPUs."""
+
+
+@torch.library.custom_op("structmat::tiled_gblr_matmul", mutates_args=())
+def _tiled(
+    x: Tensor, right: Tensor, right_place: Tensor, right_rows: Tensor, right_offsets: Tensor, left: Tensor,
+    left_place: Tensor, left_index: Tensor, M: int, algorithm: str,
+) -> Tensor:  # fmt: skip
+    inputs, outputs = (right, right_place, right_rows, right_offsets), (left, left_place, left_index)
+    return ALGORITHMS["tiles" if x.shape[0] == 0 else algorithm or "tiles"](x, inputs, outputs, M)
+
+
+@_tiled.register_fake
+def _(
+    x: Tensor, right: Tensor, right_place: Tensor, right_rows: Tensor, right_offsets: Tensor, left: Tensor,
+    left_place: Tensor, left_index: Tensor, M: int, algorithm: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], M)
+
+
+@torch.library.custom_op("structmat::tiled_gblr_matmul_backward", mutates_args=())
+def _tiled_backward(
+    upstream: Tensor, x: Tensor, right: Tensor, right_place: Tensor, right_rows: Tensor, right_offsets: Tensor,
+    left: Tensor, left_place: Tensor, left_index: Tensor, algorithm: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs, outputs = (right, right_place, right_rows, right_offsets), (left, left_place, left_index)
+    if algorithm == TRITON and x.shape[0]:
+        from structmat.ops.triton import gblr as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+
+        return kernels.tile_matmul_backward(*side_by_side(upstream, x, *inputs, *outputs))
+    K = len(right_offsets)
+    left_rows, left_offsets = _bags(left_index.flatten().long(), K)
+    right_index = rows_to_components(right_rows, right_offsets).view(right.shape[:2])
+    z = tile_project(x, *inputs)
+    z_gradient = tile_project(upstream, left, left_place, left_rows, left_offsets)
+    x_gradient = tile_spread(z_gradient, right, right_place, right_index, x.shape[1]).contiguous()
+    right_gradient = _outer(x, z_gradient, right_place, right_index, right.shape[2])
+    return x_gradient, right_gradient, _outer(upstream, z, left_place, left_index.view(left.shape[:2]), left.shape[2])
+
+
+@_tiled_backward.register_fake
+def _(
+    upstream: Tensor, x: Tensor, right: Tensor, right_place: Tensor, right_rows: Tensor, right_offsets: Tensor,
+    left: Tensor, left_place: Tensor, left_index: Tensor, algorithm: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), right.new_empty(right.shape), left.new_empty(left.shape)
+
+
+def _tiled_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _, ctx.algorithm = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _tiled_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    x, right, left = torch.ops.structmat.tiled_gblr_matmul_backward(upstream, *ctx.saved_tensors, ctx.algorithm)
+    return x, right, None, None, None, left, None, None, None, None
+
+
+_tiled.register_autograd(_tiled_autograd, setup_context=_tiled_setup_context)
+
+
+@register_flop_formula(torch.ops.structmat.tiled_gblr_matmul)
+def _tiled_flops(x_shape: Any, right_shape: Any, *args: Any, **kwargs: Any) -> int:
+    left_shape = args[3]
+    return 2 * x_shape[0] * (math.prod(right_shape) + math.prod(left_shape))
+
+
+@register_flop_formula(torch.ops.structmat.tiled_gblr_matmul_backward)
+def _tiled_backward_flops(upstream_shape: Any, x_shape: Any, right_shape: Any, *args: Any, **kwargs: Any) -> int:
+    left_shape = args[3]
+    return 2 * x_shape[0] * (3 * math.prod(right_shape) + 2 * math.prod(left_shape))
+
+
+def rows_to_components(rows: Tensor, offsets: Tensor) -> Tensor:
+    """The component of each row of the tiles.
+
+    Args:
+        rows: ``(S H,)``, the rows sorted by component.
+        offsets: ``(K,)``, where each component's begin.
+
+    Returns:
+        ``(S H,)``, int64.
+    """
+    ends = torch.cat([offsets[1:], offsets.new_full((1,), len(rows))])
+    components = torch.repeat_interleave(torch.arange(len(offsets), device=rows.device), (ends - offsets).long())
+    return torch.empty_like(components).index_put((rows.long(),), components)
+
+
+def _bags(index: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    counts = torch.bincount(index, minlength=K)
+    return index.argsort(stable=True), counts.cumsum(0) - counts
+
+
+def _outer(x: Tensor, z: Tensor, place: Tensor, index: Tensor, block: int) -> Tensor:
+    """``sum_t x[t, place] z[component, t]`` for each entry of the tiles ``(S, H, B)``."""
+    pieces = z.index_select(0, index.flatten()).view(*index.shape, -1)  # (S, H, T)
+    return torch.bmm(pieces, _cut(x, block).transpose(0, 1).index_select(0, place))
 
 
 def tile_project(x: Tensor, tiles: Tensor, blocks: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import cast, is_half, plain, tokens_within
+from structmat.ops.common import TRITON, cast, is_half, plain, side_by_side, tokens_within
 
 BUFFER = 4
 """MiB of an intermediate on a CPU; half as much for dtypes of 16 bits."""
@@ -93,12 +93,20 @@ def _by_rows(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Te
     return y
 
 
+def _triton(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Tensor:
+    """Kernels of our own, for a GPU."""
+    from structmat.ops.triton import monarch as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+
+    return kernels.monarch_forward(*side_by_side(x, left, right), permute_output)
+
+
 ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {
     "tokens": _tokens,
     "rows": _by_rows,
     "whole": _whole,
+    TRITON: _triton,
 }
-"""Ways to compute the product, all of them right for every shape, dtype and device."""
+"""Ways to compute the product: right for every shape, dtype and device, but for triton's, which are for GPUs."""
 
 
 def _out_segments(y: Tensor, I: int, permute_output: bool) -> Tensor:
@@ -118,8 +126,12 @@ def _regrouped(x: Tensor, right: Tensor) -> Tensor:
 
 @torch.library.custom_op("structmat::monarch_matmul_backward", mutates_args=())
 def _matmul_backward(
-    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, permute_output: bool
+    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, permute_output: bool, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if algorithm == TRITON and x.shape[0]:
+        from structmat.ops.triton import monarch as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+
+        return kernels.monarch_backward(*side_by_side(upstream, x, left, right), permute_output)
     (I, _, J, t), Q = left.shape, right.shape[-1]
     segments = x.unflatten(1, (J, Q)).transpose(0, 1)  # (J, T, Q)
     upstream_segments = _out_segments(upstream, I, permute_output)  # (I, T, P)
@@ -133,17 +145,21 @@ def _matmul_backward(
 
 
 @_matmul_backward.register_fake
-def _(upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, permute_output: bool, algorithm: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), left.new_empty(left.shape), right.new_empty(right.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.permute_output, _ = inputs
+    *tensors, ctx.permute_output, ctx.algorithm = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.structmat.monarch_matmul_backward(upstream, *ctx.saved_tensors, ctx.permute_output)
+    gradients = torch.ops.structmat.monarch_matmul_backward(
+        upstream, *ctx.saved_tensors, ctx.permute_output, ctx.algorithm
+    )
     return *gradients, None, None
 
 
