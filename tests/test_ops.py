@@ -32,6 +32,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(blast, "TOKENS", 24)
     monkeypatch.setattr(blast, "HALF_TOKENS", 20)
     monkeypatch.setattr(blast, "BUFFER", 6 * 8 * 9 * 24 / 2**20)
+    monkeypatch.setattr(blast, "BACKWARD_BUFFER", 0.05)
     monkeypatch.setattr(monarch, "BUFFER", 0.001)
     monkeypatch.setattr(monarch, "MANY_TOKENS", 40)
 
@@ -105,6 +106,7 @@ def test_opcheck(name: str):
         opcheck(function, leaves, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("name", LARGE)
 def test_gradients_of_many_tokens(name: str):
     format = LARGE[name]

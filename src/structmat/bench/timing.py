@@ -73,14 +73,16 @@ def time_in_turn(
     candidates: Mapping[str, Callable[[], object]],
     *,
     rounds: int = 20,
+    warmup: int = 2,
     clock: Callable[[Callable[[], object]], float] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Time callables in turn, with their spread.
 
     Args:
-        candidates: What to time, by name; each is called twice to warm up.
+        candidates: What to time, by name.
         rounds: How often each is timed.
+        warmup: How often each is called before.
         clock: Calls something and says how many seconds it took; None for the one that suits the device.
         device: Where the work is done.
 
@@ -93,8 +95,8 @@ def time_in_turn(
     _checks.positive_int(rounds, "rounds")
     clock = clock or clock_of(torch.device(device))
     for run in candidates.values():
-        run()
-        run()
+        for _ in range(warmup):
+            run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():

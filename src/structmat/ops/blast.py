@@ -17,6 +17,9 @@ FEW_TOKENS = 4
 BUFFER = 1
 """MiB of one intermediate on a CPU in float32: what stays in its cache, and costs few fresh pages of memory."""
 
+BACKWARD_BUFFER = 16
+"""MiB of one intermediate of the backward product, whose larger products pay for the pages."""
+
 TOKENS = 256
 """At a time on a CPU in float32."""
 
@@ -114,7 +117,7 @@ def _many(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], I * P)
     for some, out in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
         n, segments = len(some), _segments(some, right)
-        step = _components(n, max(I, J), x)
+        step = _components(n, max(I, J), x, BUFFER)
         z_buffer, h_buffer = (x.new_empty(count * min(step, R) * n) for count in (J, I))
         out_segments = x.new_empty(I, P, n)
         for r in range(0, R, step):
@@ -181,7 +184,7 @@ def _matmul_backward(
     coupling_gradient = diag.new_empty(R, I, J)
     x_gradient = x.new_zeros(J, Q, T)
     # sums over components and tokens are not rounded to 16 bits on the way
-    step = R if is_half(x) or x.device.type != "cpu" else _components(max(T, 1), max(I, J), x)
+    step = R if is_half(x) or x.device.type != "cpu" else _components(max(T, 1), max(I, J), x, BACKWARD_BUFFER)
     for r in range(0, R, step):
         part = slice(r, r + step)
         z = torch.bmm(right[:, part], segments).transpose(0, 1)  # (k, J, T)
@@ -235,6 +238,6 @@ def _segments(x: Tensor, matrices: Tensor) -> Tensor:
     return x.unflatten(1, (matrices.shape[0], matrices.shape[-1])).permute(1, 2, 0)
 
 
-def _components(tokens: int, blocks: int, x: Tensor) -> int:
+def _components(tokens: int, blocks: int, x: Tensor, mebibytes: float) -> int:
     """How many components to take at a time on a CPU."""
-    return max(8, int(BUFFER * MIB) // (x.element_size() * blocks * tokens) // 8 * 8)
+    return max(8, int(mebibytes * MIB) // (x.element_size() * blocks * tokens) // 8 * 8)
