@@ -13,6 +13,7 @@ nothing else uses.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from torch import nn
 from hardware import hardware, hardware_line
 from structmat import Blast, LowRank, Monarch, Rule, optimize_
 from structmat._files import write_atomically
-from structmat.bench import bench_layers
+from structmat.bench import bench_generation, bench_layers, random_llama
 
 RESULTS = Path(__file__).parent / "results"
 KEEP = 0.5
@@ -41,6 +42,13 @@ TOKENS = (1, 16, 128, 512)
 GRADIENT_TOKENS = (128, 512)
 DTYPES = (torch.float32, torch.bfloat16)
 FORWARD_ROUNDS, GRADIENT_ROUNDS, CHOICE_ROUNDS = 15, 5, 5
+MODEL = "llama-tiny"
+VOCABULARIES = (4096, 32000)
+PROMPT = 512
+GENERATED = (10, 100, 1000)
+MOST_TOKENS = 32
+MODEL_ROUNDS = 7
+MODEL_TARGET = 1.5
 
 Cell = Callable[[], dict[str, Any]]
 
@@ -75,6 +83,26 @@ def layer_cell(dtype: torch.dtype, shape: tuple[int, int], gradients: bool) -> d
     return found.to_dict()
 
 
+def model_cell(dtype: torch.dtype, vocabulary: int) -> dict[str, Any]:
+    """The Llama: dense, with BLAST layers, and with these after ``optimize_``."""
+    dense = random_llama(MODEL, dtype=dtype, vocab_size=vocabulary)
+    blast = random_llama(MODEL, RULES["BLAST 16 x 16"], dtype=dtype, vocab_size=vocabulary)
+    chosen = copy.deepcopy(blast)
+    choose(chosen, (1, PROMPT))
+    found = bench_generation(
+        {"dense": dense, "BLAST 16 x 16": blast, "after optimize_": chosen},
+        prefill=[PROMPT],
+        generate=GENERATED,
+        training=[PROMPT],
+        most_tokens=MOST_TOKENS,
+        rounds=MODEL_ROUNDS,
+    ).to_dict()
+    embedding = dense.model.embed_tokens.weight
+    read = {name: size["bytes"] - embedding.numel() * embedding.element_size() for name, size in found["sizes"].items()}
+    found["possible_decode"] = read["dense"] / read["BLAST 16 x 16"]
+    return found
+
+
 def cells() -> dict[str, Cell]:
     """What there is to measure, by name, in this order."""
     found: dict[str, Cell] = {}
@@ -83,6 +111,10 @@ def cells() -> dict[str, Cell]:
             for shape in SHAPES:
                 key = f"layers/{name_of(dtype)}/{shape[0]}x{shape[1]}/{'gradients' if gradients else 'forward'}"
                 found[key] = lambda dtype=dtype, shape=shape, gradients=gradients: layer_cell(dtype, shape, gradients)
+    for dtype in DTYPES:
+        for vocabulary in VOCABULARIES:
+            key = f"model/{name_of(dtype)}/vocabulary-{vocabulary}"
+            found[key] = lambda dtype=dtype, vocabulary=vocabulary: model_cell(dtype, vocabulary)
     return found
 
 
@@ -131,6 +163,47 @@ def layer_tables(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def model_table(found: dict[str, Any]) -> list[str]:
+    """The Llamas, as Markdown."""
+    columns = [
+        ("prefill", PROMPT),
+        ("decode", 1),
+        ("training", PROMPT),
+        *(("generate", tokens) for tokens in GENERATED),
+    ]
+    lines = [
+        "## Llama",
+        "",
+        f"Six blocks of width 1024, BLAST with 16 x 16 blocks at keep {KEEP} in attention and MLPs, random weights. "
+        "Each cell: seconds, and how many times faster than dense; with ~ where the time of fewer tokens was scaled "
+        f"up ({MOST_TOKENS} were generated at most). Embedding and output head are dense in all of them; how much "
+        "faster decoding can be by the bytes that it reads is in the column limit.",
+        "",
+        "| dtype | vocabulary | model | parameters | "
+        + " | ".join(f"{step} {n}" for step, n in columns)
+        + " | limit |",
+        "|---|---|---|---|" + "---|" * len(columns) + "---|",
+    ]
+    start = len(lines)
+    for key, cell in found.items():
+        if not key.startswith("model/"):
+            continue
+        _, dtype, vocabulary = key.split("/")
+        for name, size in cell["sizes"].items():
+            texts = []
+            for step, tokens in columns:
+                row = next(r for r in cell["models"] if (r["model"], r["step"], r["tokens"]) == (name, step, tokens))
+                text = f"{'~' * row['extrapolated']}{row['seconds']['median']:.3g} s, {row['speedup']:.2f}x"
+                miss = name != "dense" and step in ("prefill", "decode") and row["speedup"] < MODEL_TARGET
+                texts.append(f"**{text}**" if miss else text)
+            limit = "" if name == "dense" else f"{cell['possible_decode']:.2f}x"
+            head = (
+                f"| {dtype} | {vocabulary.removeprefix('vocabulary-')} | {name} | {size['parameters'] / 1e6:.1f} M | "
+            )
+            lines.append(head + " | ".join(texts) + f" | {limit} |")
+    return [*lines, ""] if len(lines) > start else []
+
+
 def cell_text(here: list[dict[str, Any]], goal: float | None) -> tuple[str, bool]:
     """Speed-up and share of the limit, with what ``optimize_`` chose behind; bold where the target is missed."""
     if not here:
@@ -158,6 +231,7 @@ def table(found: dict[str, Any]) -> str:
         "backward 1.5x; both steps of the Llama 1.5x.",
         "",
         *layer_tables(found),
+        *model_table(found),
     ]
     return "\n".join(lines)
 

@@ -430,3 +430,28 @@ def test_the_cache_is_in_the_home_folder_by_default(monkeypatch: pytest.MonkeyPa
 
 def test_tokens_are_rounded_to_powers_of_two() -> None:
     assert [tuning.bucket(T) for T in (1, 2, 3, 16, 17, 1000)] == [1, 2, 4, 16, 32, 1024]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("blast coupled", "blast fused")])
+def test_operators_take_the_kernels_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    assert "triton" in case.format.algorithms
+    calls: list[str] = []
+    for module in (blast, block_diagonal, block_sparse, gblr, monarch):
+        for function in [key for key in vars(module) if key.endswith(("_forward", "_backward"))]:
+            kernel = getattr(module, function)
+            monkeypatch.setattr(module, function, lambda *a, k=kernel, f=function: (calls.append(f), k(*a))[1])
+    factors, exact, dense = factors_and_dense(case, torch.float32)
+    given = {n: f.requires_grad_() if n in case.names else f for n, f in factors.items()}
+    x = torch.randn(2, 3, case.format.N, device=DEVICE, requires_grad=True)
+    y = case.format.matmul(x, given, "triton")
+    upstream = torch.randn_like(y)
+    got = torch.autograd.grad(y, [x, *(given[n] for n in case.names)], upstream)
+    wide = x.detach().double().requires_grad_()
+    product = wide @ dense.T
+    assert_near(y, product, torch.float32)
+    expected = torch.autograd.grad(product, [wide, *(exact[n] for n in case.names)], upstream.double())
+    for one, other in zip(got, expected, strict=True):
+        assert_near(one, other.reshape(one.shape), torch.float32)
+    assert [name.rpartition("_")[2] for name in calls] == ["forward", "backward"]
+    assert case.format.matmul(x[:, :0], given, "triton").shape == (2, 0, case.format.M)

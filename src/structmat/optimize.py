@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -280,7 +281,8 @@ def _measure(layer: StructuredModule, tokens: int, dtype: torch.dtype, rounds: i
     device = next(iter(factors.values())).device
     x = torch.randn(tokens, format.N, device=device, dtype=dtype)
     ways: dict[str, tuple[Format, Mapping[str, Tensor], str]] = {AUTOMATIC: (format, factors, "")}
-    ways |= {name: (format, factors, name) for name in format.algorithms if name != TRITON or device.type == "cuda"}
+    kernels = device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    ways |= {name: (format, factors, name) for name in format.algorithms if name != TRITON or kernels}
     if isinstance(format, Gblr) and format.components:
         ways[TILED] = (*tile(format, factors), "")
     runs = {name: _in_turn(way, x) for name, way in ways.items()}

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from structmat import _checks
 from structmat.bench.layers import checked_device
 from structmat.bench.machine import hardware
-from structmat.bench.timing import Timing, captured, clock_of, time_in_turn
+from structmat.bench.timing import Timing, captured, time_in_turn
 from structmat.bench.verify import FEW_TOKENS, check_format, check_layer, exact_weight
 from structmat.formats import Format
 from structmat.nn import StructuredLinear
@@ -130,7 +130,7 @@ def bench_generation(
         generate: Lengths of texts to generate.
         training: Lengths of texts for a training step (forward and backward, gradients of all parameters).
         most_tokens: Generate no more than so many tokens, and scale the time up for longer texts; None for no limit.
-        rounds: How often each is timed; long generations once in a while less, three times.
+        rounds: How often each is timed; generations of more than 100 tokens three times at most.
         mode: ``"eager"``, ``"graphs"`` (each call as a CUDA graph) or ``"compile"``, for all models alike.
         progress: Whether to show a progress bar.
 
@@ -204,6 +204,12 @@ def _describe(bar: tqdm[Any], text: str) -> None:
 def _common(models: Mapping[str, nn.Module]) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of all models.
 
+    Args:
+        models: By name.
+
+    Returns:
+        Both.
+
     Raises:
         ValueError: If they differ.
     """
@@ -270,7 +276,7 @@ def _training(model: Any, tokens: int, mode: str) -> Callable[[], object]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def run() -> None:
-        torch.autograd.grad(call(ids, labels=ids, use_cache=False).loss, parameters)
+        torch.autograd.grad(call(ids, labels=ids, use_cache=mode != "compile").loss, parameters)
 
     return captured(lambda: run) if mode == "graphs" else run
 

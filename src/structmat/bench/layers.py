@@ -31,6 +31,9 @@ WORK = {"forward": 1, "backward": 2, "training": 3}
 SMALL_KEEP = 0.2
 """Least share of the parameters in the check at a small size, where a smaller budget may allow no member."""
 
+MOST_COPIES = 256
+"""Of a layer in a stack, however small it is."""
+
 Chooser = Callable[[nn.Module, Sequence[int]], object]
 """Sets ``algorithms`` on the layers of a network for some numbers of tokens, in place, as ``optimize_`` does."""
 
@@ -143,6 +146,7 @@ def bench_layers(
     rounds: int = 20,
     mode: str = "eager",
     choose: Chooser | None = None,
+    algorithms: Sequence[str] = (),
     cold: int | None = None,
     peaks: Mapping[str, Peak] | None = None,
     progress: bool = True,
@@ -150,8 +154,9 @@ def bench_layers(
     """Time structured layers against ``nn.Linear``, in turn in the same run.
 
     A timed run calls a stack of layers one after the other, each with weights of its own, so many that no cache holds
-    them, as in a network; the dense stack has as many layers. First every format is checked against its dense
-    definition in every dtype, and before it is timed at a shape, there.
+    them (``MOST_COPIES`` at most), as in a network; the dense stack has as many layers. First every format is checked
+    against its dense definition in every dtype, at a small size with odd blocks and at the smallest shape, and each
+    stack's layer again before it is timed.
 
     Args:
         formats: Rules with a ``keep``, by a label.
@@ -165,6 +170,7 @@ def bench_layers(
             ``torch.compile``), for dense and structured alike.
         choose: Chooses algorithms for this machine, such as ``optimize_``; where it changes something, the layer is
             timed as it is and with what was chosen.
+        algorithms: To time beside the automatic one, in the formats that have them.
         cold: Bytes of the weights in a stack, at least; None for what suits the device's caches.
         peaks: By the dtypes' names; None for measuring them now.
         progress: Whether to show a progress bar.
@@ -208,8 +214,7 @@ def bench_layers(
                 measured[_name(dtype)] = measure_peak(dtype, device, large=cold > 0)
             for shape in shapes:
                 stacks = _Stacks(planned[shape], dtype, device, cold, mode)
-                if choose is not None:
-                    stacks.choose(choose, tokens, formats)
+                stacks.choose(choose, algorithms, tokens, formats, gradients)
                 for count in tokens:
                     bar.set_postfix_str(f"{shape[0]} x {shape[1]}, {count} tokens, {_name(dtype)}")
                     times += stacks.time(count, steps, rounds, measured[_name(dtype)])
@@ -275,25 +280,37 @@ class _Stacks:
         self.shape = (M, N)
         first: dict[str, nn.Module] = {"dense": nn.Linear(N, M, bias=False, dtype=dtype, device=device)}
         self.weights: dict[str, Tensor] = {}
-        self.chosen: dict[str, dict[int, str]] = {}
+        self.ways: dict[str, dict[int, list[str]]] = {}
         for label, format in formats.items():
             layer = StructuredLinear(format, bias=False, dtype=dtype, device=device)
             self.weights[label] = exact_weight(layer)
             first[label] = layer
         self.bytes = {label: _held(layer) for label, layer in first.items()}
-        self.copies = max(2, -(-cold // min(self.bytes.values()))) if cold else 1
+        self.copies = min(MOST_COPIES, max(2, -(-cold // min(self.bytes.values())))) if cold else 1
         self.layers = {
             label: [layer, *(copy.deepcopy(layer) for _ in range(self.copies - 1))] for label, layer in first.items()
         }
 
-    def choose(self, chooser: Chooser, tokens: Sequence[int], rules: Mapping[str, Rule]) -> None:
-        """Choose algorithms for these numbers of tokens, and check each that was chosen at a small size."""
+    def choose(
+        self,
+        chooser: Chooser | None,
+        algorithms: Sequence[str],
+        tokens: Sequence[int],
+        rules: Mapping[str, Rule],
+        gradients: bool,
+    ) -> None:
+        """Find what is to be timed beside the automatic choice, and check all of it at a small size."""
         for label, format in self.formats.items():
-            layer = StructuredLinear(format, bias=False, dtype=self.dtype, device=self.device)
-            chooser(nn.Sequential(layer), tokens)
-            self.chosen[label] = dict(layer.algorithms)
-            ways = sorted(set(layer.algorithms.values()))
-            check_format(_small(rules[label]), self.dtype, self.device, sorted({7, *tokens}), algorithms=ways)
+            wanted = [name for name in algorithms if name in format.algorithms]
+            self.ways[label] = {count: list(wanted) for count in tokens}
+            if chooser is not None:
+                layer = StructuredLinear(format, bias=False, dtype=self.dtype, device=self.device)
+                chooser(nn.Sequential(layer), tokens)
+                for count in tokens:
+                    name = layer.algorithms.get(bucket(count))
+                    self.ways[label][count] += [] if name is None or name in wanted else [name]
+            every = sorted({name for names in self.ways[label].values() for name in names})
+            check_format(_small(rules[label]), self.dtype, self.device, [7], gradients=gradients, algorithms=every)
 
     def time(self, tokens: int, steps: Sequence[str], rounds: int, peak: Peak) -> list[LayerTime]:
         """Time every step with so many tokens."""
@@ -301,8 +318,7 @@ class _Stacks:
         stacks: dict[tuple[str, str], list[nn.Module]] = {("dense", "automatic"): self.layers["dense"]}
         for label in self.formats:
             stacks[label, "automatic"] = self.layers[label]
-            algorithm = self.chosen.get(label, {}).get(bucket(tokens))
-            if algorithm is not None:
+            for algorithm in self.ways[label][tokens]:
                 stacks[label, algorithm] = [_set_to(layer, tokens, algorithm) for layer in self.layers[label]]
         for (label, _), layers in stacks.items():
             if isinstance(layers[0], StructuredLinear):
@@ -311,7 +327,7 @@ class _Stacks:
         for step in steps:
             if self.mode == "compile":
                 torch.compiler.reset()
-            runs = {f"{label}|{way}": _run(layers, x, step, self.mode) for (label, way), layers in stacks.items()}
+            runs = {"|".join(key): _run(layers, x, step, self.mode) for key, layers in stacks.items()}
             found = time_in_turn(runs, rounds=rounds, device=self.device)
             dense = found["dense|automatic"].each(self.copies)
             for label, way in stacks:

@@ -59,9 +59,11 @@ def random_llama(
     except ImportError as error:
         raise ImportError("language models need transformers: pip install 'structmat[transformers]'") from error
     device = torch.device(device)
-    config = transformers.LlamaConfig(**{**SHAPES[shape], "max_position_embeddings": 8192, **changes})
+    facts: dict[str, Any] = {**SHAPES[shape], "max_position_embeddings": 8192, **changes}
+    config = transformers.LlamaConfig(**facts)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+        model: Any = transformers.LlamaForCausalLM(config)
+        model = model.to(dtype).eval()
         if rule is not None:
             apply_plan_(model, make_plan(model, {r"model\.layers\..*": rule}))
     model.to_empty(device=device)

@@ -43,7 +43,7 @@ class Timing:
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median, low, high, len(seconds))
 
-    def each(self, count: int) -> Timing:
+    def each(self, count: float) -> Timing:
         """The time of one of ``count`` equal parts."""
         return Timing(self.median / count, self.low / count, self.high / count, self.rounds)
 

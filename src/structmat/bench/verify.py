@@ -10,13 +10,11 @@ from torch import Tensor
 from structmat.formats import Format
 from structmat.nn import StructuredLinear, StructuredModule
 
-MEAN_EPS = 16
-"""Largest deviation of a whole result, relative to its norm, in units of the dtype's eps."""
+HALF_EPS = (4, 16)
+"""Largest deviation in units of the dtype's eps for 16 bits: of a whole result, relative to its norm, and of an entry,
+relative to the entry and the root mean square of all."""
 
-HALF_LARGEST_EPS = 16
-"""Largest deviation of an entry, relative to the entry and the root mean square of all, for dtypes of 16 bits."""
-
-LARGEST_EPS = 1024
+EPS = (32, 1024)
 """The same for float32 and float64, in which sums are rounded at every term."""
 
 FEW_TOKENS = 3
@@ -114,7 +112,7 @@ def _compare(found: Tensor, expected: Tensor, format: Format, x: Tensor, what: s
     difference = found.double() - expected
     mean = float((difference.square().mean().sqrt() / scale).nan_to_num(torch.inf))
     largest = float((difference.abs() / (scale + expected.abs())).nan_to_num(torch.inf).max())
-    bounds = MEAN_EPS * finfo.eps, (HALF_LARGEST_EPS if finfo.bits == 16 else LARGEST_EPS) * finfo.eps
+    bounds = [units * finfo.eps for units in (HALF_EPS if finfo.bits == 16 else EPS)]
     if mean > bounds[0] or largest > bounds[1]:
         raise IncorrectResultError(
             f"no times are shown, since they would be those of a wrong result: {what} of {format} in "

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from structmat._version import __version__
 from structmat.cli import show
+from structmat.cli.bench import bench
 from structmat.cli.compress import compress
 from structmat.cli.demo import demo
 from structmat.cli.evaluate import evaluate
@@ -47,6 +48,13 @@ EXAMPLES: dict[Any, tuple[str, ...]] = {
         "structmat report small",
         "structmat report small --json",
         "structmat report learned --plot pictures",
+    ),
+    bench: (
+        "structmat bench --formats blast low_rank --blocks 4 16 --shapes 4096x4096 4096x11008 --tokens 1 128",
+        "structmat bench --formats blast:keep=0.3 --dtypes float32 bfloat16 --backward --optimize",
+        "structmat bench MODEL small --prefill 512 --generate 100",
+        "structmat bench small",
+        "structmat bench --shape llama-7b --formats blast --blocks 16 --device cuda --mode graphs",
     ),
     generate: ("structmat generate small 'Once upon a time' --tokens 100 --seed 1",),
     densify: ("structmat densify small -o plain",),
