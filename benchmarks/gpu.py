@@ -39,9 +39,9 @@ PARTS = ("checks", "layers", "generation")
 
 ODD: tuple[Format, ...] = (
     Blast(105, 189, blocks=(5, 7), rank=19),
-    Blast(336, 432, blocks=16, rank=37),
+    Blast(336, 432, blocks=(16, 16), rank=37),
     Monarch(105, 189, blocks=(5, 7), rank=3),
-    Monarch(96, 96, blocks=4, rank=5, permute_output=True),
+    Monarch(96, 96, blocks=(4, 4), rank=5, permute_output=True),
     BlockDiagonal(105, 63, blocks=7),
     BlockSparse(108, 76, flat_butterfly((4, 4), stride=2), rank=3),
     LowRank(77, 91, rank=13),
@@ -105,7 +105,7 @@ def first_launches() -> Iterator[None]:
     except ImportError:
         yield
         return
-    with mock.patch.object(tuning, "_measures", lambda device: False):
+    with mock.patch.object(tuning, "_measures", return_value=False):
         yield
 
 

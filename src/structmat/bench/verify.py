@@ -110,8 +110,8 @@ def _compare(found: Tensor, expected: Tensor, format: Format, x: Tensor, what: s
     finfo = torch.finfo(x.dtype)
     scale = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     difference = found.double() - expected
-    mean = float((difference.square().mean().sqrt() / scale).nan_to_num(torch.inf))
-    largest = float((difference.abs() / (scale + expected.abs())).nan_to_num(torch.inf).max())
+    mean = float((difference.square().mean().sqrt() / scale).nan_to_num(torch.inf, torch.inf))
+    largest = float((difference.abs() / (scale + expected.abs())).nan_to_num(torch.inf, torch.inf).max())
     bounds = [units * finfo.eps for units in (HALF_EPS if finfo.bits == 16 else EPS)]
     if mean > bounds[0] or largest > bounds[1]:
         raise IncorrectResultError(
