@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import MIB, TRITON, cast, is_half, plain, side_by_side, tokens_within
+from structmat.ops.common import MIB, TRITON, cast, is_half, plain, side_by_side, tokens_within, workspace
 
 FEW_TOKENS = 4
 """Up to this many tokens a CPU multiplies vectors with matrices; beyond, matrices with matrices."""
 
-BUFFER = 1
-"""MiB of one intermediate on a CPU in float32: what stays in its cache, and costs few fresh pages of memory."""
+BUFFER = 8
+"""MiB of one intermediate on a CPU in float32."""
 
 BACKWARD_BUFFER = 16
 """MiB of one intermediate of the backward product, whose larger products pay for the pages."""
 
-TOKENS = 256
-"""At a time on a CPU in float32."""
+TOKENS = 512
+"""At a time on a CPU in float32; fewer where the output is wide."""
 
 HALF_BUFFER = 8
 """MiB, for dtypes of 16 bits."""
@@ -115,14 +115,15 @@ def _many(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     (I, P, R), J = left.shape, len(right)
     couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
     y = x.new_empty(x.shape[0], I * P)
-    for some, out in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
+    most = min(x.shape[0], TOKENS, tokens_within(2 * BUFFER, I * P, x))
+    step = min(R, _components(most, max(I, J), x, BUFFER))
+    buffers = workspace(x, J * step * most, I * step * most, I * P * most)
+    for some, out in zip(x.split(most), y.split(most), strict=True):
         n, segments = len(some), _segments(some, right)
-        step = _components(n, max(I, J), x, BUFFER)
-        z_buffer, h_buffer = (x.new_empty(count * min(step, R) * n) for count in (J, I))
-        out_segments = x.new_empty(I, P, n)
+        out_segments = buffers[2][: I * P * n].view(I, P, n)
         for r in range(0, R, step):
             k = min(step, R - r)
-            z, h = z_buffer[: J * k * n].view(J, k, n), h_buffer[: I * k * n].view(k, I, n)
+            z, h = buffers[0][: J * k * n].view(J, k, n), buffers[1][: I * k * n].view(k, I, n)
             torch.bmm(right[:, r : r + k], segments, out=z)
             torch.bmm(couplings[r : r + k], z.transpose(0, 1), out=h)
             torch.baddbmm(
@@ -138,7 +139,7 @@ def _half(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, tokens: int | No
     couplings = diag.permute(2, 0, 1)  # (R, I, J)
     y = x.new_empty(x.shape[0], I * P)
     step = min(x.shape[0], tokens or min(HALF_TOKENS, tokens_within(HALF_BUFFER, max(I, J) * R, x)))
-    z_buffer, h_buffer = x.new_empty(J * R * step), x.new_empty(I * R * step)  # fresh memory costs more than products
+    z_buffer, h_buffer = workspace(x, J * R * step, I * R * step)
     for some, out in zip(x.split(step), y.split(step), strict=True):
         n = len(some)
         z, h = z_buffer[: J * R * n].view(J, R, n), h_buffer[: I * R * n].view(I, R, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,9 @@ MIB = 2**20
 
 TRITON = "triton"
 """Name of the algorithms that are kernels of our own; they run on a GPU, and on a CPU in triton's interpreter."""
+
+MOST_KEPT = 40
+"""MiB that a thread keeps for intermediates, at most, for each dtype."""
 
 ROW_SPLITS = 8
 """Into how many parts the rows of a matrix go for a product with few vectors on a CPU."""
@@ -24,6 +28,34 @@ def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype(device)
         return tuple(tensor.to(dtype) for tensor in tensors)
     return tensors
+
+
+class _Workspace(threading.local):
+    """Memory of a thread for intermediates on a CPU, by dtype: fresh pages cost more than the products in them."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+
+_WORKSPACE = _Workspace()
+
+
+def workspace(x: Tensor, *counts: int) -> list[Tensor]:
+    """Flat uninitialised tensors of these lengths, valid until the next call in this thread.
+
+    Args:
+        x: Whose dtype and device they have; on other devices than a CPU the memory is new.
+        counts: Lengths.
+
+    Returns:
+        The tensors.
+    """
+    if x.device.type != "cpu" or sum(counts) * x.element_size() > MOST_KEPT * MIB:
+        return [x.new_empty(count) for count in counts]
+    buffer = _WORKSPACE.buffers.get(x.dtype)
+    if buffer is None or len(buffer) < sum(counts):
+        buffer = _WORKSPACE.buffers[x.dtype] = x.new_empty(sum(counts))
+    return list(buffer[: sum(counts)].split(list(counts)))
 
 
 def side_by_side(*tensors: Tensor) -> list[Tensor]:
