@@ -164,14 +164,13 @@ def table() -> str:
                 texts.append(cell(runs) if runs else "")
             lines.append(f"| {method} | {cells.best_rate(method)} | " + " | ".join(texts) + " |")
         lines += ["", f"Tuning: accuracy on held-out images, seed 0, keep {grid.tuned_at}.", "",
-                  "| method | " + " | ".join(map(str, grid.rates)) + " | seconds |",
-                  "|---|" + "---|" * (len(grid.rates) + 1)]  # fmt: skip
+                  "| method | " + " | ".join(map(str, grid.rates)) + " |",
+                  "|---|" + "---|" * len(grid.rates)]  # fmt: skip
         for method in METHODS:
             found = [cells.read(run) for run in cells.tuning(method)]
             if any(found):
-                seconds = statistics.median(run["seconds"] for run in found if run)
                 shown = " | ".join(f"{100 * run['development']:.1f}" if run else "" for run in found)
-                lines.append(f"| {method} | {shown} | {seconds:.0f} |")
+                lines.append(f"| {method} | {shown} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,14 +5,15 @@ import torch
 from torch.library import opcheck
 
 from conformance import CASES, LARGE
-from structmat import Blast, BlockSparse, Format, LowRank, Monarch
-from structmat.ops import blast, common, monarch
+from structmat import Blast, BlockSparse, Format, LowRank, Monarch, TiledGblr
+from structmat.ops import blast, common, gblr, monarch
 
 WITH_ALGORITHMS = {
     "blast": Blast(60, 84, blocks=(4, 6), rank=37),
     "blast one block": Blast(40, 24, blocks=1, rank=9),
     "monarch": Monarch(60, 84, blocks=(4, 6), rank=3),
     "monarch permuted": Monarch(60, 84, blocks=(6, 4), rank=5, permute_output=True),
+    "tiled gblr": TiledGblr(50, 70, 11, (7, 9), (5, 4), (8, 8)),
     "low-rank": LowRank(60, 84, rank=19),
     "low-rank, few rows": LowRank(7, 84, rank=3),
 }
@@ -35,6 +36,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(blast, "BACKWARD_BUFFER", 0.05)
     monkeypatch.setattr(monarch, "BUFFER", 0.001)
     monkeypatch.setattr(monarch, "MANY_TOKENS", 40)
+    monkeypatch.setattr(gblr, "CHUNK", 16)
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, side_by_side
+from structmat.ops.common import TRITON, cast, plain, side_by_side, workspace
 
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes to choose from."""
@@ -54,7 +54,8 @@ def _matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor
         return x.new_zeros(x.shape[0], M)
     inputs, outputs = tiling(start[1], width[1], x.shape[1]), tiling(start[0], width[0], M)
     index = order.long()[outputs.index]
-    return tile_matmul(
+    product = _tiled_in_chunks if x.device.type == "cpu" and x.shape[0] > CHUNK else tile_matmul
+    return product(
         x,
         (inputs.packed(right), inputs.blocks, *inputs.bags(len(order))),
         (outputs.packed(left), outputs.blocks, index),
@@ -238,7 +239,7 @@ def _height(counts: Tensor) -> int:
 def tile_matmul(
     x: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor], M: int
 ) -> Tensor:
-    """Compute ``x @ W.T`` from tiles, on a CPU ``CHUNK`` tokens at a time.
+    """Compute ``x @ W.T`` from tiles, all tokens at once.
 
     Args:
         x: ``(T, N)``.
@@ -249,9 +250,7 @@ def tile_matmul(
     Returns:
         ``(T, M)``.
     """
-    chunks = x.split(CHUNK) if x.device.type == "cpu" and not plain() else (x,)
-    products = [tile_spread(tile_project(some, *inputs), *outputs, M) for some in chunks]
-    return products[0].contiguous() if len(products) == 1 else torch.cat(products)
+    return tile_spread(tile_project(x, *inputs), *outputs, M).contiguous()
 
 
 def tiled_gblr_matmul(
@@ -292,7 +291,41 @@ def _tiled_triton(
     return kernels.tile_matmul_forward(*side_by_side(x, *inputs, *outputs), M)
 
 
-ALGORITHMS = {"tiles": tile_matmul, TRITON: _tiled_triton}
+def _tiled_in_chunks(
+    x: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor], M: int
+) -> Tensor:
+    """``CHUNK`` tokens at a time, in memory that the thread keeps."""
+    (right, right_place, rows, offsets), (left, left_place, left_index) = inputs, outputs
+    (S, H, B), (R, G, D) = right.shape, left.shape
+    columns, index = -(-x.shape[1] // B), left_index.flatten()
+    blocks = torch.arange(-(-M // D), dtype=left_place.dtype, device=x.device)
+    ordered, order = left_place.sort(stable=True)
+    firsts = torch.searchsorted(ordered, blocks) if len(blocks) != R else None
+    most = min(x.shape[0], CHUNK)
+    y = x.new_empty(x.shape[0], M)
+    buffers = workspace(x, columns * B * most, S * B * most, max(S * H, R * G) * most, R * D * most)
+    for some, out in zip(x.split(most), y.split(most), strict=True):
+        T = len(some)
+        whole = buffers[0][: columns * B * T].view(columns * B, T)
+        whole[: x.shape[1]].copy_(some.mT)
+        whole[x.shape[1] :] = 0
+        segments = whole.view(columns, B, T)
+        if columns != S:  # a block has several tiles
+            segments = torch.index_select(segments, 0, right_place, out=buffers[1][: S * B * T].view(S, B, T))
+        pieces = torch.bmm(right, segments, out=buffers[2][: S * H * T].view(S, H, T)).flatten(0, 1)
+        z = F.embedding_bag(rows, pieces, offsets, mode="sum")  # (K, T)
+        pieces = torch.index_select(z, 0, index, out=buffers[2][: R * G * T].view(R * G, T)).view(R, G, T)
+        products = torch.bmm(pieces.mT, left, out=buffers[3][: R * D * T].view(R, T, D))
+        if firsts is not None:
+            products = F.embedding_bag(order, products.flatten(1), firsts, mode="sum").view(-1, T, D)
+        if M % D:
+            out.copy_(products.transpose(0, 1).flatten(1)[:, :M])
+        else:
+            out.unflatten(1, (-1, D)).copy_(products.transpose(0, 1))
+    return y
+
+
+ALGORITHMS = {"tiles": tile_matmul, "chunks": _tiled_in_chunks, TRITON: _tiled_triton}
 """Ways to compute the product with tiles: triton's is for GPUs."""
 
 
@@ -302,7 +335,8 @@ def _tiled(
     left_place: Tensor, left_index: Tensor, M: int, algorithm: str,
 ) -> Tensor:  # fmt: skip
     inputs, outputs = (right, right_place, right_rows, right_offsets), (left, left_place, left_index)
-    return ALGORITHMS["tiles" if x.shape[0] == 0 else algorithm or "tiles"](x, inputs, outputs, M)
+    automatic = "chunks" if x.device.type == "cpu" and x.shape[0] > CHUNK and len(right_offsets) else "tiles"
+    return ALGORITHMS["tiles" if x.shape[0] == 0 else algorithm or automatic](x, inputs, outputs, M)
 
 
 @_tiled.register_fake
