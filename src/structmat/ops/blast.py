@@ -161,7 +161,8 @@ def _triton(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     """Kernels of our own, for a GPU."""
     from structmat.ops.triton import blast as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
-    return kernels.blast_forward(*side_by_side(x, left, diag, right))
+    x, left, diag, right = side_by_side(x, left, diag, right)
+    return kernels.blast_forward(x, left, diag, right)
 
 
 ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {

@@ -76,7 +76,8 @@ def _triton(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[
     from structmat.ops.triton import block_sparse as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
     pattern = _pattern(tuple(counts), tuple(columns), x.device)
-    return kernels.block_sparse_forward(*side_by_side(x, blocks), *pattern, block_columns)
+    x, blocks = side_by_side(x, blocks)
+    return kernels.block_sparse_forward(x, blocks, *pattern, block_columns)
 
 
 @lru_cache(maxsize=1024)
@@ -122,7 +123,8 @@ def _matmul_backward(
         from structmat.ops.triton import block_sparse as kernels  # noqa: PLC0415 - triton where it is asked for
 
         pattern = _pattern(tuple(counts), tuple(columns), x.device)
-        return kernels.block_sparse_backward(*side_by_side(upstream, x, blocks), *pattern, block_columns)
+        upstream, x, blocks = side_by_side(upstream, x, blocks)
+        return kernels.block_sparse_backward(upstream, x, blocks, *pattern, block_columns)
     P, Q = blocks.shape[1:]
     segments = x.unflatten(1, (block_columns, Q)).transpose(0, 1)  # (J, T, Q)
     upstream_segments = upstream.unflatten(1, (len(counts), P)).transpose(0, 1)  # (I, T, P)

@@ -288,7 +288,8 @@ def _tiled_triton(
     """Kernels of our own, for a GPU."""
     from structmat.ops.triton import gblr as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
-    return kernels.tile_matmul_forward(*side_by_side(x, *inputs, *outputs), M)
+    tensors = side_by_side(x, *inputs, *outputs)
+    return kernels.tile_matmul_forward(*tensors, M=M)
 
 
 def _tiled_in_chunks(

@@ -97,7 +97,8 @@ def _triton(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Ten
     """Kernels of our own, for a GPU."""
     from structmat.ops.triton import monarch as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
-    return kernels.monarch_forward(*side_by_side(x, left, right), permute_output)
+    x, left, right = side_by_side(x, left, right)
+    return kernels.monarch_forward(x, left, right, permute_output)
 
 
 ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {
@@ -131,7 +132,8 @@ def _matmul_backward(
     if algorithm == TRITON and x.shape[0]:
         from structmat.ops.triton import monarch as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
-        return kernels.monarch_backward(*side_by_side(upstream, x, left, right), permute_output)
+        upstream, x, left, right = side_by_side(upstream, x, left, right)
+        return kernels.monarch_backward(upstream, x, left, right, permute_output)
     (I, _, J, t), Q = left.shape, right.shape[-1]
     segments = x.unflatten(1, (J, Q)).transpose(0, 1)  # (J, T, Q)
     upstream_segments = _out_segments(upstream, I, permute_output)  # (I, T, P)
