@@ -186,7 +186,7 @@ def cell(runs: list[dict[str, Any]]) -> str:
 def picture() -> None:
     """Trade-off curves of the ViT from random weights."""
     records = Cells("vit").records()
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
     for method in METHODS:
         points = [(statistics.mean(r["keep"] for r in runs), [100 * r["test"] for r in runs])
                   for (name, _), runs in records.items() if name == method]  # fmt: skip
@@ -205,7 +205,7 @@ def picture() -> None:
              title=GRIDS["vit"].title)  # fmt: skip
     axes.set_xticks([0.0625, 0.125, 0.25], ["0.0625", "0.125", "0.25"])
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     figure.savefig(RESULTS / "from_scratch.png", dpi=150)
     plt.close(figure)
 

@@ -53,7 +53,7 @@ def test_the_fastest_way_is_set_for_the_tokens_that_were_seen(monkeypatch: pytes
 
 
 def test_a_way_within_the_noise_of_the_automatic_one_is_not_taken(monkeypatch: pytest.MonkeyPatch):
-    given(monkeypatch, {"vectors": 0.98})
+    given(monkeypatch, {"vectors": 0.96})
     model = network()
     found = sm.optimize_(model, tokens=[1, 64])
     assert {choice.algorithm for choice in found.choices} == {"automatic"}

@@ -34,7 +34,7 @@ TILED = "tiled"
 COLD_BYTES = 96 * 2**20
 """Copies of a layer are measured in turn until they hold this much together, so that no cache holds them all."""
 
-GAIN = 0.97
+GAIN = 0.95
 """What another way must take at most, relative to the automatic one: less is within the noise."""
 
 
