@@ -123,16 +123,16 @@ def test_an_interrupt_and_a_second_process(words: list[str], tmp_path: Path) -> 
     out = tmp_path / "out"
     first = start(words, out)
     wait_for(tmp_path, first, "out.partial/fits/*.safetensors")
-    second = start(words, out)
     first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second one has looked
+    second = start(words, out)
     told = second.communicate(timeout=120)
     assert second.returncode == 1
     assert told[1].splitlines()[-1] == (
         f"structmat: expected to be alone at {str(out)!r}, but another process is writing it; wait for it to end"
     )
     assert (tmp_path / "out.partial" / "options.json").exists()
+    first.send_signal(signal.SIGINT)  # which waits for it to go on
     first.send_signal(signal.SIGCONT)
-    first.send_signal(signal.SIGINT)
     told = first.communicate(timeout=120)
     assert first.returncode == 130
     assert "Traceback" not in told[1]

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from conformance import CASES, LARGE
-from structmat import Blast, BlockSparse, Format, LowRank, Monarch, TiledGblr
+from structmat import Blast, BlockSparse, Format, LowRank, Monarch, StructuredLinear, TiledGblr
 from structmat.ops import blast, common, gblr, monarch
 
 WITH_ALGORITHMS = {
@@ -148,3 +149,60 @@ def test_block_sparse_rows_of_every_count_go_through_one_operator():
     factors = format.init(dtype=torch.float64)
     x = torch.randn(4, 21, dtype=torch.float64)
     torch.testing.assert_close(format.matmul(x, factors), x @ format.to_dense(factors).mT)
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 300])
+@pytest.mark.parametrize("name", WITH_ALGORITHMS)
+def test_frozen_factors_need_the_gradient_of_the_input_alone(name: str, tokens: int):
+    format = WITH_ALGORITHMS[name]
+    factors = format.init(dtype=torch.float64)
+    x = torch.randn(tokens, format.N, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(tokens, format.M, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        (got,) = torch.autograd.grad(format.matmul(x, factors), x, upstream)
+    torch.testing.assert_close(got, upstream @ format.to_dense(factors), rtol=1e-10, atol=1e-10)
+    if format.name != "tiled_gblr":
+        assert counter.get_total_flops() == 4 * format.multiplications(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WITH_ALGORITHMS)
+def test_inference_mode_leaves_nothing_behind(name: str, dtype: torch.dtype):
+    common._WORKSPACE.buffers.clear()
+    format = WITH_ALGORITHMS[name]
+    factors, x = format.init(dtype=dtype), torch.randn(300, format.N, dtype=dtype)
+    with torch.inference_mode():
+        inside = format.matmul(x, factors)
+    outside = format.matmul(x, factors)
+    assert torch.equal(inside, outside)
+    again = format.matmul(-x, factors)
+    assert torch.equal(again, -outside)  # and what came before was not overwritten
+
+
+@pytest.mark.parametrize("name", ["low-rank square", "monarch square", "blast square", "block-diagonal square"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own use of it
+def test_transforms_of_torch_func_see_the_product(name: str):
+    format = CASES[name]
+    factors = format.init(dtype=torch.float64)
+    W = format.to_dense(factors)
+    x, tangent = torch.randn(2, 5, format.N, dtype=torch.float64)
+    _, forward = torch.func.jvp(lambda v: format.matmul(v, factors), (x,), (tangent,))
+    torch.testing.assert_close(forward, tangent @ W.T)
+    gradient = torch.func.grad(lambda v: format.matmul(v, factors).square().sum())(x)
+    torch.testing.assert_close(gradient, 2 * x @ W.T @ W)
+
+
+def test_float64_is_left_alone_under_autocast():
+    format = CASES["blast square"]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = format.matmul(torch.randn(3, format.N, dtype=torch.float64), format.init(dtype=torch.float64))
+    assert y.dtype == torch.float64
+
+
+def test_choices_do_not_fix_the_number_of_tokens_of_an_export():
+    layer = StructuredLinear(Blast(64, 64, blocks=4, rank=8))
+    layer.algorithms = {8: "whole", 16: "vectors"}
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(layer, (torch.randn(5, 64),), dynamic_shapes=({0: tokens},))
+    x = torch.randn(100, 64)
+    torch.testing.assert_close(program.module()(x), layer(x))

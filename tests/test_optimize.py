@@ -1,5 +1,6 @@
 """Measured choices: what is picked is the fastest, everything is told, and it can be stored and set again."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_choices_for_another_network_are_refused(tmp_path: Path):
 def test_gblr_layers_go_into_tiles_where_that_is_faster(monkeypatch: pytest.MonkeyPatch):
     format = sm.GaudiGblr.for_budget(48, 64, keep=0.25)
     hard, factors = sm.harden(format, format.init(generator=torch.Generator().manual_seed(0)))
-    model = nn.Sequential(sm.StructuredLinear(hard, factors=factors))
+    model = nn.Sequential(sm.StructuredLinear(hard, factors=factors)).eval()
     x = torch.randn(3, 64)
     before = model(x)
     given(monkeypatch, {"tiled": 0.5})
@@ -144,9 +145,90 @@ def test_bad_calls():
         sm.optimize_(model, torch.randn(0, 48))
     with pytest.raises(ValueError, match="tokens"):
         sm.optimize_(model, tokens=[0])
+    with pytest.raises(ValueError, match="expected at least one number of tokens, got none"):
+        sm.optimize_(model, tokens=[])
 
 
 def test_convolutions_are_measured_at_their_positions():
     model = nn.Sequential(sm.StructuredConv2d(sm.LowRank(12, 27, rank=4), kernel_size=3, padding=1))
     found = sm.optimize_(model, torch.randn(2, 3, 5, 5), rounds=1)
     assert found.choices[0].tokens == 50
+
+
+def test_a_choice_holds_for_its_power_of_two_alone(monkeypatch: pytest.MonkeyPatch):
+    given(monkeypatch, {"vectors": 0.5})
+    model = network()
+    found = sm.optimize_(model, tokens=[10, 12, 12, 1])
+    assert [(c.tokens, c.algorithm) for c in found.choices if c.layer == "0"] == [(12, "vectors"), (1, "vectors")]
+    used: list[str] = []
+    monkeypatch.setattr(
+        sm.Blast, "matmul", lambda self, x, factors, algorithm="": (used.append(algorithm), x.new_zeros(len(x), 64))[1]
+    )
+    for tokens in (0, 1, 2, 8, 9, 16, 17):
+        model[0](torch.randn(tokens, 48))
+    assert used == ["", "vectors", "", "", "vectors", "vectors", ""]
+
+
+def test_calls_count_as_often_as_they_are_made(monkeypatch: pytest.MonkeyPatch):
+    seconds = {1: {"automatic": 1.0, "dense": 2.0}, 128: {"automatic": 10.0, "dense": 5.0}}
+    monkeypatch.setattr(optimize, "_measure", lambda layer, count, dtype, rounds: seconds[bucket(count)])
+
+    class Often(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = sm.StructuredLinear(sm.Blast(48, 48, blocks=4, rank=12))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(100):
+                self.layer(x[:1])
+            return self.layer(x)
+
+    model = Often()
+    assert not sm.optimize_(model, torch.randn(100, 48), allow_dense=True).densified
+    seconds[1]["dense"] = 0.9
+    assert sm.optimize_(model, torch.randn(100, 48), allow_dense=True).densified == ("layer",)
+
+
+def test_a_later_choice_replaces_an_earlier_one(monkeypatch: pytest.MonkeyPatch):
+    model = network()
+    given(monkeypatch, {"vectors": 0.5})
+    sm.optimize_(model, tokens=[16])
+    given(monkeypatch, {})
+    sm.optimize_(model, tokens=[16])
+    assert model[0].algorithms == {}
+
+
+def test_the_network_is_left_as_it_was():
+    torch.manual_seed(0)
+    layers = sm.StructuredLinear(sm.Blast(48, 48, blocks=4, rank=12)), nn.BatchNorm1d(48), nn.Dropout(0.5)
+    model = nn.Sequential(*layers).train()
+    mean, state = layers[1].running_mean.clone(), torch.get_rng_state()
+    sm.optimize_(model, torch.ones(4, 48), rounds=1)
+    assert torch.equal(layers[1].running_mean, mean)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert layers[2].training
+
+
+def test_tied_layers_become_dense_together(monkeypatch: pytest.MonkeyPatch):
+    given(monkeypatch, {"dense": 0.5})
+    model = network()
+    model.append(sm.StructuredLinear(model[0].format, bias=False))
+    for name in model[0].factors:
+        setattr(model[4], name, getattr(model[0], name))
+    found = sm.optimize_(model, tokens=[4], allow_dense=True)
+    assert set(found.densified) == {"0", "2", "4"}
+    assert model[4].weight is model[0].weight
+
+
+def test_a_layer_that_is_the_model_stays_one(monkeypatch: pytest.MonkeyPatch):
+    given(monkeypatch, {"dense": 0.1, "whole": 0.5})
+    layer = sm.StructuredLinear(sm.Blast(48, 48, blocks=4, rank=12))
+    assert sm.optimize_(layer, tokens=[4], allow_dense=True).choices[0].algorithm == "whole"
+
+
+def test_unknown_algorithms_are_refused():
+    found = sm.optimize_(network(), tokens=[1], rounds=1)
+    wrong = sm.Optimization((dataclasses.replace(found.choices[0], algorithm="nonsense"),), found.hardware)
+    with pytest.raises(ValueError, match="nonsense"):
+        wrong.apply_(network())

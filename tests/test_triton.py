@@ -440,7 +440,9 @@ def test_operators_take_the_kernels_by_name(name: str, monkeypatch: pytest.Monke
     for module in (blast, block_diagonal, block_sparse, gblr, monarch):
         for function in [key for key in vars(module) if key.endswith(("_forward", "_backward"))]:
             kernel = getattr(module, function)
-            monkeypatch.setattr(module, function, lambda *a, k=kernel, f=function: (calls.append(f), k(*a))[1])
+            monkeypatch.setattr(
+                module, function, lambda *a, k=kernel, f=function, **o: (calls.append(f), k(*a, **o))[1]
+            )
     factors, exact, dense = factors_and_dense(case, torch.float32)
     given = {n: f.requires_grad_() if n in case.names else f for n, f in factors.items()}
     x = torch.randn(2, 3, case.format.N, device=DEVICE, requires_grad=True)

@@ -6,8 +6,8 @@ import dataclasses
 import importlib.util
 import json
 import os
-import platform
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structmat import _checks
-from structmat._calls import call
+from structmat import _checks, bench
+from structmat._calls import call, evaluating
 from structmat._files import write_atomically
 from structmat.bench import time_side_by_side
 from structmat.convert import densify_, tile_
@@ -114,7 +114,7 @@ class Optimization:
         try:
             found = json.loads(Path(path).read_text())
             return cls(tuple(Choice(**choice) for choice in found["choices"]), dict(found["hardware"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"expected choices that Optimization.save wrote in {os.fspath(path)!r}, got something else: {error}"
             ) from error
@@ -138,6 +138,8 @@ class Optimization:
             if choice.layer not in layers or str(layers[choice.layer].format) != choice.format:
                 found = layers[choice.layer].format if choice.layer in layers else "no structured layer"
                 raise ValueError(f"expected {choice.format} at {choice.layer!r}, as it was measured, got {found}")
+            known = (AUTOMATIC, DENSE, TILED, *layers[choice.layer].format.algorithms)
+            _checks.one_of(choice.algorithm, known, f"the algorithm of {choice.layer!r}")
         if self.densified and not allow_dense:
             raise ValueError(
                 f"expected allow_dense=True, since a dense product was chosen for {len(self.densified)} layers: "
@@ -150,6 +152,8 @@ class Optimization:
             warnings.warn(
                 f"the choices were measured elsewhere ({changes}); measure again with optimize_", stacklevel=2
             )
+        for choice in self.choices:
+            layers[choice.layer].algorithms = {}
         for choice in self.choices:
             if choice.algorithm in layers[choice.layer].format.algorithms:
                 layers[choice.layer].algorithms[bucket(choice.tokens)] = choice.algorithm
@@ -187,9 +191,10 @@ def optimize_(
 ) -> Optimization:
     """Measure every structured layer on this hardware and set the fastest way to multiply, in place.
 
-    Ways are the algorithms of the format, tiles for GBLR matrices, and the dense product. Layers of one format are
-    measured once. What is chosen is told: the result says it for every layer, and where a dense product would be
-    faster and what it would cost in memory. Save the network before: layers in tiles or dense are saved as such.
+    Ways are the algorithms of the format, tiles for GBLR matrices (not in training mode), and the dense product. Layers
+    of one format are measured once, at the most frequent number of vectors of each power of two, for which a choice
+    holds. What is chosen is told: the result says it for every layer, and where a dense product would be faster and
+    what it would cost in memory. Save the network before: layers in tiles or dense are saved as such.
 
     Args:
         model: The network, on the device and in the dtype in which it will run.
@@ -219,42 +224,70 @@ def optimize_(
         calls = _observed(model, layers, example_inputs)
     else:
         counts = [_checks.positive_int(count, "tokens") for count in tokens]
-        calls = {name: [(count, _dtype(layer)) for count in counts] for name, layer in layers.items()}
+        if not counts:
+            raise ValueError("expected at least one number of tokens, got none")
+        calls = {name: Counter((count, _dtype(layer)) for count in counts) for name, layer in layers.items()}
     if not any(calls.values()):
         raise ValueError("expected a call that reaches a structured layer, got one that reached none")
+    ties: dict[tuple[int, ...], list[str]] = {}
+    for name, layer in layers.items():
+        ties.setdefault(tuple(id(factor) for factor in layer.factors.values()), []).append(name)
     measured: dict[tuple[Any, ...], dict[str, float]] = {}
     choices: list[Choice] = []
-    for name, found in calls.items():
-        layer = layers[name]
-        timed: list[tuple[int, torch.dtype, dict[str, float]]] = []
-        for count, dtype in dict.fromkeys(found):
-            key = (layer.format, count, dtype, layer.format.num_parameters(layer.factors))
+    for names in ties.values():  # layers with the same factors become dense, or tiles, together
+        layer = layers[names[0]]
+        timed: list[_Timed] = []
+        for (count, dtype), times in _by_bucket(sum((calls[name] for name in names), Counter())):
+            contents = layer.format.num_parameters(layer.factors)
+            key = (layer.format, count, dtype, contents, next(iter(layer.factors.values())).device)
             if key not in measured:
                 measured[key] = _measure(layer, count, dtype, rounds)
-            timed.append((count, dtype, measured[key]))
-        choices += _chosen(name, layer, timed, allow_dense)
+            timed.append(_Timed(count, dtype, times, measured[key]))
+        for name in names:
+            choices += _chosen(name, layer, timed, allow_dense and "" not in names, "" not in names)
     optimization = Optimization(tuple(choices), _hardware(next(iter(layers.values())).factors))
     optimization.apply_(model, allow_dense=allow_dense)
     return optimization
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """Seconds of each way for one number of tokens, and how many calls have it."""
+
+    tokens: int
+    dtype: torch.dtype
+    calls: int
+    seconds: Mapping[str, float]
+
+
+def _by_bucket(calls: Counter[tuple[int, torch.dtype]]) -> list[tuple[tuple[int, torch.dtype], int]]:
+    """The most frequent number of tokens of each bucket, and the calls in it: what is set holds for a bucket."""
+    buckets: dict[tuple[int, torch.dtype], Counter[int]] = {}
+    for (count, dtype), times in calls.items():
+        buckets.setdefault((bucket(count), dtype), Counter())[count] += times
+    return [((found.most_common(1)[0][0], dtype), found.total()) for (_, dtype), found in buckets.items()]
+
+
 def _chosen(
-    name: str, layer: StructuredModule, timed: list[tuple[int, torch.dtype, dict[str, float]]], allow_dense: bool
+    name: str, layer: StructuredModule, timed: list[_Timed], allow_dense: bool, allow_tiles: bool
 ) -> list[Choice]:
     best: list[str] = []
-    for _, _, times in timed:
-        others = {way: seconds for way, seconds in times.items() if way != DENSE}
+    for one in timed:
+        others = {way: seconds for way, seconds in one.seconds.items() if way != DENSE}
+        if not allow_tiles:
+            others.pop(TILED, None)
         way = min(others, key=lambda key: others[key])
         best.append(way if others[way] < GAIN * others[AUTOMATIC] else AUTOMATIC)
     if TILED in best:  # a layer is either in tiles or not
-        gain = sum(times[AUTOMATIC] - times[TILED] for _, _, times in timed)
+        gain = sum(one.calls * (one.seconds[AUTOMATIC] - one.seconds[TILED]) for one in timed)
         best = [TILED if gain > 0 else AUTOMATIC] * len(best)
-    structured = sum(times[way] for (_, _, times), way in zip(timed, best, strict=True))
-    if allow_dense and sum(times[DENSE] for _, _, times in timed) < GAIN * structured:
+    structured = sum(one.calls * one.seconds[way] for one, way in zip(timed, best, strict=True))
+    if allow_dense and sum(one.calls * one.seconds[DENSE] for one in timed) < GAIN * structured:
         best = [DENSE] * len(best)
     held = sum(factor.numel() * factor.element_size() for factor in layer.factors.values())
     choices = []
-    for (count, dtype, times), way in zip(timed, best, strict=True):
+    for one, way in zip(timed, best, strict=True):
+        count, dtype, times = one.tokens, one.dtype, one.seconds
         dense_bytes = layer.format.M * layer.format.N * dtype.itemsize - held
         choices.append(
             Choice(
@@ -279,14 +312,15 @@ def _measure(layer: StructuredModule, tokens: int, dtype: torch.dtype, rounds: i
     specs = format.factor_specs()
     factors = {n: f.detach().to(specs[n].dtype or dtype) for n, f in layer.factors.items()}
     device = next(iter(factors.values())).device
-    x = torch.randn(tokens, format.N, device=device, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, format.N, generator=generator).to(device, dtype)
     ways: dict[str, tuple[Format, Mapping[str, Tensor], str]] = {AUTOMATIC: (format, factors, "")}
     kernels = device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
     ways |= {name: (format, factors, name) for name in format.algorithms if name != TRITON or kernels}
-    if isinstance(format, Gblr) and format.components:
+    if isinstance(format, Gblr) and format.components and not layer.training:  # tiles are for inference
         ways[TILED] = (*tile(format, factors), "")
     runs = {name: _in_turn(way, x) for name, way in ways.items()}
-    weight = torch.randn(format.shape, device=device, dtype=dtype)
+    weight = torch.randn(format.shape, generator=generator).to(device, dtype)
     copies = [weight.clone() for _ in range(_copies([weight]))]
     turn = iter(range(10**9))
     runs[DENSE] = lambda: F.linear(x, copies[next(turn) % len(copies)])
@@ -305,23 +339,23 @@ def _copies(tensors: Iterable[Tensor]) -> int:
     return max(1, min(8, -(-COLD_BYTES // max(held, 1))))
 
 
-@torch.no_grad()
 def _observed(
     model: nn.Module, layers: Mapping[str, StructuredModule], batch: Any
-) -> dict[str, list[tuple[int, torch.dtype]]]:
-    """The number of vectors and the dtype of every call of every layer."""
-    calls: dict[str, list[tuple[int, torch.dtype]]] = {name: [] for name in layers}
+) -> dict[str, Counter[tuple[int, torch.dtype]]]:
+    """How often each layer is called with how many vectors and in which dtype."""
+    calls: dict[str, Counter[tuple[int, torch.dtype]]] = {name: Counter() for name in layers}
 
     def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda layer, _, y: calls[name].append((y.numel() // layers[name].format.M, y.dtype))
+        return lambda layer, _, y: calls[name].update([(y.numel() // layers[name].format.M, y.dtype)])
 
     handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     try:
-        call(model, batch)
+        with evaluating(model):
+            call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: [found for found in calls[name] if found[0]] for name in layers}
+    return {name: Counter({key: times for key, times in calls[name].items() if key[0]}) for name in layers}
 
 
 def _layers(model: nn.Module) -> dict[str, StructuredModule]:
@@ -338,6 +372,7 @@ def _dtype(layer: StructuredModule) -> torch.dtype:
 
 def _hardware(factors: Mapping[str, Tensor]) -> dict[str, str]:
     device = next(iter(factors.values())).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    threads = "" if device.type == "cuda" else str(torch.get_num_threads())
-    return {"device": name, "threads": threads, "torch": torch.__version__}
+    facts = bench.hardware()
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "torch": facts["torch"]}
+    return {key: facts[key] for key in ("processor", "threads", "capability", "torch")}

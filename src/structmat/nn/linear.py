@@ -149,7 +149,10 @@ class StructuredModule(nn.Module):
         return matrix
 
     def _product(self, x: Tensor) -> Tensor:
-        algorithm = self.algorithms.get(bucket(x.numel() // self.format.N), "") if self.algorithms else ""
+        algorithm = ""
+        if self.algorithms and not torch.compiler.is_exporting():  # an exported graph has one way for all lengths
+            tokens = x.numel() // self.format.N
+            algorithm = next((name for most, name in self.algorithms.items() if most // 2 < tokens <= most), "")
         y = self.format.matmul(x, self.factors, algorithm)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

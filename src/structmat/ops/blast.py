@@ -222,6 +222,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if not any(ctx.needs_input_grad[1:4]):  # frozen factors: the product with the transposed matrix
+        _, left, diag, right = ctx.saved_tensors
+        x_gradient = torch.ops.structmat.blast_matmul(upstream, right.mT, diag.transpose(0, 1), left.mT, ctx.algorithm)
+        return x_gradient, None, None, None, None
     return *torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors, ctx.algorithm), None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MIB = 2**20
 
@@ -26,7 +27,7 @@ def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        return tuple(tensor.to(dtype) for tensor in tensors)
+        return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
     return tensors
 
 
@@ -54,7 +55,8 @@ def workspace(x: Tensor, *counts: int) -> list[Tensor]:
         return [x.new_empty(count) for count in counts]
     buffer = _WORKSPACE.buffers.get(x.dtype)
     if buffer is None or len(buffer) < sum(counts):
-        buffer = _WORKSPACE.buffers[x.dtype] = x.new_empty(sum(counts))
+        with torch.inference_mode(False):  # or nothing but inference could write to it later
+            buffer = _WORKSPACE.buffers[x.dtype] = torch.empty(sum(counts), dtype=x.dtype)
     return list(buffer[: sum(counts)].split(list(counts)))
 
 
@@ -64,8 +66,10 @@ def side_by_side(*tensors: Tensor) -> list[Tensor]:
 
 
 def plain() -> bool:
-    """Whether a graph is being made for other runtimes, which know PyTorch's own operators alone."""
-    return torch.compiler.is_exporting()
+    """Whether PyTorch's own operators alone can be used: for other runtimes, in ``torch.func`` and forward mode."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_half(x: Tensor) -> bool:

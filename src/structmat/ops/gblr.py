@@ -73,7 +73,7 @@ def _matmul_backward(
     upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.shape[0] == 0 or len(order) == 0:
-        return torch.zeros_like(x), torch.zeros_like(left), torch.zeros_like(right)
+        return x.new_zeros(x.shape), left.new_zeros(left.shape), right.new_zeros(right.shape)
     (M, N), K = (upstream.shape[1], x.shape[1]), len(order)
     inputs, outputs = tiling(start[1], width[1], N), tiling(start[0], width[0], M)
     packed = inputs.packed(right)
@@ -89,7 +89,7 @@ def _matmul_backward(
 def _(
     upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(left), torch.empty_like(right)
+    return x.new_empty(x.shape), left.new_empty(left.shape), right.new_empty(right.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

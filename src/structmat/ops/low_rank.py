@@ -64,6 +64,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if not any(ctx.needs_input_grad[1:3]):  # frozen factors: the product with the transposed matrix
+        _, _, left, right = ctx.saved_tensors
+        return torch.ops.structmat.low_rank_matmul(upstream, right.mT, left.mT, "linear")[0], None, None, None
     return *torch.ops.structmat.low_rank_matmul_backward(upstream, *ctx.saved_tensors), None
 
 

@@ -159,6 +159,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if not any(ctx.needs_input_grad[1:3]):  # frozen factors: the product with the transposed matrix
+        _, left, right = ctx.saved_tensors
+        if ctx.permute_output:
+            upstream = upstream.unflatten(1, (-1, left.shape[0])).transpose(1, 2).flatten(1)
+        factors = right.permute(0, 3, 1, 2).contiguous(), left.permute(0, 2, 3, 1).contiguous()
+        return torch.ops.structmat.monarch_matmul(upstream, *factors, False, ctx.algorithm), None, None, None, None
     gradients = torch.ops.structmat.monarch_matmul_backward(
         upstream, *ctx.saved_tensors, ctx.permute_output, ctx.algorithm
     )
