@@ -69,7 +69,8 @@ def plain() -> bool:
     """Whether PyTorch's own operators alone can be used: for other runtimes, in ``torch.func`` and forward mode."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return transformed or forward_ad._current_level >= 0
 
 
 def is_half(x: Tensor) -> bool:
