@@ -41,7 +41,7 @@ def test_compress_hardens(folder: Path, tmp_path: Path, method: str) -> None:
     assert 0 < record["error"] < 0.7
 
 
-@pytest.mark.filterwarnings("ignore:the layers with a budget of 0.4 are at")
+@pytest.mark.filterwarnings("ignore:the layers with a budget of 0.4 are at")  # so few steps do run into a cliff
 def test_the_whole_way(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = str(folder / "texts.txt")
     assert compress(folder, tmp_path / "learning", "--keep", "0.8", "--calibrate", texts, "--learn") == 0

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conformance import CASES, LARGE
 from structmat import Blast, BlockSparse, Format, LowRank, Monarch, StructuredLinear, TiledGblr
-from structmat.ops import blast, common, gblr, monarch
+from structmat.ops import blast, common, monarch, tiling
 
 WITH_ALGORITHMS = {
     "blast": Blast(60, 84, blocks=(4, 6), rank=37),
@@ -37,7 +37,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(blast, "BACKWARD_BUFFER", 0.05)
     monkeypatch.setattr(monarch, "BUFFER", 0.001)
     monkeypatch.setattr(monarch, "MANY_TOKENS", 40)
-    monkeypatch.setattr(gblr, "CHUNK", 16)
+    monkeypatch.setattr(tiling, "CHUNK", 16)
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -371,7 +371,7 @@ def test_the_trainer_learns_the_structure(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
-@pytest.mark.filterwarnings("ignore:the layers with a budget of 0.4 are at")
+@pytest.mark.filterwarnings("ignore:the layers with a budget of 0.4 are at")  # so few steps do run into a cliff
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     whole = tiny.trainer(
         "causal-lm",

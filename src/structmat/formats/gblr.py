@@ -12,7 +12,7 @@ from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
 from structmat.formats.gaudi_gblr import even
 from structmat.ops import gblr_matmul
-from structmat.ops.gblr import positions
+from structmat.ops.tiling import positions
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
 from structmat.formats.gblr import Gblr
-from structmat.ops.gblr import ALGORITHMS, rows_to_components, tiled_gblr_matmul, tiling
+from structmat.ops.tiled_gblr import ALGORITHMS, tiled_gblr_matmul
+from structmat.ops.tiling import rows_to_components, tiling
 
 AXES = ("left", "right")
 
