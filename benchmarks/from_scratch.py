@@ -1,8 +1,8 @@
 """Train small vision networks with every structure, from random weights and from pretrained ones.
 
 Gaudi-GBLR against low-rank, Monarch, block-sparse, BLAST and dense at the same multiplications, and against low-rank
-with ranks learned per layer, by the same proximal rule under one budget for the network: what it gains over low-rank
-comes from the allocation, what Gaudi-GBLR gains over it from the shape of the blocks. Everyone trains for the same
+with ranks learned per layer under one budget for the network (vision.rank_step_): what it gains over low-rank comes
+from the allocation, what Gaudi-GBLR gains over it from the shape of the blocks. Everyone trains for the same
 number of steps and tunes alike: the peak learning rate, out of three, each with one run of seed 0 at the middle budget,
 by accuracy on images held out of the training set. The best one then runs at every budget with three seeds and is
 measured on the test images. Every run is kept as JSON; a second call makes those that are missing, on any machine.
@@ -104,8 +104,6 @@ class Cells:
     def missing(self, only: str) -> Iterator[Run]:
         """What is to be run, the first seed of everything first."""
         methods = [method for method in METHODS if re.fullmatch(only, method)]
-        if self.grid.pretrained_steps:
-            methods = [method for method in methods if method != "dense"]
         for method in methods:
             yield from (run for run in self.tuning(method) if self.read(run) is None)
         for seed in SEEDS:

@@ -2,9 +2,10 @@
 
 A 2048 x 2048 matrix in float32 with about a quarter of the multiplications in 2048 components: segments uniformly
 random (every start alike, widths up to a quarter of the axis), and segments that were learned (those of the hardened
-networks of from_scratch.py, scaled to the size), each rounded to multiples of 1, 8, 16 and 32.
+networks of from_scratch.py, scaled to the size), each rounded to multiples of 1, 8, 16 and 32. A stack of copies that
+no cache holds is run at a time, after an untimed run of the same stack.
 
-    python benchmarks/gblr_speed.py                                     # random segments, about two minutes
+    python benchmarks/gblr_speed.py                                     # random segments, about three minutes
     python benchmarks/gblr_speed.py --learned benchmarks/results/from_scratch/segments-vit-0.25-*.json
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from hardware import hardware, hardware_line
 from structmat import LowRank, tile
 from structmat.bench import time_side_by_side
+from structmat.bench.machine import cold_bytes
 from structmat.formats.gblr import from_segments
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,6 +58,16 @@ def learned_segments(files: Sequence[Path]) -> tuple[Tensor, Tensor]:
     return start, width
 
 
+def stack(product: Callable[[Tensor, Any], Tensor], x: Tensor, layers: Sequence[Any]) -> Callable[[], None]:
+    """Calls the layers of a stack one after the other."""
+
+    def run() -> None:
+        for layer in layers:
+            product(x, layer)
+
+    return run
+
+
 def cell(segments: tuple[Tensor, Tensor], multiple: int) -> dict[str, Any]:
     """Times of one kind of segments, rounded."""
     start, width = ((share * SIZE / multiple).round().mul(multiple).long() for share in segments)
@@ -64,25 +76,28 @@ def cell(segments: tuple[Tensor, Tensor], multiple: int) -> dict[str, Any]:
     format, factors = from_segments((SIZE, SIZE), contents[0], contents[1].T, start % SIZE, width.clamp(multiple, SIZE))
     tiled, packed = tile(format, factors)
     low_rank = LowRank.for_budget(SIZE, SIZE, keep=format.keep)
-    low_rank_factors = low_rank.init(generator=generator)
-    weight = torch.randn(SIZE, SIZE, generator=generator)
+    copies = -(-cold_bytes(torch.device("cpu")) // (4 * low_rank.num_parameters()))
+    weights = [torch.randn(SIZE, SIZE, generator=generator) for _ in range(copies)]
+    low_rank_factors = [low_rank.init(generator=generator) for _ in range(copies)]
+    tiles = [{name: factor.clone() for name, factor in packed.items()} for _ in range(copies)]
     times: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for tokens in TOKENS:
             x = torch.randn(tokens, SIZE, generator=generator)
             runs = {
-                "dense": lambda x=x: torch.nn.functional.linear(x, weight),
-                "low_rank": lambda x=x: low_rank.matmul(x, low_rank_factors),
-                "gblr": lambda x=x: tiled.matmul(x, packed),
+                "dense": stack(torch.nn.functional.linear, x, weights),
+                "low_rank": stack(low_rank.matmul, x, low_rank_factors),
+                "gblr": stack(tiled.matmul, x, tiles),
             }
-            times[str(tokens)] = time_side_by_side(runs, rounds=40 if tokens < 128 else 15)
+            found = time_side_by_side(runs, rounds=20 if tokens < 128 else 9, settle=1)
+            times[str(tokens)] = {name: seconds / copies for name, seconds in found.items()}
     exact = {name: factor.double() if factor.is_floating_point() else factor for name, factor in packed.items()}
     x = torch.randn(3, SIZE, dtype=torch.float64)
     reference = x @ format.to_dense({n: f.double() if f.is_floating_point() else f for n, f in factors.items()}).T
     torch.testing.assert_close(tiled.matmul(x, exact), reference)
     return {
-        "multiple": multiple, "multiplications": format.keep, "with_padding": tiled.keep, "tiles": tiled.tiles,
-        "heights": tiled.heights, "blocks": tiled.block_sizes, "seconds": times,
+        "multiple": multiple, "multiplications": format.keep, "with_padding": tiled.keep, "copies": copies,
+        "out_groups": tiled.out_groups, "in_groups": tiled.in_groups, "blocks": tiled.block_sizes, "seconds": times,
     }  # fmt: skip
 
 
@@ -93,8 +108,9 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"Made by `benchmarks/gblr_speed.py` on: {hardware_line(found['hardware'])}.",
         "",
-        f"{SIZE} x {SIZE}, float32, {COMPONENTS} components, `TiledGblr`. Each cell: how many times faster than the "
-        "dense product, and in brackets the time relative to a low-rank product of equal multiplications.",
+        f"{SIZE} x {SIZE}, float32, {COMPONENTS} components, `TiledGblr`, in stacks larger than the caches. Each cell: "
+        "how many times faster than the dense product, and in brackets the time relative to a low-rank product of "
+        "equal multiplications.",
         "",
         "| segments | multiple | multiplications | with padding | "
         + " | ".join(f"{t} token{'s' if t > 1 else ''}" for t in TOKENS)

@@ -34,6 +34,12 @@ LAYERS = {"vit": r"blocks\..*\.(qkv|proj|fc1|fc2)", "mixer": r"blocks\..*\.mlp_c
 SHARES_OF_LEARNED_RANKS = 2.0
 """How many times the budget a low-rank network begins with where it learns its ranks."""
 
+LAST_DROP = 0.7
+"""Share of the steps after which a network that learns its ranks is within its budget."""
+
+MEMORY_OF_SENSITIVITY = 0.85
+"""Weight of what was before in the moving average."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -98,18 +104,15 @@ def network(kind: str, data: Data, seed: int) -> nn.Module:
 
 
 class LearnedRank(nn.Module):
-    """A low-rank layer, each component under a gate in [0, 1]: ``y = left (gate * (right x)) + bias``.
-
-    For low-rank matrices what Gaudi-GBLR does for blocks: gates are soft-thresholded after every step while the network
-    is over its budget, and a component whose gate is 0 costs nothing.
-    """
+    """A low-rank layer that loses components while it learns: ``y = left (kept * (right x)) + bias``."""
 
     def __init__(self, format: sm.LowRank, factors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         super().__init__()
         self.left = nn.Parameter(factors["left"].detach().clone())
         self.right = nn.Parameter(factors["right"].detach().clone())
-        self.gate = nn.Parameter(torch.ones(format.rank))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.kept = nn.Buffer(torch.ones(format.rank))
+        self.sensitivity = nn.Buffer(torch.zeros(format.rank))
 
     @property
     def price(self) -> int:
@@ -123,11 +126,11 @@ class LearnedRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., N)`` to ``(..., M)``."""
-        return F.linear(F.linear(x, self.right) * self.gate, self.left, self.bias)
+        return F.linear(F.linear(x, self.right) * self.kept, self.left, self.bias)
 
 
-def gated_(model: nn.Module) -> nn.Module:
-    """Put gates on the components of all low-rank layers, in place."""
+def with_learned_ranks_(model: nn.Module) -> nn.Module:
+    """Let all low-rank layers lose components while they learn, in place."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, sm.StructuredLinear) and isinstance(layer.format, sm.LowRank):
             parent, _, child = name.rpartition(".")
@@ -136,25 +139,29 @@ def gated_(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def gate_step_(model: nn.Module, settings: StructureLearning, rate: float, progress: float) -> float:
-    """The proximal step on the gates; the last phase keeps the largest within the budget. Returns the share."""
+def rank_step_(model: nn.Module, keep: float, progress: float) -> float:
+    """Drop the components that matter least, over all layers; between the backward pass and the optimizer's step.
+
+    What a component matters is the moving average of ``|sum of left * gradient|``, to first order the change of the
+    loss if it were not there (importance and schedule as in AdaLoRA: Zhang et al. 2023, sections 3.2 and 3.3). From a
+    tenth of the steps until ``LAST_DROP`` the share falls to ``keep`` along a cubic. Returns the share.
+    """
     layers = [module for module in model.modules() if isinstance(module, LearnedRank)]
-    dense = sum(layer.dense for layer in layers)
-
-    def share() -> float:
-        return sum(layer.price * int((layer.gate > 0).sum()) for layer in layers) / dense
-
     for layer in layers:
-        layer.gate.sub_(settings.strength(share(), settings.targets[".*"]) * rate).clamp_(0, 1)
-    if settings.is_hard(progress) and share() > settings.targets[".*"]:
-        gates = torch.cat([layer.gate for layer in layers])
-        prices = torch.cat([torch.full_like(layer.gate, layer.price) for layer in layers])
-        order = gates.argsort(descending=True)
-        kept = torch.zeros_like(gates)
-        kept[order] = (prices[order].cumsum(0) <= settings.targets[".*"] * dense).float()
-        for layer, mask in zip(layers, kept.split([len(layer.gate) for layer in layers]), strict=True):
-            layer.gate.mul_(mask)
-    return share()
+        gradient = layer.left.grad
+        if gradient is None:
+            raise ValueError("expected gradients, got none; call rank_step_ after backward")
+        layer.sensitivity.lerp_((layer.left * gradient).sum(0).abs(), 1 - MEMORY_OF_SENSITIVITY)
+    left = 1 - min(max((progress - 0.1) / (LAST_DROP - 0.1), 0.0), 1.0)
+    most = keep * (1 + (SHARES_OF_LEARNED_RANKS - 1) * left**3) * sum(layer.dense for layer in layers)
+    scores = torch.cat([layer.sensitivity.where(layer.kept > 0, -1.0) / layer.price for layer in layers])
+    prices = torch.cat([torch.full_like(layer.kept, layer.price) for layer in layers])
+    order = scores.argsort(descending=True, stable=True)
+    fits = torch.zeros_like(scores)
+    fits[order] = (prices[order].cumsum(0) <= most).float()
+    for layer, mask in zip(layers, fits.split([len(layer.kept) for layer in layers]), strict=True):
+        layer.kept.mul_(mask)
+    return sum(layer.price * int(layer.kept.sum()) for layer in layers) / sum(layer.dense for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ class Run:
         pretrained_steps: Of training a dense network first, which is then compressed; 0 for a random start.
         structure: What differs from ``learning``'s settings of ``StructureLearning``.
         options: What differs from the usual in ``make_plan``.
-        structure_rate: Learning rate of widths, locations and gates.
+        structure_rate: Learning rate of widths and locations.
         start: Cost of the structure at the beginning, relative to the budget.
     """
 
@@ -190,10 +197,9 @@ class Run:
     @property
     def learning(self) -> StructureLearning | None:
         """How the structure is learned, if it is."""
-        if self.method not in ("gaudi-gblr", "learned ranks"):
+        if self.method != "gaudi-gblr":
             return None
-        usual = {"shrinkage": 2.0, "hard_share": 0.3} if self.method == "learned ranks" else {"shrinkage": 0.2}
-        return StructureLearning(self.keep, **{"sigma": None, **usual, **self.structure})
+        return StructureLearning(self.keep, **{"sigma": None, "shrinkage": 0.2, **self.structure})
 
 
 FORMATS: dict[str, tuple[type[sm.Format], Any]] = {
@@ -221,7 +227,7 @@ def begin(run: Run, data: Data) -> nn.Module:
         sm.compress_(model, plan)
     else:
         sm.apply_plan_(model, plan, generator=torch.Generator().manual_seed(run.seed))
-    return gated_(model) if run.method == "learned ranks" else model
+    return with_learned_ranks_(model) if run.method == "learned ranks" else model
 
 
 def pretrained(run: Run, model: nn.Module, data: Data) -> nn.Module:
@@ -242,20 +248,13 @@ def train(run: Run, model: nn.Module, data: Data, every: int = 50) -> list[dict[
     images, labels = data.train
     generator = torch.Generator().manual_seed(run.seed)
     groups = parameter_groups(model, run.rate, WEIGHT_DECAY, structure_learning_rate=run.structure_rate)
-    gates = {id(module.gate) for module in model.modules() if isinstance(module, LearnedRank)}
-    if gates:
-        found = [p for group in groups for p in group["params"] if id(p) in gates]
-        for group in groups:
-            group["params"] = [p for p in group["params"] if id(p) not in gates]
-        groups.append({"name": "structure", "params": found, "lr": run.structure_rate, "weight_decay": 0.0,
-                       "betas": (0.0, 0.999)})  # fmt: skip
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=run.steps, pct_start=0.1,
         cycle_momentum=False,
     )  # fmt: skip
     learning = run.learning
-    if learning is not None and not gates:
+    if learning is not None:
         set_sigma_(model, learning.sigma_at(0))
     history: list[dict[str, Any]] = []
     model.train()
@@ -264,13 +263,13 @@ def train(run: Run, model: nn.Module, data: Data, every: int = 50) -> list[dict[
         loss = F.cross_entropy(model(shifted(images[chosen], generator)), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        rate, progress = optimizer.param_groups[-1]["lr"], (step + 1) / run.steps
+        progress = (step + 1) / run.steps
         noted: dict[str, Any] = {}
-        if learning is not None and gates:
-            noted["structure_share"] = gate_step_(model, learning, rate, progress)
-        elif learning is not None:
-            state = structure_step_(model, learning, rate, progress)
+        if run.method == "learned ranks":
+            noted["structure_share"] = rank_step_(model, run.keep, progress)
+        optimizer.step()
+        if learning is not None:
+            state = structure_step_(model, learning, optimizer.param_groups[-1]["lr"], progress)
             noted = {"structure_share": state.share, "structure_dead": state.dead, "structure_sigma": state.sigma,
                      "costs": dict(state.costs)}  # fmt: skip
         schedule.step()
@@ -331,7 +330,7 @@ def kept(run: Run, model: nn.Module, dense: int) -> float:
     total = 0
     for module in model.modules():
         if isinstance(module, LearnedRank):
-            total += module.price * int((module.gate > 0).sum())
+            total += module.price * int(module.kept.sum())
         elif isinstance(module, sm.StructuredLinear):
             total += module.format.num_parameters(module.factors)
     return total / dense

@@ -71,6 +71,12 @@ def test_there_must_be_a_round() -> None:
         time_side_by_side({"a": lambda: None}, rounds=0)
 
 
+def test_each_timed_call_follows_one_of_its_own() -> None:
+    calls: list[str] = []
+    time_side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, settle=1)
+    assert "".join(calls) == "aabb" + "aabb" * 2
+
+
 def test_quartiles_and_spread() -> None:
     seconds = iter([9.0, 1.0, 5.0, 2.0, 3.0])
     found = time_in_turn({"a": lambda: None}, rounds=5, warmup=0, clock=lambda run: next(seconds))["a"]
@@ -211,7 +217,7 @@ def test_a_stack_is_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> N
     found = quick({"low-rank": Rule(LowRank, 0.5)}, cold=5 * 4 * rank * 80 - 1, peaks=peaks)
     assert found.times[0].copies == 5
     assert len(set(called)) == 5
-    assert len(called) == 5 * (2 + 2)  # warm-up and rounds
+    assert len(called) == 5 * (2 + 2 * 2)  # warm-up, and rounds with one untimed run each
     assert quick(cold=1, peaks=peaks).times[0].copies == 2
     assert quick(cold=2**30, peaks=peaks, rounds=1).times[0].copies == layers.MOST_COPIES
 

@@ -1,5 +1,6 @@
 """The Gaudi mask, and the matrices that are learned and hardened under it."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import structmat as sm
 from structmat.formats import Factors, Format
-from structmat.ops import gaudi_mask
+from structmat.ops import gaudi_mask, tiling
 
 INFINITE = torch.full((1,), torch.inf, dtype=torch.float64)
 real = st.floats(0, 1, allow_nan=False)
@@ -366,15 +367,51 @@ def test_padding_is_bounded_by_a_block_for_each_segment() -> None:
     assert tiled.num_parameters() < 1.15 * (format.num_parameters() + 2 * 16 * format.components)
 
 
+@given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_tiles_are_grouped_for_the_fewest_rows(counts: list[int]) -> None:
+    blocks, heights, groups = tiling._grouped(torch.tensor(counts))
+    held = [max(count, 1) for count in counts]
+    assert sorted(blocks.tolist()) == list(range(len(counts)))
+    assert all(height >= held[block] for block, height in zip(blocks.tolist(), heights.tolist(), strict=True))
+    assert heights.tolist() == [H for S, H in zip(groups[::2], groups[1::2], strict=True) for _ in range(S)]
+    if len(groups) == 2:
+        assert blocks.tolist() == list(range(len(counts)))
+
+    def cost(rows: int, count: int) -> float:
+        return rows + count * tiling.GROUP_COST * sum(held)
+
+    ordered, C = sorted(held, reverse=True), len(held)
+    every = (
+        cost(sum((end - begin) * ordered[begin] for begin, end in itertools.pairwise((0, *ends, C))), len(ends) + 1)
+        for count in range(min(tiling.MOST_GROUPS, C))
+        for ends in itertools.combinations(range(1, C), count)
+    )
+    assert cost(int(heights.sum()), len(groups) // 2) == pytest.approx(min(every))
+
+
+def test_each_block_has_one_tile() -> None:
+    format = sm.TiledGblr(4, 4, 1, (1, 1, 1, 2), (2, 1), (2, 2))
+    factors = format.init()
+    factors["left_place"] = torch.tensor([1, 0], dtype=torch.int32)
+    format.check_factors(factors)
+    factors["right_place"] = torch.tensor([1, 0], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"right_place to hold each of 0 … 1 once in order, got \[1, 0\]"):
+        format.check_factors(factors)
+    factors["left_place"] = torch.tensor([1, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"left_place to hold each of 0 … 1 once, got \[1, 1\]"):
+        format.check_factors(factors)
+
+
 def test_what_cannot_be_tiled_is_refused() -> None:
     with pytest.raises(TypeError, match="expected a Gblr format to tile, got LowRank"):
         sm.tile(sm.LowRank(4, 4, 1), {})
     empty = sm.Gblr(4, 4, 0, (0, 0))
     with pytest.raises(ValueError, match="expected at least one component to tile"):
         sm.tile(empty, empty.init())
-    with pytest.raises(ValueError, match=r"expected blocks of at most \(4, 4\) entries, got \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"expected two block_sizes of at most \(4, 4\) entries, got \(5, 4\)"):
         sm.TiledGblr(4, 4, 1, (1, 1), (1, 1), (5, 4))
-    with pytest.raises(ValueError, match="expected tiles of the output and the input axis"):
-        sm.TiledGblr(4, 4, 1, (1, 1, 1), (1, 1), (4, 4))
+    with pytest.raises(ValueError, match="2 tiles in all for blocks of 3 on an axis of 4, got"):
+        sm.TiledGblr(4, 4, 1, (1, 1), (1, 1, 2), (4, 3))
     with pytest.raises(ValueError, match="expected a format that a budget can size, got TiledGblr"):
         sm.Rule(sm.TiledGblr)

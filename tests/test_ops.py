@@ -14,7 +14,8 @@ WITH_ALGORITHMS = {
     "blast one block": Blast(40, 24, blocks=1, rank=9),
     "monarch": Monarch(60, 84, blocks=(4, 6), rank=3),
     "monarch permuted": Monarch(60, 84, blocks=(6, 4), rank=5, permute_output=True),
-    "tiled gblr": TiledGblr(50, 70, 11, (7, 9), (5, 4), (8, 8)),
+    "tiled gblr": TiledGblr(50, 70, 11, (5, 7, 2, 3), (9, 4), (8, 8)),
+    "tiled gblr, whole blocks": TiledGblr(48, 72, 11, (6, 5), (1, 9, 7, 4, 1, 2), (8, 8)),
     "low-rank": LowRank(60, 84, rank=19),
     "low-rank, few rows": LowRank(7, 84, rank=3),
 }
@@ -23,7 +24,7 @@ OPERATORS = {
     for name in (
         "low-rank square", "block-diagonal wide", "monarch 3x7 blocks, I > J", "monarch permuted, I < J",
         "blast 3x7 blocks, I > J", "block-sparse 3x7 blocks, unequal rows", "block-sparse empty first row", "gblr wide",
-        "tiled gblr, several tiles in a block",
+        "tiled gblr, several groups",
     )
 }  # fmt: skip
 

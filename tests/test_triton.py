@@ -168,11 +168,9 @@ def block_sparse_case(format: BlockSparse) -> Case:
 
 
 def tiled_case(format: TiledGblr) -> Case:
-    sizes = list(zip(format.tiles, format.heights, format.block_sizes, strict=True))
-
-    def arguments(f: dict) -> tuple[Tensor, ...]:
-        inputs = f["right"].view(sizes[1]), f["right_place"], f["right_rows"], f["right_offsets"]
-        return *inputs, f["left"].view(sizes[0]), f["left_place"], f["left_index"]
+    def arguments(f: dict) -> tuple[tuple, tuple]:
+        inputs = f["right"], format.in_groups, f["right_place"], f["right_rows"], f["right_offsets"]
+        return inputs, (f["left"], format.out_groups, f["left_place"], f["left_index"])
 
     return Case(
         format,
@@ -200,8 +198,8 @@ CASES: dict[str, Case] = {
     "block-sparse": block_sparse_case(BlockSparse(57, 84, ("1101", "0100", "1111"))),
     "block-sparse empty row and column": block_sparse_case(BlockSparse(51, 57, ("101", "000", "100"))),
     "gblr": tiled_case(hardened()[0]),
-    "gblr unsorted tiles, short last block": tiled_case(TiledGblr(75, 53, 7, (6, 5), (3, 19), (33, 20))),
-    "gblr fewer tiles than blocks": tiled_case(TiledGblr(64, 40, 5, (2, 2), (17, 4), (16, 16))),
+    "gblr one group, short last block": tiled_case(TiledGblr(75, 53, 7, (3, 3), (3, 19), (33, 20))),
+    "gblr three groups": tiled_case(TiledGblr(64, 40, 5, (1, 17, 2, 4, 1, 1), (1, 9, 1, 2, 1, 1), (16, 16))),
 }
 
 
@@ -242,7 +240,7 @@ def test_gradients(name: str, dtype: torch.dtype, T: int) -> None:
         assert_near(one, other.reshape(one.shape), dtype)
 
 
-def test_without_blocks_or_components_the_product_is_zero() -> None:
+def test_without_blocks_the_product_is_zero() -> None:
     x, blocks = torch.randn(3, 10, device=DEVICE), torch.empty(0, 4, 5, device=DEVICE)
     none = torch.zeros(0, dtype=torch.int32, device=DEVICE)
     starts = torch.zeros(3, dtype=torch.int32, device=DEVICE)
@@ -252,23 +250,6 @@ def test_without_blocks_or_components_the_product_is_zero() -> None:
     assert torch.equal(y, torch.zeros(3, 8, device=DEVICE))
     assert torch.equal(gradients[0], torch.zeros_like(x))
     assert gradients[1].shape == blocks.shape
-    tiles, place = torch.randn(1, 2, 10, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    rows, index = torch.arange(2, device=DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    arguments = x, tiles, place, rows, none, tiles, place, index
-    y = gblr.tile_matmul_forward(*arguments, 10)
-    assert torch.equal(y, torch.zeros(3, 10, device=DEVICE))
-    for gradient, like in zip(gblr.tile_matmul_backward(y, *arguments), (x, tiles, tiles), strict=True):
-        assert torch.equal(gradient, torch.zeros_like(like))
-
-
-def test_the_order_of_tiles_can_be_given() -> None:
-    case = CASES["gblr unsorted tiles, short last block"]
-    factors, _, _ = factors_and_dense(case, torch.float32)
-    z = torch.randn(7, 3, device=DEVICE)
-    sizes = case.format.tiles[0], case.format.heights[0], case.format.block_sizes[0]
-    arguments = z, factors["left"].view(sizes), factors["left_place"], factors["left_index"], 75
-    order = gblr.tiles_by_block(factors["left_place"], 3)
-    assert torch.equal(gblr.tile_spread(*arguments, order), gblr.tile_spread(*arguments))
 
 
 WAYS = {

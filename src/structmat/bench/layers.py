@@ -154,9 +154,10 @@ def bench_layers(
     """Time structured layers against ``nn.Linear``, in turn in the same run.
 
     A timed run calls a stack of layers one after the other, each with weights of its own, so many that no cache holds
-    them (``MOST_COPIES`` at most), as in a network; the dense stack has as many layers. First every format is checked
-    against its dense definition in every dtype, at a small size with odd blocks and at the smallest shape, and each
-    stack's layer again before it is timed.
+    them (``MOST_COPIES`` at most), as in a network; the dense stack has as many layers. On a CPU an untimed run of the
+    same stack precedes each timed one, so that none is the first after another. First every format is checked against
+    its dense definition in every dtype, at a small size with odd blocks and at the smallest shape, and each stack's
+    layer again before it is timed.
 
     Args:
         formats: Rules with a ``keep``, by a label.
@@ -328,7 +329,7 @@ class _Stacks:
             if self.mode == "compile":
                 torch.compiler.reset()
             runs = {"|".join(key): _run(layers, x, step, self.mode) for key, layers in stacks.items()}
-            found = time_in_turn(runs, rounds=rounds, device=self.device)
+            found = time_in_turn(runs, rounds=rounds, settle=int(self.device.type == "cpu"), device=self.device)
             dense = found["dense|automatic"].each(self.copies)
             for label, way in stacks:
                 if label != "dense":

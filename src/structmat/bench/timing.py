@@ -53,12 +53,15 @@ class Timing:
         return (self.high - self.low) / self.median if self.median else 0.0
 
 
-def time_side_by_side(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20) -> dict[str, float]:
+def time_side_by_side(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20, settle: int = 0
+) -> dict[str, float]:
     """Time callables in turn, so that a drift of the machine's speed meets all of them alike.
 
     Args:
         candidates: What to time, by name; each is called twice to warm up.
         rounds: How often each is timed.
+        settle: As in ``time_in_turn``.
 
     Returns:
         Median seconds of each.
@@ -66,7 +69,8 @@ def time_side_by_side(candidates: Mapping[str, Callable[[], object]], *, rounds:
     Raises:
         ValueError: If ``rounds`` is below 1.
     """
-    return {name: timing.median for name, timing in time_in_turn(candidates, rounds=rounds, clock=synchronised).items()}
+    found = time_in_turn(candidates, rounds=rounds, settle=settle, clock=synchronised)
+    return {name: timing.median for name, timing in found.items()}
 
 
 def time_in_turn(
@@ -74,6 +78,7 @@ def time_in_turn(
     *,
     rounds: int = 20,
     warmup: int = 2,
+    settle: int = 0,
     clock: Callable[[Callable[[], object]], float] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
@@ -83,6 +88,8 @@ def time_in_turn(
         candidates: What to time, by name.
         rounds: How often each is timed.
         warmup: How often each is called before.
+        settle: How often each is called, untimed, directly before each timed call, so that it finds the caches and
+            the allocator as it left them itself, not as another one did.
         clock: Calls something and says how many seconds it took; None for the one that suits the device.
         device: Where the work is done.
 
@@ -100,6 +107,8 @@ def time_in_turn(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
+            for _ in range(settle):
+                run()
             seconds[name].append(clock(run))
     return {name: Timing.of(values) for name, values in seconds.items()}
 

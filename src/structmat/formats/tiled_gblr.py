@@ -22,28 +22,29 @@ AXES = ("left", "right")
 class TiledGblr(Format):
     """A GBLR matrix whose contents lie in dense tiles, zero where a segment ends within one; made by ``tile``.
 
-    Each axis is cut into blocks of ``block`` entries. What a component has in a block is a row of a tile there; a tile
-    has ``height`` rows. Factors: ``left (S H, B)`` and ``right (S H, B)``, with the axes' own numbers of tiles ``S``,
-    heights and blocks, and for each axis the buffer ``place (S,)``, the block of each tile. ``left_index (S H,)`` is
-    the component of each row of ``left``; ``right_rows (S H,)`` the rows of ``right`` sorted by component, of which
-    those of component ``k`` begin at ``right_offsets[k]``. A product is two batches of dense ones, without packing. The
-    padding counts as parameters and multiplications; it learns if the layer is trained.
+    Each axis is cut into ``C`` blocks of ``B`` entries, and has a tile for each: its rows are what the components have
+    there. Tiles of equal heights ``H`` form a group of ``S``. Factors: ``left (rows, B)`` and ``right (rows, B)``, the
+    tiles one after the other, with the axes' own groups and blocks, and for each axis the buffer ``place (C,)``, the
+    block of each tile, in order if there is one group. ``left_index (rows,)`` is the component of each row of ``left``;
+    ``right_rows (rows,)`` the rows of ``right`` sorted by component, of which those of component ``k`` begin at
+    ``right_offsets[k]``. A product is a batch of dense ones for each group, without packing. The padding counts as
+    parameters and multiplications; it learns if the layer is trained.
 
     Attributes:
         M: Out features.
         N: In features.
         components: ``K``.
-        tiles: ``S`` of the output and of the input axis.
-        heights: ``H``, likewise.
-        block_sizes: ``B``, likewise.
+        out_groups: ``S`` and ``H`` of each group of the output axis, one after the other.
+        in_groups: Of the input axis.
+        block_sizes: ``B`` of the output and of the input axis.
 
     Raises:
-        ValueError: If a number is not positive or a block is longer than its axis.
+        ValueError: If a number is not positive, a block is longer than its axis, or there is not a tile for each block.
     """
 
     components: int
-    tiles: tuple[int, int]
-    heights: tuple[int, int]
+    out_groups: tuple[int, ...]
+    in_groups: tuple[int, ...]
     block_sizes: tuple[int, int]
 
     name: ClassVar[str] = "tiled_gblr"
@@ -53,51 +54,86 @@ class TiledGblr(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.natural_int(self.components, "components")
-        for field in ("tiles", "heights", "block_sizes"):
-            pair = tuple(getattr(self, field))
-            if len(pair) != 2:
-                raise ValueError(f"expected {field} of the output and the input axis, got {pair}")
-            for count in pair:
-                _checks.positive_int(count, field)
-            object.__setattr__(self, field, pair)
-        if self.block_sizes[0] > self.M or self.block_sizes[1] > self.N:
-            raise ValueError(f"expected blocks of at most {self.shape} entries, got {self.block_sizes}")
+        _checks.positive_int(self.components, "components")
+        for field in ("out_groups", "in_groups", "block_sizes"):
+            numbers = tuple(getattr(self, field))
+            for number in numbers:
+                _checks.positive_int(number, field)
+            object.__setattr__(self, field, numbers)
+        if len(self.block_sizes) != 2 or self.block_sizes[0] > self.M or self.block_sizes[1] > self.N:
+            raise ValueError(f"expected two block_sizes of at most {self.shape} entries, got {self.block_sizes}")
+        for groups, n, B in zip((self.out_groups, self.in_groups), self.shape, self.block_sizes, strict=True):
+            if len(groups) % 2 or sum(groups[::2]) != -(-n // B):
+                raise ValueError(
+                    f"expected groups as numbers and heights of tiles, {-(-n // B)} tiles in all for blocks of {B} on "
+                    f"an axis of {n}, got {groups}"
+                )
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of all tiles of the output and of the input axis."""
+        out_rows, in_rows = (
+            sum(S * H for S, H in zip(groups[::2], groups[1::2], strict=True))
+            for groups in (self.out_groups, self.in_groups)
+        )
+        return out_rows, in_rows
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """``C``: tiles, or blocks, of the output and of the input axis."""
+        return sum(self.out_groups[::2]), sum(self.in_groups[::2])
 
     def factor_specs(self) -> dict[str, FactorSpec]:
         """``left`` and ``right`` as tiles, and the indices that say where they belong."""
-        specs: dict[str, FactorSpec] = {}
-        for axis, name in enumerate(AXES):
-            S, H, B = self._sizes(axis)
-            specs[name] = FactorSpec((S * H, B))
-        for axis, name in enumerate(AXES):
-            rows = self.tiles[axis] * self.heights[axis]
-            specs[f"{name}_place"] = FactorSpec((self.tiles[axis],), trainable=False, dtype=torch.int32)
-            specs["left_index" if axis == 0 else "right_rows"] = FactorSpec((rows,), trainable=False, dtype=torch.int32)
-        specs["right_offsets"] = FactorSpec((self.components,), trainable=False, dtype=torch.int32)
-        return specs
+        specs = {name: FactorSpec((self.rows[axis], self.block_sizes[axis])) for axis, name in enumerate(AXES)}
+        lengths = {
+            "left_place": self.tiles[0], "left_index": self.rows[0], "right_place": self.tiles[1],
+            "right_rows": self.rows[1], "right_offsets": self.components,
+        }  # fmt: skip
+        return specs | {name: FactorSpec((n,), trainable=False, dtype=torch.int32) for name, n in lengths.items()}
+
+    def check_factors(self, factors: Factors) -> None:
+        """Check names and shapes, and that each block has one tile.
+
+        Args:
+            factors: What to check.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
+        super().check_factors(factors)
+        for name, groups in zip(AXES, (self.out_groups, self.in_groups), strict=True):
+            place = factors[f"{name}_place"]
+            found = [] if place.is_meta else place.tolist()
+            expected = list(range(len(found)))
+            if (found if len(groups) == 2 else sorted(found)) != expected:
+                order = " in order" if len(groups) == 2 else ""
+                raise ValueError(f"expected {name}_place to hold each of 0 … {len(found) - 1} once{order}, got {found}")
 
     def to_dense(self, factors: Factors) -> Tensor:
         """The sum of the components, each put together from its rows of tiles."""
         full = []
         for axis, (name, index) in enumerate(zip(AXES, self._components(factors), strict=True)):
-            (_, H, B), n = self._sizes(axis), self.shape[axis]
-            blocks = -(-n // B)
-            place = factors[f"{name}_place"].long().repeat_interleave(H)
+            B, blocks, n = self.block_sizes[axis], self.tiles[axis], self.shape[axis]
+            heights = torch.tensor(self._heights(axis), device=factors[name].device)
+            place = factors[f"{name}_place"].long().repeat_interleave(heights, output_size=self.rows[axis])
             rows = factors[name].new_zeros(self.components * blocks, B)
             rows = rows.index_add(0, index * blocks + place, factors[name])
             full.append(rows.view(self.components, blocks * B)[:, :n])
         return full[0].mT @ full[1]
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
-        """Two batches of dense products on slices of the input and the output, and sums of rows between them."""
-        left, right = (factors[name].view(self._sizes(axis)) for axis, name in enumerate(AXES))
-        inputs = (right, factors["right_place"], factors["right_rows"], factors["right_offsets"])
-        outputs = (left, factors["left_place"], factors["left_index"])
+        """Batches of dense products on slices of the input and the output, and sums of rows between them."""
+        inputs = (
+            factors["right"], self.in_groups, factors["right_place"], factors["right_rows"], factors["right_offsets"]
+        )  # fmt: skip
+        outputs = factors["left"], self.out_groups, factors["left_place"], factors["left_index"]
         return tiled_gblr_matmul(x, inputs, outputs, self.M, algorithm)
 
-    def _sizes(self, axis: int) -> tuple[int, int, int]:
-        return self.tiles[axis], self.heights[axis], self.block_sizes[axis]
+    def _heights(self, axis: int) -> list[int]:
+        """The height of each tile."""
+        groups = (self.out_groups, self.in_groups)[axis]
+        return [H for S, H in zip(groups[::2], groups[1::2], strict=True) for _ in range(S)]
 
     def _components(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """The component of every row of ``left`` and of ``right``."""
@@ -109,14 +145,11 @@ class TiledGblr(Format):
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         factors: dict[str, Tensor] = {}
         for axis, name in enumerate(AXES):
-            S, H, B = self._sizes(axis)
-            blocks = -(-self.shape[axis] // B)
-            factors[name] = torch.randn(S * H, B, generator=generator)
-            factors[f"{name}_place"] = torch.arange(S) % blocks
-        rows = [self.tiles[axis] * self.heights[axis] for axis in (0, 1)]
-        factors["left_index"] = torch.arange(rows[0]) % max(self.components, 1)
-        factors["right_rows"] = torch.arange(rows[1])
-        factors["right_offsets"] = torch.arange(self.components) * rows[1] // max(self.components, 1)
+            factors[name] = torch.randn(self.rows[axis], self.block_sizes[axis], generator=generator)
+            factors[f"{name}_place"] = torch.arange(self.tiles[axis])
+        factors["left_index"] = torch.arange(self.rows[0]) % self.components
+        factors["right_rows"] = torch.arange(self.rows[1])
+        factors["right_offsets"] = torch.arange(self.components) * self.rows[1] // self.components
         variance = self.to_dense(factors).square().mean().item()
         scaled = self.scaled(factors, (3 * self.N * variance) ** -0.5)
         return {name: scaled[name] for name in self.factor_specs()}
@@ -147,12 +180,13 @@ def tile(format: Gblr, factors: Factors, *, block_sizes: Sequence[int | None] = 
     ]
     tiled: dict[str, Tensor] = {}
     for name, one in zip(AXES, found, strict=True):
-        tiled[name] = one.packed(factors[name]).flatten(0, 1)
-    for name, one in zip(AXES, found, strict=True):
+        tiled[name] = one.packed(factors[name])
         tiled[f"{name}_place"] = one.blocks.to(torch.int32)
     outputs, inputs = found
     rows, offsets = inputs.bags(format.components)
-    tiled["left_index"] = factors["order"].long()[outputs.index].flatten().to(torch.int32)
+    tiled["left_index"] = factors["order"].long()[outputs.index].to(torch.int32)
     tiled["right_rows"], tiled["right_offsets"] = rows.to(torch.int32), offsets.to(torch.int32)
-    (So, Ho, Bo), (Si, Hi, Bi) = (tuple(one.entries.shape) for one in found)
-    return TiledGblr(format.M, format.N, format.components, (So, Si), (Ho, Hi), (Bo, Bi)), tiled
+    result = TiledGblr(
+        format.M, format.N, format.components, outputs.groups, inputs.groups, (outputs.block, inputs.block)
+    )
+    return result, {name: tiled[name] for name in result.factor_specs()}

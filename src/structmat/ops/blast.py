@@ -14,8 +14,14 @@ from structmat.ops.common import MIB, TRITON, cast, is_half, plain, side_by_side
 FEW_TOKENS = 4
 """Up to this many tokens a CPU multiplies vectors with matrices; beyond, matrices with matrices."""
 
-BUFFER = 8
-"""MiB of one intermediate on a CPU in float32."""
+BUFFER = 2
+"""MiB of one intermediate on a CPU in float32, but where that is less than one of ``PARTS`` of the components."""
+
+PARTS = 6
+"""Most parts of the components: more of them read and write the output too often."""
+
+OUTPUT_BUFFER = 16
+"""MiB of the output on the way."""
 
 BACKWARD_BUFFER = 16
 """MiB of one intermediate of the backward product, whose larger products pay for the pages."""
@@ -23,10 +29,10 @@ BACKWARD_BUFFER = 16
 TOKENS = 512
 """At a time on a CPU in float32; fewer where the output is wide."""
 
-HALF_BUFFER = 8
+HALF_BUFFER = 16
 """MiB, for dtypes of 16 bits."""
 
-HALF_TOKENS = 128
+HALF_TOKENS = 256
 """At a time on a CPU, for dtypes of 16 bits."""
 
 SOME_TOKENS = 32
@@ -115,8 +121,8 @@ def _many(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     (I, P, R), J = left.shape, len(right)
     couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
     y = x.new_empty(x.shape[0], I * P)
-    most = min(x.shape[0], TOKENS, tokens_within(2 * BUFFER, I * P, x))
-    step = min(R, _components(most, max(I, J), x, BUFFER))
+    most = min(x.shape[0], TOKENS, tokens_within(OUTPUT_BUFFER, I * P, x))
+    step = min(R, max(_components(most, max(I, J), x, BUFFER), -(-R // PARTS // 8) * 8))
     buffers = workspace(x, J * step * most, I * step * most, I * P * most)
     for some, out in zip(x.split(most), y.split(most), strict=True):
         n, segments = len(some), _segments(some, right)
@@ -137,6 +143,8 @@ def _half(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, tokens: int | No
     """Some of the tokens at a time; operands side by side, since products in 16 bits copy others."""
     (I, P, R), (J, _, Q) = left.shape, right.shape
     couplings = diag.permute(2, 0, 1)  # (R, I, J)
+    if x.shape[0] > SOME_TOKENS:
+        couplings = couplings.contiguous()
     y = x.new_empty(x.shape[0], I * P)
     step = min(x.shape[0], tokens or min(HALF_TOKENS, tokens_within(HALF_BUFFER, max(I, J) * R, x)))
     z_buffer, h_buffer = workspace(x, J * R * step, I * R * step)

@@ -15,7 +15,7 @@ MIB = 2**20
 TRITON = "triton"
 """Name of the algorithms that are kernels of our own; they run on a GPU, and on a CPU in triton's interpreter."""
 
-MOST_KEPT = 40
+MOST_KEPT = 64
 """MiB that a thread keeps for intermediates, at most, for each dtype."""
 
 ROW_SPLITS = 8

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from structmat.ops.common import cast
-from structmat.ops.tiling import in_chunks, tile_matmul, tile_matmul_in_chunks, tile_project, tile_spread, tiling
+from structmat.ops.tiling import tile_matmul, tile_matmul_in_chunks, tile_project, tile_spread, tiling
 
 
 def gblr_matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int) -> Tensor:
@@ -38,11 +38,11 @@ def _matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor
         return x.new_zeros(x.shape[0], M)
     inputs, outputs = tiling(start[1], width[1], x.shape[1]), tiling(start[0], width[0], M)
     index = order.long()[outputs.index]
-    product = tile_matmul_in_chunks if in_chunks(x) else tile_matmul
+    product = tile_matmul_in_chunks if x.device.type == "cpu" else tile_matmul
     return product(
         x,
-        (inputs.packed(right), inputs.blocks, *inputs.bags(len(order))),
-        (outputs.packed(left), outputs.blocks, index),
+        (inputs.packed(right), inputs.groups, inputs.blocks, *inputs.bags(len(order))),
+        (outputs.packed(left), outputs.groups, outputs.blocks, index),
         M,
     )
 
@@ -61,11 +61,11 @@ def _matmul_backward(
     (M, N), K = (upstream.shape[1], x.shape[1]), len(order)
     inputs, outputs = tiling(start[1], width[1], N), tiling(start[0], width[0], M)
     packed = inputs.packed(right)
-    z = tile_project(x, packed, inputs.blocks, *inputs.bags(K))[order.long()]
-    z_gradient = tile_project(upstream, outputs.packed(left), outputs.blocks, *outputs.bags(K))
+    z = tile_project(x, packed, inputs.groups, inputs.blocks, *inputs.bags(K))[order.long()]
+    z_gradient = tile_project(upstream, outputs.packed(left), outputs.groups, outputs.blocks, *outputs.bags(K))
     left_gradient = outputs.outer(upstream, z)
     z_gradient = torch.empty_like(z).index_copy(0, order.long(), z_gradient)
-    x_gradient = tile_spread(z_gradient, packed, inputs.blocks, inputs.index, N)
+    x_gradient = tile_spread(z_gradient, packed, inputs.groups, inputs.blocks, inputs.index, N)
     return x_gradient.contiguous(), left_gradient, inputs.outer(x, z_gradient)
 
 

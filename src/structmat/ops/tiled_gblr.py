@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from structmat.ops.common import TRITON, cast, plain, side_by_side
 from structmat.ops.tiling import (
-    in_chunks,
+    Inputs,
+    Outputs,
     outer_products,
     rows_to_components,
     sorted_rows,
@@ -22,20 +24,14 @@ from structmat.ops.tiling import (
 )
 
 
-def tiled_gblr_matmul(
-    x: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    outputs: tuple[Tensor, Tensor, Tensor],
-    M: int,
-    algorithm: str = "",
-) -> Tensor:
+def tiled_gblr_matmul(x: Tensor, inputs: Inputs, outputs: Outputs, M: int, algorithm: str = "") -> Tensor:
     """Compute ``x @ W.T`` for a GBLR matrix in tiles; the operator is ``torch.ops.structmat.tiled_gblr_matmul``.
 
     Args:
         x: Input ``(..., N)``.
-        inputs: Of the input axis: tiles ``(S, H, B)``, their blocks, the rows sorted by component, where each
-            component's begin.
-        outputs: Of the output axis: tiles, their blocks, the component of each row.
+        inputs: Of the input axis: tiles ``(rows, B)``, ``S`` and ``H`` of each group of them, their blocks, the rows
+            sorted by component, where each component's begin.
+        outputs: Of the output axis: tiles, groups, blocks, the component of each row.
         M: Entries of the output axis.
         algorithm: One of ``ALGORITHMS``; empty for the one that suits the device.
 
@@ -51,14 +47,16 @@ def tiled_gblr_matmul(
     return y.view(*x.shape[:-1], M)
 
 
-def _tiled_triton(
-    x: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor], M: int
-) -> Tensor:
+def _tiled_triton(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
     """Kernels of our own, for a GPU."""
     from structmat.ops.triton import gblr as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
-    tensors = side_by_side(x, *inputs, *outputs)
-    return kernels.tile_matmul_forward(*tensors, M=M)
+    return kernels.tile_matmul_forward(*side_by_side(x), _side_by_side(inputs), _side_by_side(outputs), M)
+
+
+def _side_by_side(axis: Any) -> Any:
+    """The same tiles and indices, contiguous."""
+    return tuple(part.contiguous() if isinstance(part, Tensor) else part for part in axis)
 
 
 ALGORITHMS = {"tiles": tile_matmul, "chunks": tile_matmul_in_chunks, TRITON: _tiled_triton}
@@ -67,59 +65,68 @@ ALGORITHMS = {"tiles": tile_matmul, "chunks": tile_matmul_in_chunks, TRITON: _ti
 
 @torch.library.custom_op("structmat::tiled_gblr_matmul", mutates_args=())
 def _tiled(
-    x: Tensor, right: Tensor, right_place: Tensor, right_rows: Tensor, right_offsets: Tensor, left: Tensor,
-    left_place: Tensor, left_index: Tensor, M: int, algorithm: str,
+    x: Tensor, right: Tensor, right_groups: Sequence[int], right_place: Tensor, right_rows: Tensor,
+    right_offsets: Tensor, left: Tensor, left_groups: Sequence[int], left_place: Tensor, left_index: Tensor, M: int,
+    algorithm: str,
 ) -> Tensor:  # fmt: skip
-    inputs, outputs = (right, right_place, right_rows, right_offsets), (left, left_place, left_index)
-    automatic = "chunks" if in_chunks(x) and len(right_offsets) else "tiles"
-    return ALGORITHMS["tiles" if x.shape[0] == 0 else algorithm or automatic](x, inputs, outputs, M)
+    inputs = right, right_groups, right_place, right_rows, right_offsets
+    outputs = left, left_groups, left_place, left_index
+    name = algorithm or ("chunks" if x.device.type == "cpu" else "tiles")
+    return ALGORITHMS["tiles" if x.shape[0] == 0 else name](x, inputs, outputs, M)
 
 
 @_tiled.register_fake
 def _(
-    x: Tensor, right: Tensor, right_place: Tensor, right_rows: Tensor, right_offsets: Tensor, left: Tensor,
-    left_place: Tensor, left_index: Tensor, M: int, algorithm: str,
+    x: Tensor, right: Tensor, right_groups: Sequence[int], right_place: Tensor, right_rows: Tensor,
+    right_offsets: Tensor, left: Tensor, left_groups: Sequence[int], left_place: Tensor, left_index: Tensor, M: int,
+    algorithm: str,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], M)
 
 
 @torch.library.custom_op("structmat::tiled_gblr_matmul_backward", mutates_args=())
 def _tiled_backward(
-    upstream: Tensor, x: Tensor, right: Tensor, right_place: Tensor, right_rows: Tensor, right_offsets: Tensor,
-    left: Tensor, left_place: Tensor, left_index: Tensor, algorithm: str,
+    upstream: Tensor, x: Tensor, right: Tensor, right_groups: Sequence[int], right_place: Tensor, right_rows: Tensor,
+    right_offsets: Tensor, left: Tensor, left_groups: Sequence[int], left_place: Tensor, left_index: Tensor,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs, outputs = (right, right_place, right_rows, right_offsets), (left, left_place, left_index)
+    inputs = right, right_groups, right_place, right_rows, right_offsets
+    outputs = left, left_groups, left_place, left_index
     if algorithm == TRITON and x.shape[0]:
         from structmat.ops.triton import gblr as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
-        return kernels.tile_matmul_backward(*side_by_side(upstream, x, *inputs, *outputs))
-    K = len(right_offsets)
-    left_rows, left_offsets = sorted_rows(left_index.flatten().long(), K)
-    right_index = rows_to_components(right_rows, right_offsets).view(right.shape[:2])
+        return kernels.tile_matmul_backward(*side_by_side(upstream, x), _side_by_side(inputs), _side_by_side(outputs))
+    left_rows, left_offsets = sorted_rows(left_index.long(), len(right_offsets))
+    right_index = rows_to_components(right_rows, right_offsets)
     z = tile_project(x, *inputs)
-    z_gradient = tile_project(upstream, left, left_place, left_rows, left_offsets)
-    x_gradient = tile_spread(z_gradient, right, right_place, right_index, x.shape[1]).contiguous()
-    right_gradient = outer_products(x, z_gradient, right_place, right_index, right.shape[2])
-    left_gradient = outer_products(upstream, z, left_place, left_index.view(left.shape[:2]), left.shape[2])
+    z_gradient = tile_project(upstream, left, left_groups, left_place, left_rows, left_offsets)
+    x_gradient = tile_spread(z_gradient, right, right_groups, right_place, right_index, x.shape[1]).contiguous()
+    right_gradient = outer_products(x, z_gradient, right_groups, right_place, right_index, right.shape[1])
+    left_gradient = outer_products(upstream, z, left_groups, left_place, left_index, left.shape[1])
     return x_gradient, right_gradient, left_gradient
 
 
 @_tiled_backward.register_fake
 def _(
-    upstream: Tensor, x: Tensor, right: Tensor, right_place: Tensor, right_rows: Tensor, right_offsets: Tensor,
-    left: Tensor, left_place: Tensor, left_index: Tensor, algorithm: str,
+    upstream: Tensor, x: Tensor, right: Tensor, right_groups: Sequence[int], right_place: Tensor, right_rows: Tensor,
+    right_offsets: Tensor, left: Tensor, left_groups: Sequence[int], left_place: Tensor, left_index: Tensor,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), right.new_empty(right.shape), left.new_empty(left.shape)
 
 
 def _tiled_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, ctx.algorithm = inputs
-    ctx.save_for_backward(*tensors)
+    x, right, ctx.right_groups, *right_indices, left, ctx.left_groups, left_place, left_index, _, ctx.algorithm = inputs
+    ctx.save_for_backward(x, right, *right_indices, left, left_place, left_index)
 
 
 def _tiled_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    x, right, left = torch.ops.structmat.tiled_gblr_matmul_backward(upstream, *ctx.saved_tensors, ctx.algorithm)
-    return x, right, None, None, None, left, None, None, None, None
+    x, right, place, rows, offsets, left, left_place, left_index = ctx.saved_tensors
+    x, right, left = torch.ops.structmat.tiled_gblr_matmul_backward(
+        upstream, x, right, ctx.right_groups, place, rows, offsets, left, ctx.left_groups, left_place, left_index,
+        ctx.algorithm,
+    )  # fmt: skip
+    return x, right, None, None, None, None, left, None, None, None, None, None
 
 
 _tiled.register_autograd(_tiled_autograd, setup_context=_tiled_setup_context)
@@ -127,11 +134,11 @@ _tiled.register_autograd(_tiled_autograd, setup_context=_tiled_setup_context)
 
 @register_flop_formula(torch.ops.structmat.tiled_gblr_matmul)
 def _tiled_flops(x_shape: Any, right_shape: Any, *args: Any, **kwargs: Any) -> int:
-    left_shape = args[3]
+    left_shape = args[4]
     return 2 * x_shape[0] * (math.prod(right_shape) + math.prod(left_shape))
 
 
 @register_flop_formula(torch.ops.structmat.tiled_gblr_matmul_backward)
 def _tiled_backward_flops(upstream_shape: Any, x_shape: Any, right_shape: Any, *args: Any, **kwargs: Any) -> int:
-    left_shape = args[3]
+    left_shape = args[4]
     return 2 * x_shape[0] * (3 * math.prod(right_shape) + 2 * math.prod(left_shape))

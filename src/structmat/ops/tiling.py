@@ -1,12 +1,15 @@
 """Products with sums of rank-1 blocks: dense products on contiguous slices, tile by tile.
 
-Each axis is cut into blocks of one size. What a component has in a block is a piece of it; the pieces in one block,
-``H`` at a time, make a tile ``(H, B)``, zero where a segment ends within the block. A product is then one batch of
-dense ones over all tiles, and sums of rows.
+Each axis is cut into ``C`` blocks of ``B`` entries. What a component has in a block is a piece of it; the pieces in one
+block make a tile, zero where a segment ends within the block. Tiles of similar heights are made equally high, ``H``,
+and form a group of ``S``; a few groups, ``G``, hold the tiles of an axis, whose ``sum S H`` rows lie one after the
+other. A product is then a batch of dense ones for each group, and sums of rows.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +18,26 @@ from torch import Tensor
 
 from structmat.ops.common import workspace
 
+Inputs = tuple[Tensor, Sequence[int], Tensor, Tensor, Tensor]
+"""Of the input axis: tiles, groups, blocks, the rows sorted by component, where each component's begin."""
+
+Outputs = tuple[Tensor, Sequence[int], Tensor, Tensor]
+"""Of the output axis: tiles, groups, blocks, the component of each row."""
+
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes to choose from."""
 
 ROW_COST = 16
 """What it takes to gather or add up one number, in multiplications of a product (measured on a CPU)."""
+
+MOST_GROUPS = 4
+"""Batches of products that replace one whose tiles are all as high as the highest."""
+
+MOST_CUTS = 16
+"""Places at which a group may end, so that the best groups are found at once."""
+
+GROUP_COST = 0.015
+"""What one more group takes, relative to all multiplications without padding."""
 
 CHUNK = 128
 """Tokens at a time on a CPU, so that the pieces of the components stay in its cache."""
@@ -51,14 +69,16 @@ class Tiling:
     Attributes:
         n: Entries of the axis.
         block: ``B``; the last block may be shorter.
-        blocks: The block of each of the ``S`` tiles, ascending, ``(S,)``; every block has a tile.
-        index: The component of each row of each tile, ``(S, H)``; any for rows without one, whose entries are padding.
-        entries: For each entry of a tile its place in the flat contents, ``(S, H, B)``; their number for padding.
+        groups: ``S`` and ``H`` of each group, one after the other, ``(2 G,)``.
+        blocks: The block of each tile, each block once, ``(C,)``; in order if there is one group.
+        index: The component of each row, ``(rows,)``; any for rows without one, whose entries are padding.
+        entries: For each entry of a tile its place in the flat contents, ``(rows, B)``; their number for padding.
         contents: Length of the flat contents.
     """
 
     n: int
     block: int
+    groups: tuple[int, ...]
     blocks: Tensor
     index: Tensor
     entries: Tensor
@@ -70,12 +90,12 @@ class Tiling:
         return self.entries.numel() / max(self.contents, 1) - 1
 
     def packed(self, contents: Tensor) -> Tensor:
-        """Flat contents as tiles ``(S, H, B)``, differentiable."""
+        """Flat contents as tiles ``(rows, B)``, differentiable."""
         return torch.cat([contents, contents.new_zeros(1)])[self.entries]
 
     def bags(self, K: int) -> tuple[Tensor, Tensor]:
-        """The rows of all tiles, sorted by their components, ``(S H,)``, and where each component's begin, ``(K,)``."""
-        return sorted_rows(self.index.flatten(), K)
+        """The rows of all tiles, sorted by component, ``(rows,)``, and where each component's begin, ``(K,)``."""
+        return sorted_rows(self.index, K)
 
     def outer(self, x: Tensor, z: Tensor) -> Tensor:
         """``sum_t x[t, place] z[component, t]`` for each entry of the flat contents: their gradient.
@@ -87,7 +107,7 @@ class Tiling:
         Returns:
             Flat, as the contents.
         """
-        products = outer_products(x, z, self.blocks, self.index, self.entries.shape[2])
+        products = outer_products(x, z, self.groups, self.blocks, self.index, self.block)
         flat = products.new_empty(self.contents + 1).index_put((self.entries,), products)
         return flat[: self.contents]
 
@@ -105,48 +125,78 @@ def tiling(start: Tensor, width: Tensor, n: int, block: int | None = None) -> Ti
         The tiles.
     """
     start, width = start.long(), width.long()
-    total = int(width.sum())
-    rows, places = positions(start, width, n, total)
+    total, K = int(width.sum()), max(len(width), 1)
+    components, places = positions(start, width, n, total)
     if block is None:
         sizes = [size for size in BLOCKS if size < n] + [n]
-        block = min(sizes, key=lambda size: _cost(rows, places, n, size))
-    pieces, piece_of = torch.unique(places // block * len(width) + rows, return_inverse=True)  # sorted by block
-    piece_block, piece_component = pieces // len(width), pieces % len(width)
-    counts = torch.bincount(piece_block, minlength=-(-n // block))
-    H = _height(counts)
-    tiles = (-(-counts // H)).clamp_min(1)
-    first_tile, first_piece = tiles.cumsum(0) - tiles, counts.cumsum(0) - counts
-    within = torch.arange(len(pieces), device=start.device) - first_piece[piece_block]
-    slot = (first_tile[piece_block] + within // H) * H + within % H
-    S = int(tiles.sum())
-    spread = torch.arange(S * H, device=start.device) % max(len(width), 1)  # no component gets all of the empty rows
-    index = spread.index_put((slot,), piece_component)
-    entries = slot.new_full((S * H * block,), total)
-    entries[slot[piece_of] * block + places % block] = torch.arange(total, device=start.device)
-    blocks = torch.repeat_interleave(torch.arange(len(tiles), device=start.device), tiles)
-    return Tiling(n, block, blocks, index.view(S, H), entries.view(S, H, block), total)
+        block = min(sizes, key=lambda size: _cost(components, places, n, size))
+    pieces, piece_of = torch.unique(places // block * K + components, return_inverse=True)  # sorted by block
+    counts = torch.bincount(pieces // K, minlength=-(-n // block))
+    blocks, heights, groups = _grouped(counts)
+    first_row, first_piece = torch.empty_like(counts), counts.cumsum(0) - counts
+    first_row[blocks] = heights.cumsum(0) - heights
+    row = first_row[pieces // K] + torch.arange(len(pieces), device=start.device) - first_piece[pieces // K]
+    rows = int(heights.sum())
+    index = torch.arange(rows, device=start.device) % K  # no component gets all of the empty rows
+    index[row] = pieces % K
+    entries = row.new_full((rows * block,), total)
+    entries[row[piece_of] * block + places % block] = torch.arange(total, device=start.device)
+    return Tiling(n, block, groups, blocks, index, entries.view(rows, block), total)
 
 
-def _cost(rows: Tensor, places: Tensor, n: int, block: int) -> int:
+def _cost(components: Tensor, places: Tensor, n: int, block: int) -> int:
     count = -(-n // block)
-    pieces = torch.unique(rows * count + places // block)
-    counts = torch.bincount(pieces % count, minlength=count)
-    H = _height(counts)
-    return int((-(-counts // H)).clamp_min(1).sum()) * H * (block + ROW_COST)
+    counts = torch.bincount(torch.unique(components * count + places // block) % count, minlength=count)
+    return int(_grouped(counts)[1].sum()) * (block + ROW_COST)
 
 
-def _height(counts: Tensor) -> int:
-    """Rows per tile: of those that pad by a quarter at most, the most; otherwise, the one that pads least."""
-    largest = max(int(counts.max()) if len(counts) else 1, 1)
-    total = max(int(counts.sum()), 1)
-    heights = sorted({-(-largest // parts) for parts in range(1, 17)}, reverse=True)
-    padded = {H: int((-(-counts // H)).clamp_min(1).sum()) * H for H in heights}
-    return next((H for H in heights if 4 * padded[H] <= 5 * total), min(heights, key=lambda H: padded[H]))
+def _grouped(counts: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Blocks with ``counts (C,)`` pieces in groups of similar numbers, with the fewest rows in all for the groups.
+
+    Returns:
+        The blocks by group, ``(C,)``; the height of the tile of each, ``(C,)``; ``S`` and ``H`` of each group.
+    """
+    ordered, blocks = counts.clamp_min(1).sort(descending=True, stable=True)
+    heights, C = ordered.tolist(), len(ordered)
+    cuts = sorted({C * part // MOST_CUTS for part in range(MOST_CUTS + 1)})  # where a group may begin or end
+    best = {0: (0.0, ())}  # for the blocks before each cut: their rows, and the ends of their groups
+    choices: list[tuple[float, tuple[int, ...]]] = []
+    for count in range(1, min(MOST_GROUPS, C) + 1):
+        best = {
+            end: min(
+                (rows + (end - begin) * heights[begin], (*ends, end))
+                for begin, (rows, ends) in best.items()
+                if begin < end
+            )
+            for end in cuts[count:]
+        }
+        rows, ends = best[C]
+        choices.append((rows + count * GROUP_COST * sum(heights), ends))
+    ends = min(choices)[1]
+    sizes = [end - begin for begin, end in itertools.pairwise((0, *ends))]
+    groups = [(size, heights[end - size]) for size, end in zip(sizes, ends, strict=True)]
+    blocks = torch.cat([part.sort().values for part in blocks.split(sizes)])
+    tall = torch.tensor([H for S, H in groups for _ in range(S)], device=counts.device)
+    return blocks, tall, tuple(itertools.chain.from_iterable(groups))
 
 
-def tile_matmul(
-    x: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor], M: int
-) -> Tensor:
+def by_group(groups: Sequence[int], rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The tiles of each group, as a slice, and its rows ``(S, H, ...)``.
+
+    Args:
+        groups: ``S`` and ``H`` of each group, one after the other.
+        rows: Of all groups, ``(rows, ...)``.
+
+    Yields:
+        A group.
+    """
+    tile, row = 0, 0
+    for S, H in zip(groups[::2], groups[1::2], strict=True):
+        yield slice(tile, tile + S), rows[row : row + S * H].unflatten(0, (S, H))
+        tile, row = tile + S, row + S * H
+
+
+def tile_matmul(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
     """Compute ``x @ W.T`` from tiles, all tokens at once.
 
     Args:
@@ -161,38 +211,33 @@ def tile_matmul(
     return tile_spread(tile_project(x, *inputs), *outputs, M).contiguous()
 
 
-def in_chunks(x: Tensor) -> bool:
-    """Whether ``CHUNK`` tokens at a time are faster than all at once."""
-    return x.device.type == "cpu" and x.shape[0] > CHUNK
-
-
-def tile_matmul_in_chunks(
-    x: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor], M: int
-) -> Tensor:
+def tile_matmul_in_chunks(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
     """``CHUNK`` tokens at a time, in memory that the thread keeps."""
-    (right, right_place, rows, offsets), (left, left_place, left_index) = inputs, outputs
-    (S, H, B), (R, G, D) = right.shape, left.shape
-    columns, index = -(-x.shape[1] // B), left_index.flatten()
-    blocks = torch.arange(-(-M // D), dtype=left_place.dtype, device=x.device)
-    ordered, order = left_place.sort(stable=True)
-    firsts = torch.searchsorted(ordered, blocks) if len(blocks) != R else None
+    (right, right_groups, right_place, bag, offsets), (left, left_groups, left_place, index) = inputs, outputs
+    (in_rows, B), (out_rows, D) = right.shape, left.shape
+    columns, blocks, places = len(right_place), len(left_place), left_place.argsort()
     most = min(x.shape[0], CHUNK)
     y = x.new_empty(x.shape[0], M)
-    buffers = workspace(x, columns * B * most, S * B * most, max(S * H, R * G) * most, R * D * most)
-    for some, out in zip(x.split(most), y.split(most), strict=True):
-        T = len(some)
-        whole = buffers[0][: columns * B * T].view(columns * B, T)
-        whole[: x.shape[1]].copy_(some.mT)
-        whole[x.shape[1] :] = 0
-        segments = whole.view(columns, B, T)
-        if columns != S:  # a block has several tiles
-            segments = torch.index_select(segments, 0, right_place, out=buffers[1][: S * B * T].view(S, B, T))
-        pieces = torch.bmm(right, segments, out=buffers[2][: S * H * T].view(S, H, T)).flatten(0, 1)
-        z = F.embedding_bag(rows, pieces, offsets, mode="sum")  # (K, T)
-        pieces = torch.index_select(z, 0, index, out=buffers[2][: R * G * T].view(R * G, T)).view(R, G, T)
-        products = torch.bmm(pieces.mT, left, out=buffers[3][: R * D * T].view(R, T, D))
-        if firsts is not None:
-            products = F.embedding_bag(order, products.flatten(1), firsts, mode="sum").view(-1, T, D)
+    width = max(columns * B, blocks * D)
+    segments_memory, products_memory, rows = workspace(x, width * most, width * most, max(in_rows, out_rows) * most)
+    for some, out in zip(_cut(x, B).split(most), y.split(most), strict=True):
+        T, segments = len(some), some.transpose(0, 1)  # (C, T, B)
+        if len(right_groups) > 2:
+            memory = segments_memory[: columns * T * B].view(columns, T, B)
+            segments = torch.index_select(segments, 0, right_place, out=memory)
+        pieces = rows[: in_rows * T].view(in_rows, T)
+        for (tiles, tile), (_, piece) in zip(
+            by_group(right_groups, right), by_group(right_groups, pieces), strict=True
+        ):
+            torch.bmm(tile, segments[tiles].mT, out=piece)
+        z = F.embedding_bag(bag, pieces, offsets, mode="sum")  # (K, T)
+        pieces = torch.index_select(z, 0, index, out=rows[: out_rows * T].view(out_rows, T))
+        products = products_memory[: blocks * T * D].view(blocks, T, D)
+        for (tiles, tile), (_, piece) in zip(by_group(left_groups, left), by_group(left_groups, pieces), strict=True):
+            torch.bmm(piece.mT, tile, out=products[tiles])
+        if len(left_groups) > 2:
+            memory = segments_memory[: blocks * T * D].view(blocks, T, D)
+            products = torch.index_select(products, 0, places, out=memory)
         if M % D:
             out.copy_(products.transpose(0, 1).flatten(1)[:, :M])
         else:
@@ -204,11 +249,11 @@ def rows_to_components(rows: Tensor, offsets: Tensor) -> Tensor:
     """The component of each row of the tiles.
 
     Args:
-        rows: ``(S H,)``, the rows sorted by component.
+        rows: ``(rows,)``, the rows sorted by component.
         offsets: ``(K,)``, where each component's begin.
 
     Returns:
-        ``(S H,)``, int64.
+        ``(rows,)``, int64.
     """
     ends = torch.cat([offsets[1:], offsets.new_full((1,), len(rows))])
     components = torch.repeat_interleave(torch.arange(len(offsets), device=rows.device), (ends - offsets).long())
@@ -216,57 +261,62 @@ def rows_to_components(rows: Tensor, offsets: Tensor) -> Tensor:
 
 
 def sorted_rows(index: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Rows sorted by their components ``index (S H,)``, and where each of the ``K`` components' begin."""
+    """Rows sorted by their components ``index (rows,)``, and where each of the ``K`` components' begin."""
     counts = torch.bincount(index, minlength=K)
     return index.argsort(stable=True), counts.cumsum(0) - counts
 
 
-def outer_products(x: Tensor, z: Tensor, place: Tensor, index: Tensor, block: int) -> Tensor:
-    """``sum_t x[t, place] z[component, t]`` for each entry of the tiles ``(S, H, B)``."""
-    pieces = z.index_select(0, index.flatten()).view(*index.shape, -1)  # (S, H, T)
-    return torch.bmm(pieces, _cut(x, block).transpose(0, 1).index_select(0, place))
+def outer_products(x: Tensor, z: Tensor, groups: Sequence[int], blocks: Tensor, index: Tensor, block: int) -> Tensor:
+    """``sum_t x[t, place] z[component, t]`` for each entry of the tiles ``(rows, B)``."""
+    segments = _arranged(_cut(x, block).transpose(0, 1), groups, blocks)  # (C, T, B)
+    rows = by_group(groups, z.index_select(0, index))
+    return torch.cat([torch.bmm(some, segments[tiles]).flatten(0, 1) for tiles, some in rows])
 
 
-def tile_project(x: Tensor, tiles: Tensor, blocks: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+def tile_project(
+    x: Tensor, tiles: Tensor, groups: Sequence[int], blocks: Tensor, rows: Tensor, offsets: Tensor
+) -> Tensor:
     """From an axis to components: ``z_k = sum_t content_k[t] x[t]``.
 
     Args:
         x: ``(T, n)``.
-        tiles: ``(S, H, B)``.
-        blocks: ``(S,)``.
-        rows: ``(S H,)``, the rows of all tiles sorted by component.
+        tiles: ``(rows, B)``.
+        groups: ``S`` and ``H`` of each group of tiles, one after the other.
+        blocks: The block of each tile, ``(C,)``, as in ``Tiling``.
+        rows: ``(rows,)``, the rows of all tiles sorted by component.
         offsets: ``(K,)``, where each component's rows begin.
 
     Returns:
         ``(K, T)``.
     """
-    segments = _cut(x.mT.contiguous().mT, tiles.shape[2]).permute(1, 2, 0)  # (C, B, T), tokens side by side
-    if len(segments) != len(tiles):  # a block has several tiles
-        segments = segments.index_select(0, blocks)
-    pieces = torch.bmm(tiles, segments).flatten(0, 1)  # (S H, T)
-    return F.embedding_bag(rows, pieces, offsets, mode="sum")  # on a CPU a tenth of the time of index_add
+    segments = _arranged(_cut(x, tiles.shape[1]).permute(1, 2, 0), groups, blocks)  # (C, B, T)
+    pieces = [torch.bmm(some, segments[chosen]).flatten(0, 1) for chosen, some in by_group(groups, tiles)]
+    return F.embedding_bag(rows, torch.cat(pieces), offsets, mode="sum")  # on a CPU a tenth of the time of index_add
 
 
-def tile_spread(z: Tensor, tiles: Tensor, blocks: Tensor, index: Tensor, n: int) -> Tensor:
+def tile_spread(z: Tensor, tiles: Tensor, groups: Sequence[int], blocks: Tensor, index: Tensor, n: int) -> Tensor:
     """From components to an axis: ``y[t] = sum_k content_k[t] z_k``, the transpose of ``tile_project``.
 
     Args:
         z: ``(K, T)``.
-        tiles: ``(S, H, B)``.
-        blocks: ``(S,)``.
-        index: ``(S, H)`` or flat.
+        tiles: ``(rows, B)``.
+        groups: ``S`` and ``H`` of each group of tiles, one after the other.
+        blocks: The block of each tile, ``(C,)``, as in ``Tiling``.
+        index: ``(rows,)``, the component of each row.
         n: Entries of the axis.
 
     Returns:
         ``(T, n)``.
     """
-    S, H, B = tiles.shape
-    C = -(-n // B)
-    pieces = z.index_select(0, index.flatten()).view(S, H, -1)
-    segments = torch.bmm(pieces.mT, tiles)  # (S, T, B); this side round, one token is not slow on a CPU
-    if C != S:
-        segments = segments.new_zeros(C, z.shape[1], B).index_add(0, blocks.long(), segments)
-    return segments.transpose(0, 1).flatten(1)[:, :n]
+    pairs = zip(by_group(groups, z.index_select(0, index)), by_group(groups, tiles), strict=True)
+    # this side round, one token is not slow on a CPU
+    segments = torch.cat([torch.bmm(rows.mT, some) for (_, rows), (_, some) in pairs])  # (C, T, B)
+    return _arranged(segments, groups, blocks.argsort()).transpose(0, 1).flatten(1)[:, :n]
+
+
+def _arranged(segments: Tensor, groups: Sequence[int], blocks: Tensor) -> Tensor:
+    """Segments ``(C, ...)`` in the order of ``blocks``."""
+    return segments if len(groups) == 2 else segments.index_select(0, blocks)
 
 
 def _cut(x: Tensor, block: int) -> Tensor:

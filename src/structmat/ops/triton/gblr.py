@@ -1,25 +1,26 @@
 """GBLR in tiles: products of tiles with slices of an axis, and sums of rows between them.
 
 A tile is ``H`` rows by ``B`` entries of one block of an axis; ``place`` says of which block, and each row belongs to a
-component. ``project`` goes from an axis to components: a product for each tile, then for each component the sum of its
-rows, gathered, so that the result does not depend on the order in which programs run. ``spread`` goes back: a program
-goes over the tiles of its block and gathers the rows of ``z`` as it loads them.
+component. Each block has one tile; tiles of one height form a group, for which there is a launch. ``project`` goes from
+an axis to components: a product for each tile, then for each component the sum of its rows, gathered, so that the
+result does not depend on the order in which programs run. ``spread`` goes back: a program goes over the rows of the
+tile of its block and gathers the rows of ``z`` as it loads them.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (launches of kernels, which triton does not type)
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from structmat.ops.tiling import Inputs, Outputs, by_group
 from structmat.ops.triton import tuning
 from structmat.ops.triton.products import FEW_TOKENS, FEWEST_TOKENS, arithmetic, precision, tile_choices, tokens_last
 from structmat.ops.triton.tuning import Choice
-
-Tiles = tuple[Tensor, Tensor]
-"""The tiles sorted by their blocks, ``(S,)``, and where each block's begin, ``(C + 1,)``."""
 
 
 @triton.jit
@@ -105,25 +106,23 @@ def _bags_kernel(
 
 @triton.jit
 def _spread_kernel(
-    z, tiles, order, starts, index, y, tokens, n, H, B, z_row, y_row,
+    z, tiles, place, index, y, tokens, n, H, B, z_row, y_row,
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile ``(TOKENS, WIDTH)`` of one block of the axis, from all rows of the tiles of the block."""
+    """A tile ``(TOKENS, WIDTH)`` of one block of the axis, from all rows of the tile of the block."""
     program = tl.program_id(0)
     token_tiles = tl.cdiv(tokens, TOKENS)
     width_tiles = tl.cdiv(B, WIDTH)
-    block = program // (width_tiles * token_tiles)
+    s = (program // (width_tiles * token_tiles)).to(tl.int64)
+    block = tl.load(place + s)
     b = program // token_tiles % width_tiles * WIDTH + tl.arange(0, WIDTH)
     token = (program % token_tiles * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     along = tl.arange(0, DEPTH)
     token_inside = (token < tokens)[:, None]
     b_inside = ((b < B) & (b < n - block * B))[None, :]
-    first = tl.load(starts + block)
-    steps = tl.cdiv(H, DEPTH)  # of a tile
     total = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
-    for step in range((tl.load(starts + block + 1) - first) * steps):
-        s = tl.load(order + first + step // steps).to(tl.int64)
-        h = step % steps * DEPTH + along
+    for begin in range(0, H, DEPTH):
+        h = begin + along
         component = tl.load(index + s * H + h, mask=h < H, other=0).to(tl.int64)
         z_at = z + component[None, :] * z_row + token[:, None]
         tile_at = tiles + (s * H + h)[:, None] * B + b[None, :]
@@ -136,23 +135,21 @@ def _spread_kernel(
 
 @triton.jit
 def _spread_vector_kernel(
-    z, tiles, order, starts, index, y, tokens, n, H, B, z_row, y_row,
+    z, tiles, place, index, y, tokens, n, H, B, z_row, y_row,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``WIDTH`` entries of one block of the axis for one token."""
     program = tl.program_id(0)
     width_tiles = tl.cdiv(B, WIDTH)
-    block = program // (width_tiles * tokens)
+    s = (program // (width_tiles * tokens)).to(tl.int64)
+    block = tl.load(place + s)
     b = program // tokens % width_tiles * WIDTH + tl.arange(0, WIDTH)
     token = (program % tokens).to(tl.int64)
     along = tl.arange(0, DEPTH)
     b_inside = (b < B) & (b < n - block * B)
-    first = tl.load(starts + block)
-    steps = tl.cdiv(H, DEPTH)
     total = tl.zeros((DEPTH, WIDTH), dtype=tl.float32)
-    for step in range((tl.load(starts + block + 1) - first) * steps):
-        s = tl.load(order + first + step // steps).to(tl.int64)
-        h = step % steps * DEPTH + along
+    for begin in range(0, H, DEPTH):
+        h = begin + along
         component = tl.load(index + s * H + h, mask=h < H, other=0).to(tl.int64)
         z_tile = tl.load(z + component * z_row + token, mask=h < H, other=0.0).to(tl.float32)
         tile_at = tiles + (s * H + h)[:, None] * B + b[None, :]
@@ -192,125 +189,86 @@ def _outer_kernel(
     tl.store(gradient_at, total.to(gradient.dtype.element_ty), mask=h_inside & (b < B)[None, :])
 
 
-def tile_matmul_forward(
-    x: Tensor,
-    right: Tensor,
-    right_place: Tensor,
-    right_rows: Tensor,
-    right_offsets: Tensor,
-    left: Tensor,
-    left_place: Tensor,
-    left_index: Tensor,
-    M: int,
-    left_tiles: Tiles | None = None,
-) -> Tensor:
+def tile_matmul_forward(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
     """Compute ``x @ W.T`` from tiles.
 
     Args:
         x: ``(T, N)``.
-        right: Tiles of the input axis ``(S, H, B)``.
-        right_place: ``(S,)``, int32 or int64, the block of each tile; in any order, as in ``left_place``.
-        right_rows: ``(S H,)``, the rows of all tiles sorted by component.
-        right_offsets: ``(K,)``, where each component's rows begin.
-        left: Tiles of the output axis, with their own ``S``, ``H`` and ``B``.
-        left_place: ``(S,)``; a block without a tile gives zeros.
-        left_index: ``(S, H)`` or flat, the component of each row.
+        inputs: What ``tile_project`` takes besides.
+        outputs: What ``tile_spread`` takes besides.
         M: Entries of the output axis.
-        left_tiles: What ``tiles_by_block`` gives for ``left_place``; None to sort anew.
 
     Returns:
         ``(T, M)``.
     """
-    z = tile_project(x, right, right_place, right_rows, right_offsets)
-    return tile_spread(z, left, left_place, left_index, M, left_tiles)
+    return tile_spread(tile_project(x, *inputs), *outputs, M)
 
 
 def tile_matmul_backward(
-    upstream: Tensor,
-    x: Tensor,
-    right: Tensor,
-    right_place: Tensor,
-    right_rows: Tensor,
-    right_offsets: Tensor,
-    left: Tensor,
-    left_place: Tensor,
-    left_index: Tensor,
+    upstream: Tensor, x: Tensor, inputs: Inputs, outputs: Outputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``tile_matmul_forward``; what lies between the axes is computed anew.
 
     Args:
         upstream: ``(T, M)``.
         x: ``(T, N)``.
-        right: ``(S, H, B)``.
-        right_place: ``(S,)``.
-        right_rows: ``(S H,)``.
-        right_offsets: ``(K,)``.
-        left: ``(S, H, B)`` of the output axis.
-        left_place: ``(S,)``.
-        left_index: ``(S, H)`` or flat.
+        inputs: As there.
+        outputs: As there.
 
     Returns:
-        The gradients of ``x``, ``right`` and ``left``.
+        The gradients of ``x``, of the tiles of the input axis and of those of the output axis.
     """
+    (right, right_groups, right_place, right_rows, right_offsets), (left, left_groups, left_place, left_index) = (
+        inputs, outputs
+    )  # fmt: skip
     K = len(right_offsets)
-    ordered, left_rows = left_index.flatten().sort(stable=True)
+    ordered, left_rows = left_index.sort(stable=True)
     left_offsets = torch.searchsorted(ordered, torch.arange(K, dtype=ordered.dtype, device=x.device))
     places = torch.arange(len(right_rows), dtype=right_offsets.dtype, device=x.device)
     components = torch.searchsorted(right_offsets, places, right=True) - 1  # of the sorted rows
     right_index = torch.empty_like(components).index_put((right_rows.long(),), components)
-    z = tile_project(x, right, right_place, right_rows, right_offsets)
-    left_gradient = _outer(z, upstream, left, left_place, left_index)
-    z_gradient = tile_project(upstream, left, left_place, left_rows, left_offsets)
-    right_gradient = _outer(z_gradient, x, right, right_place, right_index)
-    return tile_spread(z_gradient, right, right_place, right_index, x.shape[1]), right_gradient, left_gradient
+    z = tile_project(x, *inputs)
+    left_gradient = _outer(z, upstream, left, left_groups, left_place, left_index)
+    z_gradient = tile_project(upstream, left, left_groups, left_place, left_rows, left_offsets)
+    right_gradient = _outer(z_gradient, x, right, right_groups, right_place, right_index)
+    x_gradient = tile_spread(z_gradient, right, right_groups, right_place, right_index, x.shape[1])
+    return x_gradient, right_gradient, left_gradient
 
 
-def tiles_by_block(place: Tensor, blocks: int) -> Tiles:
-    """The tiles of each block, for ``tile_spread``.
-
-    Args:
-        place: ``(S,)``, the block of each tile.
-        blocks: ``C``, blocks of the axis.
-
-    Returns:
-        The tiles sorted by their blocks, ``(S,)``, and where each block's begin, ``(C + 1,)``.
-    """
-    ordered, order = place.sort(stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(blocks + 1, dtype=place.dtype, device=place.device))
-
-
-def tile_project(x: Tensor, tiles: Tensor, place: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+def tile_project(
+    x: Tensor, tiles: Tensor, groups: Sequence[int], place: Tensor, rows: Tensor, offsets: Tensor
+) -> Tensor:
     """From an axis to components: ``z_k = sum_t content_k[t] x[t]``.
 
     Args:
         x: ``(T, n)``.
-        tiles: ``(S, H, B)``.
-        place: ``(S,)``, the block of each tile.
-        rows: ``(S H,)``, the rows of all tiles sorted by component.
+        tiles: ``(rows, B)``.
+        groups: ``S`` and ``H`` of each group of tiles, one after the other.
+        place: The block of each tile, ``(C,)``, int32 or int64.
+        rows: ``(rows,)``, the rows of all tiles sorted by component.
         offsets: ``(K,)``, where each component's rows begin.
 
     Returns:
         ``(K, T)``, its rows a multiple of 16 entries apart.
     """
-    (S, H, B), (T, n), K = tiles.shape, x.shape, len(offsets)
-    pieces, z = tokens_last(1, S * H, T, x)[0], tokens_last(1, K, T, x)[0]
+    (count, B), (T, n), K = tiles.shape, x.shape, len(offsets)
+    pieces, z = tokens_last(1, count, T, x)[0], tokens_last(1, K, T, x)[0]
     stride = pieces.stride(0)
 
     def multiply(choice: Choice) -> None:
-        height, depth = int(choice["height"]), int(choice["depth"])
+        height, depth, tokens = int(choice["height"]), int(choice["depth"]), int(choice["tokens"])
         options = {"HEIGHT": height, "DEPTH": depth, "num_warps": choice["warps"]}
-        arguments = (x, tiles, place, pieces, T, n, H, B, x.stride(0), stride)
-        if choice["tokens"] == 1:
-            _pieces_vector_kernel[(S * triton.cdiv(H, height),)](*arguments, **options)
-            return
-        tokens = int(choice["tokens"])
-        options |= arithmetic(x.dtype) | {"TOKENS": tokens, "num_stages": choice["stages"]}
-        _pieces_kernel[(S * triton.cdiv(H, height) * triton.cdiv(T, tokens),)](*arguments, **options)
+        for (chosen, tile), (_, piece) in zip(by_group(groups, tiles), by_group(groups, pieces), strict=True):
+            S, H, _ = tile.shape
+            arguments = (x, tile, place[chosen], piece, T, n, H, B, x.stride(0), stride)
+            if tokens == 1:
+                _pieces_vector_kernel[(S * triton.cdiv(H, height),)](*arguments, **options)
+                continue
+            wide = arithmetic(x.dtype) | {"TOKENS": tokens, "num_stages": choice["stages"]}
+            _pieces_kernel[(S * triton.cdiv(H, height) * triton.cdiv(T, tokens),)](*arguments, **options, **wide)
 
-    if K == 0:
-        return z
-    key = f"gblr-project {S}x{H}x{B} {n} t{tuning.bucket(T)} {x.dtype} {precision(x.dtype)}"
-    multiply(tuning.choose(key, x.device, _project_choices(x, H, B), multiply))
+    key = f"gblr-project {_named(groups)}x{B} {n} t{tuning.bucket(T)} {x.dtype} {precision(x.dtype)}"
+    multiply(tuning.choose(key, x.device, _project_choices(x, max(groups[1::2]), B), multiply))
     tokens = min(triton.next_power_of_2(T), 128)
     components = max(32 // tokens, 8)
     _bags_kernel[(triton.cdiv(K, components) * triton.cdiv(T, tokens),)](
@@ -320,63 +278,64 @@ def tile_project(x: Tensor, tiles: Tensor, place: Tensor, rows: Tensor, offsets:
     return z
 
 
-def tile_spread(z: Tensor, tiles: Tensor, place: Tensor, index: Tensor, n: int, order: Tiles | None = None) -> Tensor:
+def tile_spread(z: Tensor, tiles: Tensor, groups: Sequence[int], place: Tensor, index: Tensor, n: int) -> Tensor:
     """From components to an axis: ``y[t] = sum_k content_k[t] z_k``, the transpose of ``tile_project``.
 
     Args:
         z: ``(K, T)``, its entries of a row side by side.
-        tiles: ``(S, H, B)``.
-        place: ``(S,)``, the block of each tile.
-        index: ``(S, H)`` or flat, the component of each row.
+        tiles: ``(rows, B)``.
+        groups: ``S`` and ``H`` of each group of tiles, one after the other.
+        place: The block of each tile, each block once, ``(C,)``.
+        index: ``(rows,)``, the component of each row.
         n: Entries of the axis.
-        order: What ``tiles_by_block`` gives; None to sort anew.
 
     Returns:
         ``(T, n)``.
     """
-    (S, H, B), (K, T) = tiles.shape, z.shape
-    if K == 0:
-        return z.new_zeros(T, n)
-    blocks = triton.cdiv(n, B)
-    sorted_tiles, starts = tiles_by_block(place, blocks) if order is None else order
+    B, T = tiles.shape[1], z.shape[1]
     y = torch.empty(T, n, dtype=z.dtype, device=z.device)
 
     def launch(choice: Choice) -> None:
-        width, depth = int(choice["width"]), int(choice["depth"])
+        width, depth, tokens = int(choice["width"]), int(choice["depth"]), int(choice["tokens"])
         options = {"WIDTH": width, "DEPTH": depth, "num_warps": choice["warps"]}
-        arguments = (z, tiles, sorted_tiles, starts, index, y, T, n, H, B, z.stride(0), n)
-        if choice["tokens"] == 1:
-            _spread_vector_kernel[(blocks * triton.cdiv(B, width) * T,)](*arguments, **options)
-            return
-        tokens = int(choice["tokens"])
-        options |= arithmetic(z.dtype) | {"TOKENS": tokens, "num_stages": choice["stages"]}
-        _spread_kernel[(blocks * triton.cdiv(B, width) * triton.cdiv(T, tokens),)](*arguments, **options)
+        for (chosen, tile), (_, components) in zip(by_group(groups, tiles), by_group(groups, index), strict=True):
+            S, H, _ = tile.shape
+            arguments = (z, tile, place[chosen], components, y, T, n, H, B, z.stride(0), n)
+            if tokens == 1:
+                _spread_vector_kernel[(S * triton.cdiv(B, width) * T,)](*arguments, **options)
+                continue
+            wide = arithmetic(z.dtype) | {"TOKENS": tokens, "num_stages": choice["stages"]}
+            _spread_kernel[(S * triton.cdiv(B, width) * triton.cdiv(T, tokens),)](*arguments, **options, **wide)
 
-    key = f"gblr-spread {S}x{H}x{B} {n} t{tuning.bucket(T)} {z.dtype} {precision(z.dtype)}"
-    launch(tuning.choose(key, z.device, _spread_choices(z, H, B), launch))
+    key = f"gblr-spread {_named(groups)}x{B} {n} t{tuning.bucket(T)} {z.dtype} {precision(z.dtype)}"
+    launch(tuning.choose(key, z.device, _spread_choices(z, max(groups[1::2]), B), launch))
     return y
 
 
-def _outer(z: Tensor, x: Tensor, tiles: Tensor, place: Tensor, index: Tensor) -> Tensor:
+def _outer(z: Tensor, x: Tensor, tiles: Tensor, groups: Sequence[int], place: Tensor, index: Tensor) -> Tensor:
     """The gradient of tiles: ``sum_t z[component, t] x[t, place]`` for each of their entries."""
-    (S, H, B), (T, n) = tiles.shape, x.shape
-    if len(z) == 0:
-        return torch.zeros_like(tiles)
+    B, (T, n) = tiles.shape[1], x.shape
     gradient = torch.empty_like(tiles)
 
     def launch(choice: Choice) -> None:
         height, width = int(choice["height"]), int(choice["width"])
-        _outer_kernel[(S * triton.cdiv(H, height) * triton.cdiv(B, width),)](
-            z, x, place, index, gradient, T, n, H, B, z.stride(0), x.stride(0),
-            **arithmetic(x.dtype), HEIGHT=height, WIDTH=width, TOKENS=choice["tokens"],
-            num_warps=choice["warps"], num_stages=choice["stages"],
-        )  # fmt: skip
+        for (chosen, part), (_, components) in zip(by_group(groups, gradient), by_group(groups, index), strict=True):
+            S, H, _ = part.shape
+            _outer_kernel[(S * triton.cdiv(H, height) * triton.cdiv(B, width),)](
+                z, x, place[chosen], components, part, T, n, H, B, z.stride(0), x.stride(0),
+                **arithmetic(x.dtype), HEIGHT=height, WIDTH=width, TOKENS=choice["tokens"],
+                num_warps=choice["warps"], num_stages=choice["stages"],
+            )  # fmt: skip
 
     shapes = [(128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (32, 64, 128, 4, 3)]
-    choices = tile_choices(shapes, ("height", "width", "tokens"), (H, B, T), x.dtype)
-    key = f"gblr-outer {S}x{H}x{B} {n} t{tuning.bucket(T)} {x.dtype} {precision(x.dtype)}"
+    choices = tile_choices(shapes, ("height", "width", "tokens"), (max(groups[1::2]), B, T), x.dtype)
+    key = f"gblr-outer {_named(groups)}x{B} {n} t{tuning.bucket(T)} {x.dtype} {precision(x.dtype)}"
     launch(tuning.choose(key, x.device, choices, launch))
     return gradient
+
+
+def _named(groups: Sequence[int]) -> str:
+    return "+".join(f"{S}x{H}" for S, H in zip(groups[::2], groups[1::2], strict=True))
 
 
 def _project_choices(x: Tensor, H: int, B: int) -> list[Choice]:
