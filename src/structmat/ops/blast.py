@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import MIB, TRITON, cast, is_half, plain, side_by_side, tokens_within, workspace
+from structmat.ops.common import (
+    MIB,
+    TRITON,
+    cast,
+    is_half,
+    keeps_intermediates,
+    plain,
+    side_by_side,
+    tokens_within,
+    workspace,
+)
 
 FEW_TOKENS = 4
 """Up to this many tokens a CPU multiplies vectors with matrices; beyond, matrices with matrices."""
@@ -44,15 +55,17 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm
 
     ``R (M + N + I J)`` multiplications per token. The couplings are the trap: written with broadcasting they
     materialise an ``I J T R`` tensor. For many tokens they are one product of ``(R, I, J)`` with ``(R, J, T)``, whose
-    operands are strided views of the neighbouring products. The operator is ``torch.ops.structmat.blast_matmul``; its
-    backward computes the intermediates again instead of keeping them.
+    operands are strided views of the neighbouring products. The operator is ``torch.ops.structmat.blast_matmul``. Its
+    backward computes the intermediates again; while factors learn on a CPU, ``blast_matmul_keeping`` keeps the first,
+    ``J R`` numbers per token, half of what PyTorch's own operators would keep.
 
     Args:
         x: Input ``(..., J Q)``.
         left: ``(I, P, R)``.
         diag: ``(I, J, R)``.
         right: ``(J, R, Q)``.
-        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device.
+        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device. On a CPU
+            it is for factors that do not learn.
 
     Returns:
         Output ``(..., I P)``.
@@ -62,6 +75,8 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm
     tokens = x.reshape(-1, x.shape[-1])
     if plain():
         y = _whole(tokens, left, diag, right)
+    elif algorithm != TRITON and keeps_intermediates(tokens, left, diag, right):
+        y = torch.ops.structmat.blast_matmul_keeping(tokens, left, diag, right)[0]
     else:
         y = torch.ops.structmat.blast_matmul(tokens, left, diag, right, algorithm)
     return y.view(*x.shape[:-1], M)
@@ -185,32 +200,98 @@ ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 """Ways to compute the product: right for every shape, dtype and device, but for triton's, which are for GPUs."""
 
 
+@torch.library.custom_op("structmat::blast_matmul_keeping", mutates_args=())
+def _keeping(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The product, and ``right_j x_j (J, R, T)`` for the backward product."""
+    (I, P, R), J, T = left.shape, len(right), len(x)
+    couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
+    z, y = x.new_empty(J, R, T), x.new_empty(T, I * P)
+    # sums over components are not rounded to 16 bits on the way
+    step = R if is_half(x) else min(R, max(_components(max(T, 1), max(I, J), x, BUFFER), -(-R // PARTS // 8) * 8))
+    h_memory, y_memory = workspace(x, I * step * T, I * P * T)
+    segments, out = _turned(x, right), y_memory.view(I, P, T)
+    for r in range(0, R, step):
+        part = slice(r, r + step)
+        h = _between(h_memory, (min(step, R - r), I, T), is_half(x))
+        torch.bmm(right[:, part], segments, out=z[:, part])
+        torch.bmm(couplings[part], z[:, part].transpose(0, 1), out=h)
+        torch.baddbmm(out, left[:, :, part], h.transpose(0, 1), beta=0 if r == 0 else 1, out=out)
+    y.copy_(out.flatten(0, 1).mT)
+    return y, z
+
+
+@_keeping.register_fake
+def _(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    T, (I, P, R) = x.shape[0], left.shape
+    return x.new_empty(T, I * P), x.new_empty(right.shape[0], R, T)
+
+
 @torch.library.custom_op("structmat::blast_matmul_backward", mutates_args=())
 def _matmul_backward(
-    upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str
+    upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor, kept: Tensor | None, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if algorithm == TRITON and x.shape[0]:
         from structmat.ops.triton import blast as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
         return kernels.blast_backward(*side_by_side(upstream, x, left, diag, right))
+    if is_half(x) and x.device.type == "cpu":
+        return _half_backward(upstream, x, left, diag, right, kept)
     (I, _, R), (J, _, Q), T = left.shape, right.shape, x.shape[0]
     couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
     segments, upstream_segments = _segments(x, right), _segments(upstream, left.mT)  # (J, Q, T), (I, P, T)
     left_gradient, right_gradient = left.new_empty(left.shape), right.new_empty(right.shape)
     coupling_gradient = diag.new_empty(R, I, J)
-    x_gradient = x.new_zeros(J, Q, T)
-    # sums over components and tokens are not rounded to 16 bits on the way
-    step = R if is_half(x) or x.device.type != "cpu" else _components(max(T, 1), max(I, J), x, BACKWARD_BUFFER)
+    # on a GPU in 16 bits, sums over components and tokens are not rounded on the way
+    step = R if x.device.type != "cpu" else _components(max(T, 1), max(I, J), x, BACKWARD_BUFFER)
+    most = min(step, R)
+    blocks = (I, I, J) if kept is not None else (I, I, J, J)
+    *buffers, x_memory = workspace(x, *(count * most * T for count in blocks), J * Q * T)
+    x_gradient = x_memory.view(J, Q, T)
     for r in range(0, R, step):
-        part = slice(r, r + step)
-        z = torch.bmm(right[:, part], segments).transpose(0, 1)  # (k, J, T)
-        h = torch.bmm(couplings[part], z)  # (k, I, T)
-        h_gradient = torch.bmm(left[:, :, part].mT, upstream_segments).transpose(0, 1)  # (k, I, T)
-        z_gradient = torch.bmm(couplings[part].mT, h_gradient)  # (k, J, T)
-        coupling_gradient[part] = torch.bmm(h_gradient, z.mT)
-        left_gradient[:, :, part] = torch.bmm(upstream_segments, h.permute(1, 2, 0))
-        right_gradient[:, part] = torch.bmm(z_gradient.transpose(0, 1), segments.mT)
-        x_gradient.baddbmm_(right[:, part].mT, z_gradient.transpose(0, 1))
+        part, k = slice(r, r + step), min(step, R - r)
+        h, h_gradient = buffers[0][: I * k * T].view(k, I, T), buffers[1][: I * k * T].view(I, k, T)
+        z_gradient = buffers[2][: J * k * T].view(k, J, T)
+        z = kept[:, part] if kept is not None else buffers[3][: J * k * T].view(J, k, T)
+        if kept is None:
+            torch.bmm(right[:, part], segments, out=z)
+        torch.bmm(couplings[part], z.transpose(0, 1), out=h)
+        torch.bmm(left[:, :, part].mT, upstream_segments, out=h_gradient)
+        torch.bmm(couplings[part].mT, h_gradient.transpose(0, 1), out=z_gradient)
+        torch.bmm(h_gradient.transpose(0, 1), z.permute(1, 2, 0), out=coupling_gradient[part])
+        torch.bmm(upstream_segments, h.permute(1, 2, 0), out=left_gradient[:, :, part])
+        torch.bmm(z_gradient.transpose(0, 1), segments.mT, out=right_gradient[:, part])
+        torch.baddbmm(
+            x_gradient, right[:, part].mT, z_gradient.transpose(0, 1), beta=0 if r == 0 else 1, out=x_gradient
+        )
+    return (
+        x_gradient.flatten(0, 1).mT.contiguous(), left_gradient, coupling_gradient.permute(1, 2, 0).contiguous(),
+        right_gradient,
+    )  # fmt: skip
+
+
+def _half_backward(
+    upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All at once, operands side by side: products in 16 bits copy others, slowly where they turn them."""
+    (I, _, R), J, T = left.shape, len(right), x.shape[0]
+    couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
+    segments, upstream_segments = _turned(x, right), _turned(upstream, left.mT)  # (J, Q, T), (I, P, T)
+    memory = workspace(x, *[max(I, J) * R * T] * 3)
+
+    def held(buffer: int, *shape: int) -> Tensor:
+        return memory[buffer][: math.prod(shape)].view(shape)
+
+    z = torch.bmm(right, segments, out=held(1, J, R, T)) if kept is None else kept
+    z = held(0, R, J, T).copy_(z.transpose(0, 1))
+    h = held(2, I, R, T).copy_(torch.bmm(couplings, z, out=held(1, R, I, T)).transpose(0, 1))
+    left_gradient = torch.bmm(upstream_segments, h.mT)
+    h_gradient = torch.bmm(left.mT, upstream_segments, out=held(1, I, R, T))
+    h_gradient = held(2, R, I, T).copy_(h_gradient.transpose(0, 1))
+    coupling_gradient = torch.bmm(h_gradient, z.mT)
+    z_gradient = torch.bmm(couplings.mT, h_gradient, out=held(1, R, J, T))
+    z_gradient = held(0, J, R, T).copy_(z_gradient.transpose(0, 1))
+    right_gradient = torch.bmm(z_gradient, segments.mT)
+    x_gradient = torch.bmm(right.mT, z_gradient)  # (J, Q, T)
     return (
         x_gradient.flatten(0, 1).mT.contiguous(), left_gradient, coupling_gradient.permute(1, 2, 0).contiguous(),
         right_gradient,
@@ -219,7 +300,7 @@ def _matmul_backward(
 
 @_matmul_backward.register_fake
 def _(
-    upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str
+    upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor, kept: Tensor | None, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), left.new_empty(left.shape), diag.new_empty(diag.shape), right.new_empty(right.shape)
 
@@ -234,13 +315,26 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         _, left, diag, right = ctx.saved_tensors
         x_gradient = torch.ops.structmat.blast_matmul(upstream, right.mT, diag.transpose(0, 1), left.mT, ctx.algorithm)
         return x_gradient, None, None, None, None
-    return *torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors, ctx.algorithm), None
+    return *torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors, None, ctx.algorithm), None
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.structmat.blast_matmul)
+def _setup_keeping(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _keeping_backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, ...]:
+    return torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors, "")
+
+
+_keeping.register_autograd(_keeping_backward, setup_context=_setup_keeping)
+
+
+@register_flop_formula([torch.ops.structmat.blast_matmul, torch.ops.structmat.blast_matmul_keeping])
 def _flops(x_shape: Any, left_shape: Any, diag_shape: Any, right_shape: Any, *args: Any, **kwargs: Any) -> int:
     (I, P, R), (J, _, Q) = left_shape, right_shape
     return 2 * x_shape[0] * R * (I * P + J * Q + I * J)
@@ -248,14 +342,28 @@ def _flops(x_shape: Any, left_shape: Any, diag_shape: Any, right_shape: Any, *ar
 
 @register_flop_formula(torch.ops.structmat.blast_matmul_backward)
 def _backward_flops(upstream_shape: Any, x_shape: Any, left_shape: Any, diag_shape: Any, right_shape: Any,
-                    *args: Any, **kwargs: Any) -> int:  # fmt: skip
+                    kept_shape: Any, *args: Any, **kwargs: Any) -> int:  # fmt: skip
     (I, P, R), (J, _, Q) = left_shape, right_shape
-    return 2 * x_shape[0] * R * (2 * I * P + 3 * J * Q + 4 * I * J)
+    return 2 * x_shape[0] * R * (2 * I * P + (3 if kept_shape is None else 2) * J * Q + 4 * I * J)
 
 
 def _segments(x: Tensor, matrices: Tensor) -> Tensor:
     """``(T, J Q)`` as ``(J, Q, T)``, for matrices ``(J, ..., Q)``."""
     return x.unflatten(1, (matrices.shape[0], matrices.shape[-1])).permute(1, 2, 0)
+
+
+def _turned(x: Tensor, matrices: Tensor) -> Tensor:
+    """The same; side by side for dtypes of 16 bits on a CPU, whose products copy other operands."""
+    if is_half(x) and x.device.type == "cpu":
+        return x.mT.contiguous().unflatten(0, (matrices.shape[0], matrices.shape[-1]))
+    return _segments(x, matrices)
+
+
+def _between(memory: Tensor, shape: tuple[int, int, int], blocks_outside: bool) -> Tensor:
+    """Part of flat memory as ``(components, blocks, T)``, with the components of a block side by side if wanted."""
+    k, blocks, T = shape
+    part = memory[: k * blocks * T]
+    return part.view(blocks, k, T).transpose(0, 1) if blocks_outside else part.view(k, blocks, T)
 
 
 def _components(tokens: int, blocks: int, x: Tensor, mebibytes: float) -> int:

@@ -73,6 +73,11 @@ def plain() -> bool:
     return transformed or forward_ad._current_level >= 0
 
 
+def keeps_intermediates(x: Tensor, *factors: Tensor) -> bool:
+    """Whether what a product computes on the way is kept for its backward: on a CPU, for factors that learn."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+
+
 def is_half(x: Tensor) -> bool:
     """Whether sums must not be rounded to this dtype on the way."""
     return x.dtype in (torch.float16, torch.bfloat16)

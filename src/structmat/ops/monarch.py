@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, is_half, plain, side_by_side, tokens_within
+from structmat.ops.common import (
+    TRITON,
+    cast,
+    is_half,
+    keeps_intermediates,
+    plain,
+    side_by_side,
+    tokens_within,
+    workspace,
+)
 
 BUFFER = 4
 """MiB of an intermediate on a CPU; half as much for dtypes of 16 bits."""
@@ -24,14 +33,16 @@ SMALL_RANK = 64
 def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool = False, algorithm: str = "") -> Tensor:
     """Compute ``x @ W.T`` for a Monarch matrix in ``t (J M + I N)`` multiplications per token.
 
-    The operator is ``torch.ops.structmat.monarch_matmul``; its backward computes the intermediate again.
+    The operator is ``torch.ops.structmat.monarch_matmul``. Its backward computes the intermediate again; while factors
+    learn on a CPU, ``monarch_matmul_keeping`` keeps it, ``I J t`` numbers per token.
 
     Args:
         x: Input ``(..., J Q)``.
         left: ``(I, P, J, t)``.
         right: ``(J, I, t, Q)``.
         permute_output: Emit entry ``p`` of output block ``i`` at ``p I + i`` (Dao et al. 2022) instead of ``i P + p``.
-        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device.
+        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device. On a CPU
+            it is for factors that do not learn.
 
     Returns:
         Output ``(..., I P)``.
@@ -41,6 +52,8 @@ def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool 
     tokens = x.reshape(-1, x.shape[-1])
     if plain():
         y = _whole(tokens, left, right, permute_output)
+    elif algorithm != TRITON and keeps_intermediates(tokens, left, right):
+        y = torch.ops.structmat.monarch_matmul_keeping(tokens, left, right, permute_output)[0]
     else:
         y = torch.ops.structmat.monarch_matmul(tokens, left, right, permute_output, algorithm)
     return y.view(*x.shape[:-1], I * P)
@@ -125,30 +138,57 @@ def _regrouped(x: Tensor, right: Tensor) -> Tensor:
     return z.unflatten(2, (I, t)).permute(2, 1, 0, 3).flatten(2)
 
 
+@torch.library.custom_op("structmat::monarch_matmul_keeping", mutates_args=())
+def _keeping(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> tuple[Tensor, Tensor]:
+    """The product, and what lies between its two for the backward product, sorted by block row ``(I, T, J t)``."""
+    (I, P, J, t), Q, T = left.shape, right.shape[-1], len(x)
+    y, z = x.new_empty(T, I * P), x.new_empty(I, T, J * t)
+    step = min(T, tokens_within(BUFFER, I * J * t, x))
+    (memory,) = workspace(x, I * J * t * step)
+    out, matrices, columns = _out_segments(y, I, permute_output), left.flatten(2).mT, right.flatten(1, 2).mT
+    for begin in range(0, T, max(step, 1)):
+        some = slice(begin, begin + step)
+        segments = x[some].unflatten(1, (J, Q)).transpose(0, 1)  # (J, n, Q)
+        n = segments.shape[1]
+        by_column = torch.bmm(segments, columns, out=memory[: I * J * t * n].view(J, n, I * t))
+        z[:, some].unflatten(2, (J, t)).copy_(by_column.unflatten(2, (I, t)).permute(2, 1, 0, 3))
+        torch.bmm(z[:, some], matrices, out=out[:, some])
+    return y, z
+
+
+@_keeping.register_fake
+def _(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> tuple[Tensor, Tensor]:
+    I, P, J, t = left.shape
+    return x.new_empty(x.shape[0], I * P), x.new_empty(I, x.shape[0], J * t)
+
+
 @torch.library.custom_op("structmat::monarch_matmul_backward", mutates_args=())
 def _matmul_backward(
-    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, permute_output: bool, algorithm: str
+    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, kept: Tensor | None, permute_output: bool, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if algorithm == TRITON and x.shape[0]:
         from structmat.ops.triton import monarch as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
         upstream, x, left, right = side_by_side(upstream, x, left, right)
         return kernels.monarch_backward(upstream, x, left, right, permute_output)
-    (I, _, J, t), Q = left.shape, right.shape[-1]
+    (I, _, J, t), Q, T = left.shape, right.shape[-1], len(x)
     segments = x.unflatten(1, (J, Q)).transpose(0, 1)  # (J, T, Q)
     upstream_segments = _out_segments(upstream, I, permute_output)  # (I, T, P)
-    z = _regrouped(x, right)
+    z = _regrouped(x, right) if kept is None else kept
     left_gradient = torch.bmm(upstream_segments.mT, z).unflatten(2, (J, t))
-    z_gradient = torch.bmm(upstream_segments, left.flatten(2))  # (I, T, J t)
-    z_gradient = z_gradient.unflatten(2, (J, t)).permute(2, 1, 0, 3).flatten(2)  # (J, T, I t)
+    by_row, by_column = workspace(x, I * J * t * T, I * J * t * T)
+    by_row = torch.bmm(upstream_segments, left.flatten(2), out=by_row.view(I, T, J * t))
+    z_gradient = by_column.view(J, T, I * t)
+    z_gradient.unflatten(2, (I, t)).copy_(by_row.unflatten(2, (J, t)).permute(2, 1, 0, 3))
     right_gradient = torch.bmm(z_gradient.mT, segments).unflatten(1, (I, t))
-    x_gradient = torch.bmm(z_gradient, right.flatten(1, 2)).transpose(0, 1).flatten(1)
-    return x_gradient.contiguous(), left_gradient, right_gradient
+    x_gradient = x.new_empty(T, J * Q)
+    torch.bmm(z_gradient, right.flatten(1, 2), out=x_gradient.unflatten(1, (J, Q)).transpose(0, 1))
+    return x_gradient, left_gradient, right_gradient
 
 
 @_matmul_backward.register_fake
 def _(
-    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, permute_output: bool, algorithm: str
+    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, kept: Tensor | None, permute_output: bool, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), left.new_empty(left.shape), right.new_empty(right.shape)
 
@@ -166,7 +206,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         factors = right.permute(0, 3, 1, 2).contiguous(), left.permute(0, 2, 3, 1).contiguous()
         return torch.ops.structmat.monarch_matmul(upstream, *factors, False, ctx.algorithm), None, None, None, None
     gradients = torch.ops.structmat.monarch_matmul_backward(
-        upstream, *ctx.saved_tensors, ctx.permute_output, ctx.algorithm
+        upstream, *ctx.saved_tensors, None, ctx.permute_output, ctx.algorithm
     )
     return *gradients, None, None
 
@@ -174,7 +214,22 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 _matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.structmat.monarch_matmul)
+def _setup_keeping(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.permute_output = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _keeping_backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.structmat.monarch_matmul_backward(upstream, *ctx.saved_tensors, ctx.permute_output, "")
+    return *gradients, None
+
+
+_keeping.register_autograd(_keeping_backward, setup_context=_setup_keeping)
+
+
+@register_flop_formula([torch.ops.structmat.monarch_matmul, torch.ops.structmat.monarch_matmul_keeping])
 def _flops(x_shape: Any, left_shape: Any, right_shape: Any, *args: Any, **kwargs: Any) -> int:
     (I, P, J, t), Q = left_shape, right_shape[-1]
     return 2 * x_shape[0] * I * J * t * (P + Q)
@@ -182,7 +237,7 @@ def _flops(x_shape: Any, left_shape: Any, right_shape: Any, *args: Any, **kwargs
 
 @register_flop_formula(torch.ops.structmat.monarch_matmul_backward)
 def _backward_flops(
-    upstream_shape: Any, x_shape: Any, left_shape: Any, right_shape: Any, *args: Any, **kwargs: Any
+    upstream_shape: Any, x_shape: Any, left_shape: Any, right_shape: Any, kept_shape: Any, *args: Any, **kwargs: Any
 ) -> int:
     (I, P, J, t), Q = left_shape, right_shape[-1]
-    return 2 * x_shape[0] * I * J * t * (2 * P + 3 * Q)
+    return 2 * x_shape[0] * I * J * t * (2 * P + (3 if kept_shape is None else 2) * Q)
