@@ -142,9 +142,10 @@ def with_learned_ranks_(model: nn.Module) -> nn.Module:
 def rank_step_(model: nn.Module, keep: float, progress: float) -> float:
     """Drop the components that matter least, over all layers; between the backward pass and the optimizer's step.
 
-    What a component matters is the moving average of ``|sum of left * gradient|``, to first order the change of the
-    loss if it were not there (importance and schedule as in AdaLoRA: Zhang et al. 2023, sections 3.2 and 3.3). From a
-    tenth of the steps until ``LAST_DROP`` the share falls to ``keep`` along a cubic. Returns the share.
+    What a component matters is the moving average of ``|sum of left * gradient|`` per parameter, to first order the
+    change of the loss if it were not there; average and schedule are like those of AdaLoRA (Zhang et al. 2023,
+    sections 3.2 and 3.3), but what is dropped does not come back. From a tenth of the steps until ``LAST_DROP`` the
+    share falls to ``keep`` along a cubic. Returns the share.
     """
     layers = [module for module in model.modules() if isinstance(module, LearnedRank)]
     for layer in layers:
@@ -152,8 +153,8 @@ def rank_step_(model: nn.Module, keep: float, progress: float) -> float:
         if gradient is None:
             raise ValueError("expected gradients, got none; call rank_step_ after backward")
         layer.sensitivity.lerp_((layer.left * gradient).sum(0).abs(), 1 - MEMORY_OF_SENSITIVITY)
-    left = 1 - min(max((progress - 0.1) / (LAST_DROP - 0.1), 0.0), 1.0)
-    most = keep * (1 + (SHARES_OF_LEARNED_RANKS - 1) * left**3) * sum(layer.dense for layer in layers)
+    remaining = 1 - min(max((progress - 0.1) / (LAST_DROP - 0.1), 0.0), 1.0)
+    most = keep * (1 + (SHARES_OF_LEARNED_RANKS - 1) * remaining**3) * sum(layer.dense for layer in layers)
     scores = torch.cat([layer.sensitivity.where(layer.kept > 0, -1.0) / layer.price for layer in layers])
     prices = torch.cat([torch.full_like(layer.kept, layer.price) for layer in layers])
     order = scores.argsort(descending=True, stable=True)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conformance import CASES, LARGE
 from structmat import Format, GaudiGblr, StructuredLinear, format_from_json, harden
 from structmat.formats import FORMATS
+from structmat.ops import common
 
 each_case = pytest.mark.parametrize("format", CASES.values(), ids=CASES.keys())
 each_large = pytest.mark.parametrize("format", LARGE.values(), ids=LARGE.keys())
@@ -77,22 +78,30 @@ def test_gradients_are_those_of_the_dense_product(format: Format, tokens: int):
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
+def fill_kept_memory(value: float | None) -> None:
+    for buffer in common._WORKSPACE.buffers.values() if value is not None else ():
+        buffer.fill_(value)
+
+
 @each_case
-def test_uninitialised_memory_is_never_read(format: Format):
+@pytest.mark.parametrize("tokens", [7, 50])
+def test_uninitialised_memory_is_never_read(format: Format, tokens: int):
     factors = format.init()
     for name, spec in format.factor_specs().items():
         factors[name].requires_grad_(spec.trainable)
-    x = torch.randn(7, format.N)
+    x = torch.randn(tokens, format.N)
 
-    def product_and_gradients() -> list[torch.Tensor]:
+    def product_and_gradients(fill: float | None = None) -> list[torch.Tensor]:
+        fill_kept_memory(fill)
         y = format.matmul(x, factors)
+        fill_kept_memory(fill)
         return [y, *torch.autograd.grad(y.sum(), [f for n, f in factors.items() if format.factor_specs()[n].trainable])]
 
     clean = product_and_gradients()
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
         assert torch.empty(1).isnan()
-        poisoned = product_and_gradients()
+        poisoned = product_and_gradients(torch.nan)
     finally:
         torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)

@@ -390,6 +390,17 @@ def test_tiles_are_grouped_for_the_fewest_rows(counts: list[int]) -> None:
     assert cost(int(heights.sum()), len(groups) // 2) == pytest.approx(min(every))
 
 
+@given(counts=st.lists(st.integers(0, 1000), min_size=17, max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_many_tiles_are_grouped(counts: list[int]) -> None:
+    blocks, heights, groups = tiling._grouped(torch.tensor(counts))
+    held = [max(count, 1) for count in counts]
+    assert sorted(blocks.tolist()) == list(range(len(counts)))
+    assert all(height >= held[block] for block, height in zip(blocks.tolist(), heights.tolist(), strict=True))
+    assert len(groups) <= 2 * tiling.MOST_GROUPS
+    assert int(heights.sum()) <= max(held) * len(held)
+
+
 def test_each_block_has_one_tile() -> None:
     format = sm.TiledGblr(4, 4, 1, (1, 1, 1, 2), (2, 1), (2, 2))
     factors = format.init()
@@ -411,6 +422,12 @@ def test_what_cannot_be_tiled_is_refused() -> None:
         sm.tile(empty, empty.init())
     with pytest.raises(ValueError, match=r"expected two block_sizes of at most \(4, 4\) entries, got \(5, 4\)"):
         sm.TiledGblr(4, 4, 1, (1, 1), (1, 1), (5, 4))
+    with pytest.raises(ValueError, match=r"expected two block_sizes of at most \(4, 4\) entries, got \(4, 4, 4\)"):
+        sm.TiledGblr(4, 4, 1, (1, 1), (1, 1), (4, 4, 4))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"1 tiles in all for blocks of 4 on an axis of 4, got \(1,\)"):
+        sm.TiledGblr(4, 4, 1, (1,), (1, 1), (4, 4))
+    with pytest.raises(ValueError, match="expected components to be an integer of at least 1, got 0"):
+        sm.TiledGblr(4, 4, 0, (1, 1), (1, 1), (4, 4))
     with pytest.raises(ValueError, match="2 tiles in all for blocks of 3 on an axis of 4, got"):
         sm.TiledGblr(4, 4, 1, (1, 1), (1, 1, 2), (4, 3))
     with pytest.raises(ValueError, match="expected a format that a budget can size, got TiledGblr"):

@@ -27,6 +27,8 @@ OPERATORS = {
         "tiled gblr, several groups",
     )
 }  # fmt: skip
+KEEPING = ("monarch 3x7 blocks, I > J", "monarch permuted, I < J", "blast 3x7 blocks, I > J")
+"""Those whose operators keep intermediates for many tokens."""
 
 
 @pytest.fixture
@@ -85,8 +87,8 @@ def leaf(tensor: torch.Tensor, learns: bool) -> torch.Tensor:
     return tensor.detach().clone().requires_grad_(learns and tensor.requires_grad)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name: str):
+@pytest.mark.parametrize(("name", "tokens"), [*((name, 5) for name in OPERATORS), *((name, 50) for name in KEEPING)])
+def test_opcheck(name: str, tokens: int):
     format = OPERATORS[name]
     specs = format.factor_specs()
     factors = {n: f.requires_grad_(specs[n].trainable) for n, f in format.init(dtype=torch.float64).items()}
@@ -98,7 +100,7 @@ def test_opcheck(name: str):
                 recorded.append((function, args))
             return function(*args, **(kwargs or {}))
 
-    x = torch.randn(5, format.N, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(tokens, format.N, dtype=torch.float64, requires_grad=True)
     with Record():
         format.matmul(x, factors).sum().backward()
     names = [str(function) for function, _ in recorded]

@@ -27,7 +27,7 @@ def test_bucket_is_the_next_power_of_two(tokens: int, power: int):
 def given(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> None:
     """Measured seconds: those given by way, 1 for every other."""
 
-    def measured(runs, *, rounds):
+    def measured(runs, *, rounds, settle):
         for run in runs.values():
             run()
         return {name: times.get(name, 1.0) for name in runs}

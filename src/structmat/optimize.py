@@ -324,7 +324,7 @@ def _measure(layer: StructuredModule, tokens: int, dtype: torch.dtype, rounds: i
     copies = [weight.clone() for _ in range(_copies([weight]))]
     turn = iter(range(10**9))
     runs[DENSE] = lambda: F.linear(x, copies[next(turn) % len(copies)])
-    return time_side_by_side(runs, rounds=rounds)
+    return time_side_by_side(runs, rounds=rounds, settle=int(device.type == "cpu"))
 
 
 def _in_turn(way: tuple[Format, Mapping[str, Tensor], str], x: Tensor) -> Callable[[], Tensor]:

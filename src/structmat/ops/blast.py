@@ -34,7 +34,7 @@ PARTS = 6
 OUTPUT_BUFFER = 16
 """MiB of the output on the way."""
 
-BACKWARD_BUFFER = 16
+BACKWARD_BUFFER = 12
 """MiB of one intermediate of the backward product, whose larger products pay for the pages."""
 
 TOKENS = 512
@@ -56,16 +56,15 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm
     ``R (M + N + I J)`` multiplications per token. The couplings are the trap: written with broadcasting they
     materialise an ``I J T R`` tensor. For many tokens they are one product of ``(R, I, J)`` with ``(R, J, T)``, whose
     operands are strided views of the neighbouring products. The operator is ``torch.ops.structmat.blast_matmul``. Its
-    backward computes the intermediates again; while factors learn on a CPU, ``blast_matmul_keeping`` keeps the first,
-    ``J R`` numbers per token, half of what PyTorch's own operators would keep.
+    backward computes the intermediates again; where factors learn on a CPU from many tokens, ``blast_matmul_keeping``
+    keeps the first, ``J R`` numbers per token, half of what PyTorch's own operators would keep.
 
     Args:
         x: Input ``(..., J Q)``.
         left: ``(I, P, R)``.
         diag: ``(I, J, R)``.
         right: ``(J, R, Q)``.
-        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device. On a CPU
-            it is for factors that do not learn.
+        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device.
 
     Returns:
         Output ``(..., I P)``.
@@ -75,7 +74,7 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm
     tokens = x.reshape(-1, x.shape[-1])
     if plain():
         y = _whole(tokens, left, diag, right)
-    elif algorithm != TRITON and keeps_intermediates(tokens, left, diag, right):
+    elif not algorithm and keeps_intermediates(tokens, left, diag, right):
         y = torch.ops.structmat.blast_matmul_keeping(tokens, left, diag, right)[0]
     else:
         y = torch.ops.structmat.blast_matmul(tokens, left, diag, right, algorithm)
@@ -137,7 +136,7 @@ def _many(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
     y = x.new_empty(x.shape[0], I * P)
     most = min(x.shape[0], TOKENS, tokens_within(OUTPUT_BUFFER, I * P, x))
-    step = min(R, max(_components(most, max(I, J), x, BUFFER), -(-R // PARTS // 8) * 8))
+    step = _step(R, most, max(I, J), x)
     buffers = workspace(x, J * step * most, I * step * most, I * P * most)
     for some, out in zip(x.split(most), y.split(most), strict=True):
         n, segments = len(some), _segments(some, right)
@@ -202,12 +201,12 @@ ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 @torch.library.custom_op("structmat::blast_matmul_keeping", mutates_args=())
 def _keeping(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The product, and ``right_j x_j (J, R, T)`` for the backward product."""
+    """The product, and ``right_j x_j (J, R, T)`` for the backward product; all tokens at once."""
     (I, P, R), J, T = left.shape, len(right), len(x)
     couplings = diag.permute(2, 0, 1).contiguous()  # (R, I, J)
     z, y = x.new_empty(J, R, T), x.new_empty(T, I * P)
     # sums over components are not rounded to 16 bits on the way
-    step = R if is_half(x) else min(R, max(_components(max(T, 1), max(I, J), x, BUFFER), -(-R // PARTS // 8) * 8))
+    step = R if is_half(x) else _step(R, max(T, 1), max(I, J), x)
     h_memory, y_memory = workspace(x, I * step * T, I * P * T)
     segments, out = _turned(x, right), y_memory.view(I, P, T)
     for r in range(0, R, step):
@@ -241,12 +240,11 @@ def _matmul_backward(
     segments, upstream_segments = _segments(x, right), _segments(upstream, left.mT)  # (J, Q, T), (I, P, T)
     left_gradient, right_gradient = left.new_empty(left.shape), right.new_empty(right.shape)
     coupling_gradient = diag.new_empty(R, I, J)
-    # on a GPU in 16 bits, sums over components and tokens are not rounded on the way
     step = R if x.device.type != "cpu" else _components(max(T, 1), max(I, J), x, BACKWARD_BUFFER)
     most = min(step, R)
     blocks = (I, I, J) if kept is not None else (I, I, J, J)
-    *buffers, x_memory = workspace(x, *(count * most * T for count in blocks), J * Q * T)
-    x_gradient = x_memory.view(J, Q, T)
+    buffers = workspace(x, *(count * most * T for count in blocks))
+    x_gradient = x.new_empty(J, Q, T)
     for r in range(0, R, step):
         part, k = slice(r, r + step), min(step, R - r)
         h, h_gradient = buffers[0][: I * k * T].view(k, I, T), buffers[1][: I * k * T].view(I, k, T)
@@ -327,7 +325,9 @@ def _setup_keeping(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _keeping_backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, ...]:
+def _keeping_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 4
     return torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors, "")
 
 
@@ -344,7 +344,7 @@ def _flops(x_shape: Any, left_shape: Any, diag_shape: Any, right_shape: Any, *ar
 def _backward_flops(upstream_shape: Any, x_shape: Any, left_shape: Any, diag_shape: Any, right_shape: Any,
                     kept_shape: Any, *args: Any, **kwargs: Any) -> int:  # fmt: skip
     (I, P, R), (J, _, Q) = left_shape, right_shape
-    return 2 * x_shape[0] * R * (2 * I * P + (3 if kept_shape is None else 2) * J * Q + 4 * I * J)
+    return 2 * x_shape[0] * R * (2 * I * P + (3 if kept_shape is None else 2) * J * Q + 3 * I * J)
 
 
 def _segments(x: Tensor, matrices: Tensor) -> Tensor:
@@ -364,6 +364,11 @@ def _between(memory: Tensor, shape: tuple[int, int, int], blocks_outside: bool) 
     k, blocks, T = shape
     part = memory[: k * blocks * T]
     return part.view(blocks, k, T).transpose(0, 1) if blocks_outside else part.view(k, blocks, T)
+
+
+def _step(R: int, tokens: int, blocks: int, x: Tensor) -> int:
+    """How many components at a time keep intermediates small without too many parts."""
+    return min(R, max(_components(tokens, blocks, x, BUFFER), -(-R // PARTS // 8) * 8))
 
 
 def _components(tokens: int, blocks: int, x: Tensor, mebibytes: float) -> int:

@@ -18,6 +18,9 @@ TRITON = "triton"
 MOST_KEPT = 64
 """MiB that a thread keeps for intermediates, at most, for each dtype."""
 
+FEWEST_KEPT = 33
+"""Tokens from which on a product on a CPU keeps intermediates for its backward; it has faster ways for fewer."""
+
 ROW_SPLITS = 8
 """Into how many parts the rows of a matrix go for a product with few vectors on a CPU."""
 
@@ -74,8 +77,9 @@ def plain() -> bool:
 
 
 def keeps_intermediates(x: Tensor, *factors: Tensor) -> bool:
-    """Whether what a product computes on the way is kept for its backward: on a CPU, for factors that learn."""
-    return x.device.type == "cpu" and torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+    """Whether what a product computes on the way is kept for its backward: on a CPU, where factors learn."""
+    learning = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+    return learning and x.device.type == "cpu" and x.shape[0] >= FEWEST_KEPT
 
 
 def is_half(x: Tensor) -> bool:

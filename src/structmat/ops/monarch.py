@@ -33,16 +33,15 @@ SMALL_RANK = 64
 def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool = False, algorithm: str = "") -> Tensor:
     """Compute ``x @ W.T`` for a Monarch matrix in ``t (J M + I N)`` multiplications per token.
 
-    The operator is ``torch.ops.structmat.monarch_matmul``. Its backward computes the intermediate again; while factors
-    learn on a CPU, ``monarch_matmul_keeping`` keeps it, ``I J t`` numbers per token.
+    The operator is ``torch.ops.structmat.monarch_matmul``. Its backward computes the intermediate again; where factors
+    learn on a CPU from many tokens, ``monarch_matmul_keeping`` keeps it, ``I J t`` numbers per token.
 
     Args:
         x: Input ``(..., J Q)``.
         left: ``(I, P, J, t)``.
         right: ``(J, I, t, Q)``.
         permute_output: Emit entry ``p`` of output block ``i`` at ``p I + i`` (Dao et al. 2022) instead of ``i P + p``.
-        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device. On a CPU
-            it is for factors that do not learn.
+        algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device.
 
     Returns:
         Output ``(..., I P)``.
@@ -52,7 +51,7 @@ def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool 
     tokens = x.reshape(-1, x.shape[-1])
     if plain():
         y = _whole(tokens, left, right, permute_output)
-    elif algorithm != TRITON and keeps_intermediates(tokens, left, right):
+    elif not algorithm and keeps_intermediates(tokens, left, right):
         y = torch.ops.structmat.monarch_matmul_keeping(tokens, left, right, permute_output)[0]
     else:
         y = torch.ops.structmat.monarch_matmul(tokens, left, right, permute_output, algorithm)
@@ -143,7 +142,7 @@ def _keeping(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> tu
     """The product, and what lies between its two for the backward product, sorted by block row ``(I, T, J t)``."""
     (I, P, J, t), Q, T = left.shape, right.shape[-1], len(x)
     y, z = x.new_empty(T, I * P), x.new_empty(I, T, J * t)
-    step = min(T, tokens_within(BUFFER, I * J * t, x))
+    step = min(T, tokens_within(BUFFER / 2 if is_half(x) else BUFFER, I * J * t, x))
     (memory,) = workspace(x, I * J * t * step)
     out, matrices, columns = _out_segments(y, I, permute_output), left.flatten(2).mT, right.flatten(1, 2).mT
     for begin in range(0, T, max(step, 1)):
@@ -221,7 +220,9 @@ def _setup_keeping(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _keeping_backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _keeping_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 4
     gradients = torch.ops.structmat.monarch_matmul_backward(upstream, *ctx.saved_tensors, ctx.permute_output, "")
     return *gradients, None
 

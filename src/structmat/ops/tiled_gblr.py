@@ -51,7 +51,7 @@ def _tiled_triton(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor
     """Kernels of our own, for a GPU."""
     from structmat.ops.triton import gblr as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
-    return kernels.tile_matmul_forward(*side_by_side(x), _side_by_side(inputs), _side_by_side(outputs), M)
+    return kernels.tile_matmul_forward(x.contiguous(), _side_by_side(inputs), _side_by_side(outputs), M)
 
 
 def _side_by_side(axis: Any) -> Any:

@@ -147,19 +147,15 @@ def tiling(start: Tensor, width: Tensor, n: int, block: int | None = None) -> Ti
 def _cost(components: Tensor, places: Tensor, n: int, block: int) -> int:
     count = -(-n // block)
     counts = torch.bincount(torch.unique(components * count + places // block) % count, minlength=count)
-    return int(_grouped(counts)[1].sum()) * (block + ROW_COST)
+    groups = _groups(counts.clamp_min(1).sort(descending=True).values.tolist())
+    return sum(S * H for S, H in groups) * (block + ROW_COST)
 
 
-def _grouped(counts: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Blocks with ``counts (C,)`` pieces in groups of similar numbers, with the fewest rows in all for the groups.
-
-    Returns:
-        The blocks by group, ``(C,)``; the height of the tile of each, ``(C,)``; ``S`` and ``H`` of each group.
-    """
-    ordered, blocks = counts.clamp_min(1).sort(descending=True, stable=True)
-    heights, C = ordered.tolist(), len(ordered)
+def _groups(heights: list[int]) -> list[tuple[int, int]]:
+    """``S`` and ``H`` of groups of tiles, from their descending heights: the fewest rows in all for the groups."""
+    C = len(heights)
     cuts = sorted({C * part // MOST_CUTS for part in range(MOST_CUTS + 1)})  # where a group may begin or end
-    best = {0: (0.0, ())}  # for the blocks before each cut: their rows, and the ends of their groups
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # before each cut: rows, and the groups' ends
     choices: list[tuple[float, tuple[int, ...]]] = []
     for count in range(1, min(MOST_GROUPS, C) + 1):
         best = {
@@ -172,12 +168,20 @@ def _grouped(counts: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         }
         rows, ends = best[C]
         choices.append((rows + count * GROUP_COST * sum(heights), ends))
-    ends = min(choices)[1]
-    sizes = [end - begin for begin, end in itertools.pairwise((0, *ends))]
-    groups = [(size, heights[end - size]) for size, end in zip(sizes, ends, strict=True)]
-    blocks = torch.cat([part.sort().values for part in blocks.split(sizes)])
-    tall = torch.tensor([H for S, H in groups for _ in range(S)], device=counts.device)
-    return blocks, tall, tuple(itertools.chain.from_iterable(groups))
+    return [(end - begin, heights[begin]) for begin, end in itertools.pairwise((0, *min(choices)[1]))]
+
+
+def _grouped(counts: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Blocks with ``counts (C,)`` pieces in groups of similar numbers.
+
+    Returns:
+        The blocks by group, ``(C,)``; the height of the tile of each, ``(C,)``; ``S`` and ``H`` of each group.
+    """
+    ordered, blocks = counts.clamp_min(1).sort(descending=True, stable=True)
+    groups = _groups(ordered.tolist())
+    blocks = torch.cat([part.sort().values for part in blocks.split([S for S, _ in groups])])
+    heights = torch.tensor([H for S, H in groups for _ in range(S)], device=counts.device)
+    return blocks, heights, tuple(itertools.chain.from_iterable(groups))
 
 
 def by_group(groups: Sequence[int], rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -188,7 +192,7 @@ def by_group(groups: Sequence[int], rows: Tensor) -> Iterator[tuple[slice, Tenso
         rows: Of all groups, ``(rows, ...)``.
 
     Yields:
-        A group.
+        The slice of a group's tiles among the blocks, and its rows.
     """
     tile, row = 0, 0
     for S, H in zip(groups[::2], groups[1::2], strict=True):
@@ -215,7 +219,8 @@ def tile_matmul_in_chunks(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -
     """``CHUNK`` tokens at a time, in memory that the thread keeps."""
     (right, right_groups, right_place, bag, offsets), (left, left_groups, left_place, index) = inputs, outputs
     (in_rows, B), (out_rows, D) = right.shape, left.shape
-    columns, blocks, places = len(right_place), len(left_place), left_place.argsort()
+    columns, blocks = len(right_place), len(left_place)
+    places = left_place.argsort() if len(left_groups) > 2 else left_place
     most = min(x.shape[0], CHUNK)
     y = x.new_empty(x.shape[0], M)
     width = max(columns * B, blocks * D)
@@ -270,7 +275,7 @@ def outer_products(x: Tensor, z: Tensor, groups: Sequence[int], blocks: Tensor, 
     """``sum_t x[t, place] z[component, t]`` for each entry of the tiles ``(rows, B)``."""
     segments = _arranged(_cut(x, block).transpose(0, 1), groups, blocks)  # (C, T, B)
     rows = by_group(groups, z.index_select(0, index))
-    return torch.cat([torch.bmm(some, segments[tiles]).flatten(0, 1) for tiles, some in rows])
+    return _joined([torch.bmm(some, segments[tiles]).flatten(0, 1) for tiles, some in rows])
 
 
 def tile_project(
@@ -291,7 +296,7 @@ def tile_project(
     """
     segments = _arranged(_cut(x, tiles.shape[1]).permute(1, 2, 0), groups, blocks)  # (C, B, T)
     pieces = [torch.bmm(some, segments[chosen]).flatten(0, 1) for chosen, some in by_group(groups, tiles)]
-    return F.embedding_bag(rows, torch.cat(pieces), offsets, mode="sum")  # on a CPU a tenth of the time of index_add
+    return F.embedding_bag(rows, _joined(pieces), offsets, mode="sum")  # on a CPU a tenth of the time of index_add
 
 
 def tile_spread(z: Tensor, tiles: Tensor, groups: Sequence[int], blocks: Tensor, index: Tensor, n: int) -> Tensor:
@@ -310,8 +315,14 @@ def tile_spread(z: Tensor, tiles: Tensor, groups: Sequence[int], blocks: Tensor,
     """
     pairs = zip(by_group(groups, z.index_select(0, index)), by_group(groups, tiles), strict=True)
     # this side round, one token is not slow on a CPU
-    segments = torch.cat([torch.bmm(rows.mT, some) for (_, rows), (_, some) in pairs])  # (C, T, B)
-    return _arranged(segments, groups, blocks.argsort()).transpose(0, 1).flatten(1)[:, :n]
+    segments = _joined([torch.bmm(rows.mT, some) for (_, rows), (_, some) in pairs])  # (C, T, B)
+    if len(groups) > 2:
+        segments = segments.index_select(0, blocks.argsort())
+    return segments.transpose(0, 1).flatten(1)[:, :n]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _arranged(segments: Tensor, groups: Sequence[int], blocks: Tensor) -> Tensor:
