@@ -25,13 +25,16 @@ from vision import Run
 RESULTS = Path(__file__).parent / "results" / "sensitivity"
 SEEDS = (0, 1)
 USUAL = Run("vit", "gaudi-gblr", 0.125, 4e-3, 0, 400)
-"""At the learning rate that is the best of from_scratch.py's three."""
+"""At a learning rate from the middle of those that from_scratch.py tries for Gaudi-GBLR."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "usual": {},
     "components 32": {"options": {"components": 32}},
     "components 64": {"options": {"components": 64}},
     "components 256": {"options": {"components": 256}},
+    "components 10": {"options": {"components": 10}},
+    "diagonal": {"segments": "diagonal"},
+    "uneven": {"segments": "uneven"},
     "sigma 1 to 100": {"structure": {"sigma": (1.0, 100.0)}},
     "sigma 1 to 30": {"structure": {"sigma": (1.0, 30.0)}},
     "sigma 10 to 100": {"structure": {"sigma": (10.0, 100.0)}},
@@ -62,6 +65,10 @@ TABLE: dict[str, dict[str, str]] = {
     "smoothing sigma": {
         "none (usual)": "usual", "1 to 100": "sigma 1 to 100", "1 to 30": "sigma 1 to 30",
         "10 to 100": "sigma 10 to 100", "100 throughout": "sigma 100",
+    },
+    "initialisation": {
+        "equal widths, random places (usual)": "usual", "equal widths along the diagonal": "diagonal",
+        "random widths and places": "uneven", "low-rank: K 10, nearly full widths": "components 10",
     },
     "cost at the start, of the budget": {
         "0.5": "start 0.5", "1 (usual)": "usual", "1.5": "start 1.5", "2": "start 2",

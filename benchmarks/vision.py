@@ -181,6 +181,8 @@ class Run:
         options: What differs from the usual in ``make_plan``.
         structure_rate: Learning rate of widths and locations.
         start: Cost of the structure at the beginning, relative to the budget.
+        segments: Where Gaudi-GBLR begins: ``"random"`` for equal widths at random places, ``"diagonal"`` for the same
+            along the diagonal, ``"uneven"`` for random widths of the same sum at random places.
     """
 
     network: str
@@ -194,6 +196,7 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     structure_rate: float = STRUCTURE_RATE
     start: float = 1.0
+    segments: str = "random"
 
     @property
     def learning(self) -> StructureLearning | None:
@@ -227,8 +230,24 @@ def begin(run: Run, data: Data) -> nn.Module:
     if run.pretrained_steps:
         sm.compress_(model, plan)
     else:
-        sm.apply_plan_(model, plan, generator=torch.Generator().manual_seed(run.seed))
+        generator = torch.Generator().manual_seed(run.seed)
+        sm.apply_plan_(model, plan, generator=generator)
+        placed_(model, run.segments, generator)
     return with_learned_ranks_(model) if run.method == "learned ranks" else model
+
+
+@torch.no_grad()
+def placed_(model: nn.Module, segments: str, generator: torch.Generator) -> None:
+    """Give the segments of new Gaudi-GBLR layers other places or widths, in place; as in ``Run``."""
+    for layer in model.modules():
+        if segments == "random" or not (isinstance(layer, sm.StructuredLinear) and "location" in layer.factors):
+            continue
+        location, width = layer.factors["location"], layer.factors["width"]
+        if segments == "diagonal":
+            location.copy_((torch.arange(location.shape[1]) / location.shape[1]).expand_as(location))
+        else:
+            shares = torch.rand(width.shape, generator=generator)
+            width.copy_((shares * (width.mean(1) / shares.mean(1))[:, None]).clamp(max=1))
 
 
 def pretrained(run: Run, model: nn.Module, data: Data) -> nn.Module:
