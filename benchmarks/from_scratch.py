@@ -2,10 +2,10 @@
 
 Gaudi-GBLR against low-rank, Monarch, block-sparse, BLAST and dense at the same multiplications, and against low-rank
 with ranks learned per layer under one budget for the network (vision.rank_step_): what it gains over low-rank comes
-from the allocation, what Gaudi-GBLR gains over it from the shape of the blocks. Everyone trains for the same
-number of steps and tunes alike: the peak learning rate, out of four or five, each with one run of seed 0 at the middle budget,
-by accuracy on images held out of the training set. The best one then runs at every budget with three seeds and is
-measured on the test images. Every run is kept as JSON; a second call makes those that are missing, on any machine.
+from the allocation, what Gaudi-GBLR gains over it from the shape of the blocks. Everyone trains for the same number of
+steps and tunes alike: the peak learning rate, out of four or five, each with one run of seed 0 at the middle budget, by
+accuracy on images held out of the training set. The best one then runs at every budget with three seeds and is measured
+on the test images. Every run is kept as JSON; a second call makes those that are missing, on any machine.
 
     python benchmarks/from_scratch.py                       # two hours on 2 cores, alone
     python benchmarks/from_scratch.py --grid mixer --only "blast|monarch"

@@ -95,7 +95,8 @@ def _tiled_backward(
     if algorithm == TRITON and x.shape[0]:
         from structmat.ops.triton import gblr as kernels  # noqa: PLC0415 - triton is needed where it is asked for
 
-        return kernels.tile_matmul_backward(*side_by_side(upstream, x), _side_by_side(inputs), _side_by_side(outputs))
+        upstream, x = side_by_side(upstream, x)
+        return kernels.tile_matmul_backward(upstream, x, _side_by_side(inputs), _side_by_side(outputs))
     left_rows, left_offsets = sorted_rows(left_index.long(), len(right_offsets))
     right_index = rows_to_components(right_rows, right_offsets)
     z = tile_project(x, *inputs)
