@@ -2,7 +2,7 @@
 
 Layers of 2048 x 2048, 4096 x 4096 and 4096 x 11008 in float32 and bfloat16 at keep 0.5, each stack larger than the
 caches; before anything is timed it is checked against its dense definition. Each cell is kept in results/cpu.json as
-soon as it is measured, and a run that was interrupted goes on with what is missing. About 20 minutes on two cores that
+soon as it is measured, and a run that was interrupted goes on with what is missing. About 25 minutes on two cores that
 nothing else uses.
 
     python benchmarks/cpu.py
@@ -225,8 +225,9 @@ def table(found: dict[str, Any]) -> str:
         "Each cell: how many times faster than `nn.Linear` in the same run, by medians; behind an arrow with the "
         "algorithm that `optimize_(allow_dense=False)` chose, where it chose another; in brackets the share of the "
         "measured limit that is reached (the larger of operations over peak operations and bytes over peak bytes, "
-        "over the time). A stack of layers larger than the caches is run at a time. The number in the column's head "
-        "is the number of tokens; training is forward and backward together. **Bold** misses its target: forward in "
+        "over the time). A stack of layers larger than the caches is run at a time, after an untimed run of the same "
+        "stack. The number in the column's head is the number of tokens; training is forward and backward together. "
+        "**Bold** misses its target: forward in "
         "float32 1.7x for BLAST and 1.8x for the others; in bfloat16 1.3x for BLAST at the 4096 shapes, 1.0x else; "
         "backward 1.5x; both steps of the Llama 1.5x.",
         "",

@@ -76,11 +76,19 @@ def test_every_algorithm_loses_a_few_roundings_in_16_bits(name: str, tokens: int
 
 def test_the_automatic_choice_depends_on_tokens_and_dtype():
     few, some, many = (torch.empty(n, 8) for n in (1, 20, 200))
-    assert [blast._automatic(x) for x in (few, some, many)] == ["vectors", "vectors first", "components"]
-    assert blast._automatic(many.bfloat16()) == "tokens"
-    assert blast._automatic(torch.empty(200, 8, device="meta")) == "whole"
+    assert [blast._automatic(x, 16) for x in (few, some, many)] == ["vectors", "vectors first", "components"]
+    assert blast._automatic(many.bfloat16(), 16) == "tokens"
+    assert [blast._automatic(many, blocks) for blocks in (4, 8, 9)] == ["vectors", "vectors", "components"]
+    assert [blast._automatic(many.bfloat16(), blocks) for blocks in (4, 5)] == ["vectors", "tokens"]
+    assert blast._automatic(torch.empty(200, 8, device="meta"), 4) == "whole"
+    low, high = (torch.empty(4, 4, 4, t) for t in (64, 65))
+    many = torch.empty(256, 8)
+    assert [monarch._automatic(x, low) for x in (few, many, many.bfloat16())] == ["whole", "rows", "tokens"]
+    assert monarch._automatic(many, high) == "tokens"
+    many = torch.empty(200, 8)
     weight = torch.empty(64, 8)
     assert [common._automatic(x, weight) for x in (few, some, many)] == ["split", "transposed", "linear"]
+    assert common._automatic(some.bfloat16(), weight) == "linear"
 
 
 def leaf(tensor: torch.Tensor, learns: bool) -> torch.Tensor:

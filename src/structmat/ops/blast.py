@@ -25,6 +25,9 @@ from structmat.ops.common import (
 FEW_TOKENS = 4
 """Up to this many tokens a CPU multiplies vectors with matrices; beyond, matrices with matrices."""
 
+FEW_BLOCKS = 8
+"""Up to this many along an axis, and half as many for 16 bits, it does so for any number of tokens."""
+
 BUFFER = 2
 """MiB of one intermediate on a CPU in float32, but where that is less than one of ``PARTS`` of the components."""
 
@@ -40,11 +43,14 @@ BACKWARD_BUFFER = 12
 TOKENS = 512
 """At a time on a CPU in float32; fewer where the output is wide."""
 
-HALF_BUFFER = 16
+HALF_BUFFER = 24
 """MiB, for dtypes of 16 bits."""
 
 HALF_TOKENS = 256
-"""At a time on a CPU, for dtypes of 16 bits."""
+"""At a time on a CPU, for dtypes of 16 bits; twice as many where the factors are large, so that they are read less."""
+
+LARGE_FACTORS = 8
+"""MiB, in 16 bits."""
 
 SOME_TOKENS = 32
 """Up to this many on a CPU, the first product is that of vectors with matrices; half as many for 16 bits."""
@@ -83,7 +89,7 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm
 
 @torch.library.custom_op("structmat::blast_matmul", mutates_args=())
 def _matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str) -> Tensor:
-    name = "whole" if x.shape[0] == 0 else algorithm or _automatic(x)
+    name = "whole" if x.shape[0] == 0 else algorithm or _automatic(x, max(diag.shape[:2]))
     return ALGORITHMS[name](x, left, diag, right)
 
 
@@ -92,10 +98,10 @@ def _(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str) -> T
     return x.new_empty(x.shape[0], left.shape[0] * left.shape[1])
 
 
-def _automatic(x: Tensor) -> str:
+def _automatic(x: Tensor, blocks: int) -> str:
     if x.device.type != "cpu":
         return "whole"
-    if x.shape[0] <= FEW_TOKENS:
+    if x.shape[0] <= FEW_TOKENS or blocks <= (FEW_BLOCKS // 2 if is_half(x) else FEW_BLOCKS):
         return "vectors"
     if is_half(x):
         return "tokens"
@@ -110,7 +116,9 @@ def _whole(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
 
 
 def _few(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
-    """Vectors times matrices: each factor is read once, along its rows."""
+    """Vectors times matrices: each factor is read once, along its rows; couplings one block column after the other."""
+    if x.shape[0] > TOKENS:
+        return torch.cat([_few(some, left, diag, right) for some in x.split(TOKENS)])
     J, _, Q = right.shape
     z = torch.bmm(x.unflatten(1, (J, Q)).transpose(0, 1), right.mT)  # (J, T, R)
     if x.shape[0] == 1:
@@ -160,7 +168,10 @@ def _half(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, tokens: int | No
     if x.shape[0] > SOME_TOKENS:
         couplings = couplings.contiguous()
     y = x.new_empty(x.shape[0], I * P)
-    step = min(x.shape[0], tokens or min(HALF_TOKENS, tokens_within(HALF_BUFFER, max(I, J) * R, x)))
+    if tokens is None:
+        large = (left.numel() + right.numel()) * x.element_size() > LARGE_FACTORS * MIB
+        tokens = min(HALF_TOKENS * (1 + large), tokens_within(HALF_BUFFER, max(I, J) * R, x))
+    step = min(x.shape[0], tokens)
     z_buffer, h_buffer = workspace(x, J * R * step, I * R * step)
     for some, out in zip(x.split(step), y.split(step), strict=True):
         n = len(some)

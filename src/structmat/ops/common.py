@@ -108,7 +108,7 @@ def _automatic(x: Tensor, weight: Tensor) -> str:
     T = x.shape[0]
     if x.device.type == "cpu" and 0 < T <= 8 and not is_half(x) and len(weight) >= 2 * ROW_SPLITS:
         return "split"
-    return "transposed" if x.device.type == "cpu" and 8 < T <= 64 else "linear"
+    return "transposed" if x.device.type == "cpu" and not is_half(x) and 8 < T <= 64 else "linear"
 
 
 def _split(x: Tensor, weight: Tensor) -> Tensor:

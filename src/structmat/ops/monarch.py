@@ -20,11 +20,11 @@ from structmat.ops.common import (
     workspace,
 )
 
-BUFFER = 4
+BUFFER = 48
 """MiB of an intermediate on a CPU; half as much for dtypes of 16 bits."""
 
 MANY_TOKENS = 256
-"""From this many on, and for ranks up to ``SMALL_RANK``, a CPU computes one block row after the other in float32."""
+"""From this many on a CPU works in parts in float32: one block row after the other for ranks up to ``SMALL_RANK``."""
 
 SMALL_RANK = 64
 """Of the blocks."""
@@ -70,9 +70,11 @@ def _(x: Tensor, left: Tensor, right: Tensor, permute_output: bool, algorithm: s
 
 
 def _automatic(x: Tensor, left: Tensor) -> str:
-    if x.device.type != "cpu":
+    if is_half(x) and x.device.type == "cpu":
+        return "tokens"
+    if x.device.type != "cpu" or x.shape[0] < MANY_TOKENS:
         return "whole"
-    return "rows" if x.shape[0] >= MANY_TOKENS and left.shape[3] <= SMALL_RANK and not is_half(x) else "tokens"
+    return "rows" if left.shape[3] <= SMALL_RANK else "tokens"
 
 
 def _whole(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Tensor:
