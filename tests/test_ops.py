@@ -41,6 +41,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(monarch, "BUFFER", 0.001)
     monkeypatch.setattr(monarch, "MANY_TOKENS", 40)
     monkeypatch.setattr(tiling, "CHUNK", 16)
+    monkeypatch.setattr(tiling, "PIECES", 0.001)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -78,9 +79,9 @@ def test_the_automatic_choice_depends_on_tokens_and_dtype():
     few, some, many = (torch.empty(n, 8) for n in (1, 20, 200))
     assert [blast._automatic(x, 16) for x in (few, some, many)] == ["vectors", "vectors first", "components"]
     assert blast._automatic(many.bfloat16(), 16) == "tokens"
-    assert [blast._automatic(many, blocks) for blocks in (4, 8, 9)] == ["vectors", "vectors", "components"]
-    assert [blast._automatic(many.bfloat16(), blocks) for blocks in (4, 5)] == ["vectors", "tokens"]
-    assert blast._automatic(torch.empty(200, 8, device="meta"), 4) == "whole"
+    assert [blast._automatic(many, side) for side in (32, 31)] == ["vectors", "components"]
+    assert [blast._automatic(many.bfloat16(), side) for side in (128, 127)] == ["vectors", "tokens"]
+    assert blast._automatic(torch.empty(200, 8, device="meta"), 200) == "whole"
     low, high = (torch.empty(4, 4, 4, t) for t in (64, 65))
     many = torch.empty(256, 8)
     assert [monarch._automatic(x, low) for x in (few, many, many.bfloat16())] == ["whole", "rows", "tokens"]

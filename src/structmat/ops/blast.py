@@ -25,8 +25,11 @@ from structmat.ops.common import (
 FEW_TOKENS = 4
 """Up to this many tokens a CPU multiplies vectors with matrices; beyond, matrices with matrices."""
 
-FEW_BLOCKS = 8
-"""Up to this many along an axis, and half as many for 16 bits, it does so for any number of tokens."""
+LARGE_BLOCKS = 32
+"""Sides of blocks relative to their number along an axis from which it does so for any number of tokens."""
+
+LARGE_HALF_BLOCKS = 128
+"""The same for 16 bits."""
 
 BUFFER = 2
 """MiB of one intermediate on a CPU in float32, but where that is less than one of ``PARTS`` of the components."""
@@ -89,7 +92,11 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm
 
 @torch.library.custom_op("structmat::blast_matmul", mutates_args=())
 def _matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str) -> Tensor:
-    name = "whole" if x.shape[0] == 0 else algorithm or _automatic(x, max(diag.shape[:2]))
+    name = (
+        "whole"
+        if x.shape[0] == 0
+        else algorithm or _automatic(x, min(left.shape[1], right.shape[2]) / max(diag.shape[:2]))
+    )
     return ALGORITHMS[name](x, left, diag, right)
 
 
@@ -98,10 +105,11 @@ def _(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str) -> T
     return x.new_empty(x.shape[0], left.shape[0] * left.shape[1])
 
 
-def _automatic(x: Tensor, blocks: int) -> str:
+def _automatic(x: Tensor, side: float) -> str:
+    """The algorithm, for the shorter side of blocks relative to their number along an axis."""
     if x.device.type != "cpu":
         return "whole"
-    if x.shape[0] <= FEW_TOKENS or blocks <= (FEW_BLOCKS // 2 if is_half(x) else FEW_BLOCKS):
+    if x.shape[0] <= FEW_TOKENS or side >= (LARGE_HALF_BLOCKS if is_half(x) else LARGE_BLOCKS):
         return "vectors"
     if is_half(x):
         return "tokens"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structmat.ops.common import workspace
+from structmat.ops.common import tokens_within, workspace
 
 Inputs = tuple[Tensor, Sequence[int], Tensor, Tensor, Tensor]
 """Of the input axis: tiles, groups, blocks, the rows sorted by component, where each component's begin."""
@@ -40,7 +40,10 @@ GROUP_COST = 0.015
 """What one more group takes, relative to all multiplications without padding."""
 
 CHUNK = 128
-"""Tokens at a time on a CPU, so that the pieces of the components stay in its cache."""
+"""Tokens at a time on a CPU, at least."""
+
+PIECES = 6
+"""MiB of the pieces of the components at a time, so that they stay in a CPU's cache."""
 
 
 def positions(start: Tensor, width: Tensor, n: int, total: int) -> tuple[Tensor, Tensor]:
@@ -216,12 +219,12 @@ def tile_matmul(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
 
 
 def tile_matmul_in_chunks(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
-    """``CHUNK`` tokens at a time, in memory that the thread keeps."""
+    """Some of the tokens at a time, in memory that the thread keeps."""
     (right, right_groups, right_place, bag, offsets), (left, left_groups, left_place, index) = inputs, outputs
     (in_rows, B), (out_rows, D) = right.shape, left.shape
     columns, blocks = len(right_place), len(left_place)
     places = left_place.argsort() if len(left_groups) > 2 else left_place
-    most = min(x.shape[0], CHUNK)
+    most = min(x.shape[0], max(CHUNK, tokens_within(PIECES, max(in_rows, out_rows), x)))
     y = x.new_empty(x.shape[0], M)
     width = max(columns * B, blocks * D)
     segments_memory, products_memory, rows = workspace(x, width * most, width * most, max(in_rows, out_rows) * most)
