@@ -367,13 +367,19 @@ def test_padding_is_bounded_by_a_block_for_each_segment() -> None:
     assert tiled.num_parameters() < 1.15 * (format.num_parameters() + 2 * 16 * format.components)
 
 
-@given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=9))
-@settings(max_examples=100, deadline=None)
-def test_tiles_are_grouped_for_the_fewest_rows(counts: list[int]) -> None:
+def grouped(counts: list[int]) -> tuple[list[int], Tensor, Tensor, tuple[int, ...]]:
+    """The rows that blocks need at least, and how they are grouped: each once, each with rows enough."""
     blocks, heights, groups = tiling._grouped(torch.tensor(counts))
     held = [max(count, 1) for count in counts]
     assert sorted(blocks.tolist()) == list(range(len(counts)))
     assert all(height >= held[block] for block, height in zip(blocks.tolist(), heights.tolist(), strict=True))
+    return held, blocks, heights, groups
+
+
+@given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_tiles_are_grouped_for_the_fewest_rows(counts: list[int]) -> None:
+    held, blocks, heights, groups = grouped(counts)
     assert heights.tolist() == [H for S, H in zip(groups[::2], groups[1::2], strict=True) for _ in range(S)]
     if len(groups) == 2:
         assert blocks.tolist() == list(range(len(counts)))
@@ -393,10 +399,7 @@ def test_tiles_are_grouped_for_the_fewest_rows(counts: list[int]) -> None:
 @given(counts=st.lists(st.integers(0, 1000), min_size=17, max_size=60))
 @settings(max_examples=50, deadline=None)
 def test_many_tiles_are_grouped(counts: list[int]) -> None:
-    blocks, heights, groups = tiling._grouped(torch.tensor(counts))
-    held = [max(count, 1) for count in counts]
-    assert sorted(blocks.tolist()) == list(range(len(counts)))
-    assert all(height >= held[block] for block, height in zip(blocks.tolist(), heights.tolist(), strict=True))
+    held, _, heights, groups = grouped(counts)
     assert len(groups) <= 2 * tiling.MOST_GROUPS
     assert int(heights.sum()) <= max(held) * len(held)
 

@@ -17,6 +17,7 @@ from structmat.ops.common import (
     is_half,
     keeps_intermediates,
     plain,
+    save_with_kept,
     side_by_side,
     tokens_within,
     workspace,
@@ -339,9 +340,7 @@ _matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _setup_keeping(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, output[1])
+    save_with_kept(ctx, output[1], *inputs)
 
 
 def _keeping_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,13 @@ def keeps_intermediates(x: Tensor, *factors: Tensor) -> bool:
     """Whether what a product computes on the way is kept for its backward: on a CPU, where factors learn."""
     learning = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
     return learning and x.device.type == "cpu" and x.shape[0] >= FEWEST_KEPT
+
+
+def save_with_kept(ctx: Any, kept: Tensor, *tensors: Tensor) -> None:
+    """Save tensors for a backward product, the last of them an output that is kept for it alone and has no gradient."""
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)  # or zeros as large as what is kept would be made for it
+    ctx.save_for_backward(*tensors, kept)
 
 
 def is_half(x: Tensor) -> bool:
