@@ -233,16 +233,20 @@ def generation_table(found: Mapping[str, Any]) -> list[str]:
 def measure(
     device: torch.device, mode: str, parts: Sequence[str], out: Path, *, layer_rounds: int = 30, model_rounds: int = 5
 ) -> dict[str, Any]:
-    """Run the parts, and write JSON and table after each of them."""
+    """Run the parts that the folder does not hold yet, and write JSON and table after each of them."""
     start = time.perf_counter()
     found: dict[str, Any] = {"hardware": hardware(), "mode": mode, "seconds": 0.0}
+    file = out / "gpu.json"
+    if file.exists() and (before := json.loads(file.read_text()))["hardware"] == found["hardware"]:
+        found = before
+        start -= before["seconds"]
     runs = {
         "checks": lambda: checks(device),
         "layers": lambda: layers(device, mode, layer_rounds),
         "generation": lambda: generation(device, mode, model_rounds),
     }
     for name in PARTS:
-        if name not in parts:
+        if name not in parts or name in found:
             continue
         print(f"{name}, after {time.perf_counter() - start:.0f} s", flush=True)
         found[name] = runs[name]()
