@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fit import trained_weights
 from hardware import hardware, hardware_line
-from structmat import Blast, Lee2024Blast
+from structmat import Blast
+from structmat.fit import Lee2024Blast
 
 RESULTS = Path(__file__).parent / "results"
 SWEEPS = 30

@@ -129,7 +129,7 @@ class Bench:
 
 
 @functools.cache
-def dense_moments(calibration: int, bench: Bench) -> tuple[sm.Calibration, float]:
+def dense_moments(calibration: int, bench: Bench) -> tuple[sm.compress.calibration.Calibration, float]:
     """The statistics of the dense model on one of ``CALIBRATIONS``, for every row, and the seconds that they took."""
     model = bench.load()
     start = time.perf_counter()

@@ -24,9 +24,11 @@ import torch
 from torch import nn
 
 from hardware import hardware, hardware_line
-from structmat import Blast, LowRank, Monarch, Rule, optimize_
+from structmat import Blast, LowRank, Monarch, Rule, autotune_
 from structmat._files import write_atomically
-from structmat.bench import bench_generation, bench_layers, random_llama
+from structmat.bench import bench_layers
+from structmat.integrations.transformers.generation import bench_generation
+from structmat.integrations.transformers.llamas import random_llama
 
 RESULTS = Path(__file__).parent / "results"
 KEEP = 0.5
@@ -65,12 +67,12 @@ def target(format: str, dtype: str, shape: Sequence[int], step: str) -> float | 
 
 
 def choose(model: nn.Module, tokens: Sequence[int]) -> None:
-    """Let ``optimize_`` set the algorithms."""
-    optimize_(model, tokens=tokens, allow_dense=False, rounds=CHOICE_ROUNDS)
+    """Let ``autotune_`` set the algorithms."""
+    autotune_(model, tokens=tokens, allow_dense=False, rounds=CHOICE_ROUNDS)
 
 
 def layer_cell(dtype: torch.dtype, shape: tuple[int, int], gradients: bool) -> dict[str, Any]:
-    """Every format at one shape: forward with and without ``optimize_``, or the gradients."""
+    """Every format at one shape: forward with and without ``autotune_``, or the gradients."""
     found = bench_layers(
         RULES,
         shapes=[shape],
@@ -84,13 +86,13 @@ def layer_cell(dtype: torch.dtype, shape: tuple[int, int], gradients: bool) -> d
 
 
 def model_cell(dtype: torch.dtype, vocabulary: int) -> dict[str, Any]:
-    """The Llama: dense, with BLAST layers, and with these after ``optimize_``."""
+    """The Llama: dense, with BLAST layers, and with these after ``autotune_``."""
     dense = random_llama(MODEL, dtype=dtype, vocab_size=vocabulary)
     blast = random_llama(MODEL, RULES["BLAST 16 x 16"], dtype=dtype, vocab_size=vocabulary)
     chosen = copy.deepcopy(blast)
     choose(chosen, (1, PROMPT))
     found = bench_generation(
-        {"dense": dense, "BLAST 16 x 16": blast, "after optimize_": chosen},
+        {"dense": dense, "BLAST 16 x 16": blast, "after autotune_": chosen},
         prefill=[PROMPT],
         generate=GENERATED,
         training=[PROMPT],
@@ -205,7 +207,7 @@ def model_table(found: dict[str, Any]) -> list[str]:
 
 
 def cell_text(here: list[dict[str, Any]], goal: float | None) -> tuple[str, bool]:
-    """Speed-up and share of the limit, with what ``optimize_`` chose behind; bold where the target is missed."""
+    """Speed-up and share of the limit, with what ``autotune_`` chose behind; bold where the target is missed."""
     if not here:
         return "", False
     here = sorted(here, key=lambda row: row["algorithm"] != "automatic")
@@ -223,7 +225,7 @@ def table(found: dict[str, Any]) -> str:
         f"Made by `benchmarks/cpu.py` on: {hardware_line(facts)}.",
         "",
         "Each cell: how many times faster than `nn.Linear` in the same run, by medians; behind an arrow with the "
-        "algorithm that `optimize_(allow_dense=False)` chose, where it chose another; in brackets the share of the "
+        "algorithm that `autotune_(allow_dense=False)` chose, where it chose another; in brackets the share of the "
         "measured limit that is reached (the larger of operations over peak operations and bytes over peak bytes, "
         "over the time). A stack of layers larger than the caches is run at a time, after an untimed run of the same "
         "stack. The number in the column's head is the number of tokens; training is forward and backward together. "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hardware import hardware, hardware_line
 from structmat import Blast, BlockDiagonal, BlockSparse, Format, GaudiGblr, LowRank, Monarch, default_method
-from structmat.plot import heat_map
+from structmat.inspect.plots import heat_map
 
 RESULTS = Path(__file__).parent / "results"
 SIZE = 256

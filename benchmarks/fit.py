@@ -31,8 +31,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hardware import hardware, hardware_line
-from structmat import Blast, BlockDiagonal, Format, Lee2024Blast, LowRank, Monarch, default_method
+from structmat import Blast, BlockDiagonal, Format, LowRank, Monarch, default_method
 from structmat.demo.vit import VisionTransformer, digits, train
+from structmat.fit import Lee2024Blast
 from structmat.fit.lee2024blast import Sweeper
 
 LARGE = Blast(4096, 4096, (16, 16), 1024)

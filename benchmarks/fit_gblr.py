@@ -19,7 +19,9 @@ from torch import Tensor
 
 from fit import trained_weights
 from hardware import hardware, hardware_line
-from structmat import Blast, GaudiGblr, Lee2024Blast, Lee2024Gblr, LowRank, TruncatedSvd, harden
+from structmat import Blast, GaudiGblr, LowRank
+from structmat.fit import Lee2024Blast, Lee2024Gblr, TruncatedSvd
+from structmat.formats import harden
 
 RESULTS = Path(__file__).parent / "results"
 KEEPS = (0.5, 0.3)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from hardware import hardware, hardware_line
-from structmat import LowRank, tile
+from structmat import LowRank
 from structmat.bench import time_side_by_side
 from structmat.bench.machine import cold_bytes
+from structmat.formats import tile
 from structmat.formats.gblr import from_segments
 
 RESULTS = Path(__file__).parent / "results"

@@ -2,7 +2,7 @@
 
 First the kernels are checked on the device, at odd sizes against float64. Then, in bfloat16, with CUDA graphs and
 weights rotated past the L2 cache, at keep 0.5 and 16 x 16 blocks: layers for decoding (1 and 8 tokens) and for prompts
-(1024 and 4096 tokens), as they are and with each algorithm that optimize_ can choose. Last, generation of 10, 100 and
+(1024 and 4096 tokens), as they are and with each algorithm that autotune_ can choose. Last, generation of 10, 100 and
 1000 tokens at batch size 1 by the Llama-7B shape with random weights, dense and at keep 0.8 and 0.5 with 2 x 2 and
 16 x 16 blocks, each layer with the algorithm that was fastest at its shape.
 
@@ -26,10 +26,12 @@ import torch
 from torch import nn
 
 from hardware import hardware, hardware_line
-from structmat import Blast, BlockDiagonal, BlockSparse, LowRank, Monarch, Rule, flat_butterfly
+from structmat import Blast, BlockDiagonal, BlockSparse, LowRank, Monarch, Rule
 from structmat._files import write_atomically
-from structmat.bench import LayerBench, bench_generation, bench_layers, check_format, random_llama
-from structmat.formats import Format
+from structmat.bench import LayerBench, bench_layers, check_format
+from structmat.formats import Format, flat_butterfly
+from structmat.integrations.transformers.generation import bench_generation
+from structmat.integrations.transformers.llamas import random_llama
 from structmat.nn import StructuredModule
 from structmat.nn.linear import bucket
 from structmat.ops.common import TRITON

@@ -32,8 +32,8 @@ import structmat as sm
 from hardware import hardware, hardware_line
 from structmat.data import read_texts, token_batches
 from structmat.evaluate import perplexity
-from structmat.integrations.retrain import retrain
-from structmat.integrations.training_arguments import StructuredTrainingArguments
+from structmat.integrations.transformers.arguments import StructuredTrainingArguments
+from structmat.integrations.transformers.retraining import retrain
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "retrain_llm"
@@ -79,9 +79,9 @@ class Bench:
         path = self.starts / f"{name}.safetensors"
         if not path.exists():
             batches = token_batches(self.tokenizer, sorted(self.train, key=len), length=512, batch_size=8)
-            sm.save(compressed(model, plan, batches), path)
+            sm.save_model(compressed(model, plan, batches), path)
             model = self.load()
-        return sm.load(model, path)
+        return sm.load_model(model, path)
 
     def score(self, model: Any, texts: list[str]) -> float:
         """Token perplexity."""

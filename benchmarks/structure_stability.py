@@ -2,7 +2,7 @@
 
 Two runs from one pretrained network, whose fitted structure they share and then train in another order of the data,
 and two from random weights of their own. The similarity of two maps is what they share when both sum to 1
-(``structmat.structure.map_similarity``); beside it that of the same segments at random places, which is what maps of
+(``structmat.inspect.learned.map_similarity``); beside it that of the same segments at random places, which is what maps of
 such sizes share by chance. Every run is kept as JSON; a second call makes those that are missing.
 
     python benchmarks/structure_stability.py                # five minutes on 2 cores, alone
@@ -25,7 +25,7 @@ import structmat as sm
 import vision
 from from_scratch import segments
 from hardware import hardware, hardware_line
-from structmat.structure import map_similarity
+from structmat.inspect.learned import map_similarity
 from vision import Run
 
 RESULTS = Path(__file__).parent / "results" / "structure_stability"

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import structmat as sm
 from structmat.data import read_texts, token_batches
 from structmat.evaluate import perplexity, relative_flops
-from structmat.integrations.retrain import retrain
-from structmat.integrations.training_arguments import StructuredTrainingArguments
+from structmat.integrations.transformers.arguments import StructuredTrainingArguments
+from structmat.integrations.transformers.retraining import retrain
 
 torch.manual_seed(0)
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 import structmat as sm
 from structmat.evaluate import accuracy, relative_flops
-from structmat.integrations.trainer import StructuredTrainer
-from structmat.integrations.training_arguments import StructuredTrainingArguments
+from structmat.integrations.transformers.arguments import StructuredTrainingArguments
+from structmat.integrations.transformers.trainer import StructuredTrainer
 
 torch.manual_seed(0)
 

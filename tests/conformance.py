@@ -8,20 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from structmat import (
-    Blast,
-    BlockDiagonal,
-    BlockSparse,
-    Dense,
-    Format,
-    GaudiGblr,
-    Gblr,
-    LowRank,
-    Monarch,
-    TiledGblr,
-    flat_butterfly,
-)
-from structmat.formats import Factors, FactorSpec
+from structmat import Blast, BlockDiagonal, BlockSparse, Dense, Format, GaudiGblr, Gblr, LowRank, Monarch
+from structmat.formats import Factors, FactorSpec, TiledGblr, flat_butterfly
 
 
 @dataclass(frozen=True)

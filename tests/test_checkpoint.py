@@ -12,7 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from structmat import Blast, BlockDiagonal, LowRank, Plan, apply_plan_, compress_, load, make_plan, plan_of, save
+from structmat import (
+    Blast,
+    BlockDiagonal,
+    LowRank,
+    Plan,
+    apply_plan_,
+    compress_,
+    load_model,
+    make_plan,
+    plan_of,
+    save_model,
+)
 from structmat._files import write_atomically
 
 
@@ -45,7 +56,7 @@ def trained() -> Network:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
-    save(trained(), path)
+    save_model(trained(), path)
     return path
 
 
@@ -81,8 +92,8 @@ def test_plan_of_finds_what_was_applied() -> None:
 
 def test_round_trip_is_equal_to_the_bit(tmp_path: Path) -> None:
     model, fresh = trained(), Network().eval()
-    save(model, tmp_path / "m")
-    assert load(fresh, tmp_path / "m") is fresh
+    save_model(model, tmp_path / "m")
+    assert load_model(fresh, tmp_path / "m") is fresh
     assert_same_state(fresh.state_dict(), model.state_dict())
     assert_tied(fresh)
     assert plan_of(fresh) == PLAN
@@ -93,20 +104,20 @@ def test_round_trip_of_fitted_weights(tmp_path: Path) -> None:
     model = Network()
     plan = make_plan(model, {r"block\..*": Blast, "first": BlockDiagonal}, blocks=4)
     compress_(model, plan, progress=False)
-    save(model, tmp_path / "m")
-    assert_same_state(load(Network(), tmp_path / "m").state_dict(), model.state_dict())
+    save_model(model, tmp_path / "m")
+    assert_same_state(load_model(Network(), tmp_path / "m").state_dict(), model.state_dict())
 
 
 def test_a_dense_network_is_a_checkpoint_too(tmp_path: Path) -> None:
     model, fresh = Network(), Network()
-    save(model, tmp_path / "m")
-    load(fresh, tmp_path / "m")
+    save_model(model, tmp_path / "m")
+    load_model(fresh, tmp_path / "m")
     assert_same_state(fresh.state_dict(), model.state_dict())
     assert fresh.head.weight is fresh.embedding.weight
 
 
 def test_loading_into_the_same_structure(file: Path) -> None:
-    assert_same_state(load(trained(), file).state_dict(), load(Network(), file).state_dict())
+    assert_same_state(load_model(trained(), file).state_dict(), load_model(Network(), file).state_dict())
 
 
 def test_each_shared_tensor_is_stored_once(file: Path) -> None:
@@ -128,15 +139,15 @@ def test_overlapping_views_are_stored_apart(tmp_path: Path) -> None:
     model, fresh = Views(), Views()
     for name, buffer in fresh.named_buffers():
         setattr(fresh, name, torch.full_like(buffer, -1))
-    save(model, tmp_path / "m")
-    assert_same_state(load(fresh, tmp_path / "m").state_dict(), model.state_dict())
+    save_model(model, tmp_path / "m")
+    assert_same_state(load_model(fresh, tmp_path / "m").state_dict(), model.state_dict())
 
 
 def test_a_skeleton_on_the_meta_device_takes_over_the_tensors(file: Path) -> None:
-    model = load(Network(), file)
+    model = load_model(Network(), file)
     with torch.device("meta"):
         skeleton = Network()
-    load(skeleton, file)
+    load_model(skeleton, file)
     assert not any(tensor.is_meta for tensor in (*skeleton.parameters(), *skeleton.buffers()))
     assert_same_state(skeleton.state_dict(), model.state_dict())
     assert_tied(skeleton)
@@ -149,23 +160,23 @@ def test_frozen_weights_stay_frozen(file: Path, meta: bool) -> None:
     with torch.device("meta" if meta else "cpu"):
         model = Network()
     model.block.requires_grad_(False)
-    load(model, file)
+    load_model(model, file)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {"block.0.left", "block.0.diag", "block.0.right", "block.0.bias", "block.1.weight"}
 
 
 def test_loading_keeps_the_networks_own_dtype(file: Path) -> None:
-    model = load(Network().bfloat16(), file)
+    model = load_model(Network().bfloat16(), file)
     expected = load_file(file)["first.left"].bfloat16()
     assert torch.equal(model.first.left, expected)
 
 
 def test_a_file_may_be_replaced_and_its_folder_made(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "m"
-    save(Network(), path)
+    save_model(Network(), path)
     model = trained()
-    save(model, path)
-    assert_same_state(load(Network(), path).state_dict(), model.state_dict())
+    save_model(model, path)
+    assert_same_state(load_model(Network(), path).state_dict(), model.state_dict())
     assert [p.name for p in path.parent.iterdir()] == ["m"]
 
 
@@ -190,7 +201,7 @@ def test_a_failing_save_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.mkdir()
     with pytest.raises(OSError, match=r"m'$"):
-        save(Network(), path)  # a folder is in the way
+        save_model(Network(), path)  # a folder is in the way
     assert list(tmp_path.iterdir()) == [path]
     assert not list(path.iterdir())
 
@@ -208,7 +219,7 @@ def test_a_network_without_values_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="expected a model with values, but 'weight' is on the meta device; load it first"
     ):
-        save(model, tmp_path / "m")
+        save_model(model, tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
 
@@ -220,7 +231,7 @@ def refused(path: Path, error: type[Exception], message: str, model: Network | N
     model = model or Network()
     before, modules = state(model), dict(model.named_modules())
     with pytest.raises(error, match=message):
-        load(model, path)
+        load_model(model, path)
     assert_same_state(model.state_dict(), before)
     assert dict(model.named_modules()) == modules
 
@@ -308,12 +319,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_tensors_for_what_the_network_shares_are_refused(tmp_path: Path) -> None:
-    save(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path / "untied")
+    save_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path / "untied")
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
     before = tied[0].weight.detach().clone()
     with pytest.raises(ValueError, match=r"shares one tensor under '0.weight' and '1.weight', but the file has two"):
-        load(tied, tmp_path / "untied")
+        load_model(tied, tmp_path / "untied")
     assert torch.equal(tied[0].weight, before)
 
 
@@ -327,11 +338,11 @@ class Rotary(nn.Module):
 
 
 def test_a_buffer_that_would_stay_without_values_is_refused(tmp_path: Path) -> None:
-    save(Rotary(), tmp_path / "file")
+    save_model(Rotary(), tmp_path / "file")
     with torch.device("meta"):
         skeleton = Rotary()
     with pytest.raises(ValueError, match=r"values for the non-persistent buffers \['frequencies'\]"):
-        load(skeleton, tmp_path / "file")
+        load_model(skeleton, tmp_path / "file")
 
 
 class Counted(nn.Linear):
@@ -346,4 +357,4 @@ class Counted(nn.Linear):
 
 def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensors alone in the state dict, but '_extra_state' is a dict"):
-        save(Counted(4, 4), tmp_path / "file")
+        save_model(Counted(4, 4), tmp_path / "file")

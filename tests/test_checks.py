@@ -16,10 +16,9 @@ from structmat import (
     StructuredConv2d,
     StructuredLinear,
     _checks,
-    flat_butterfly,
-    format_from_json,
 )
-from structmat.nn import DENSE_KINDS
+from structmat.formats import flat_butterfly, format_from_json
+from structmat.network.sites import DENSE_KINDS
 
 
 def refuses(message: str, error: type[Exception] = ValueError):

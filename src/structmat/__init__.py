@@ -2,107 +2,163 @@
 
 A ``Format`` is the shape of one structured matrix, a ``Method`` fits it to a dense weight, a ``Plan`` says which layer
 of a network gets which format.
+
+Names and packages are imported when they are first used, so that ``import structmat`` takes no time.
 """
 
-from structmat import _doors
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from structmat._version import __version__
-from structmat.calibrate import Calibration, Moments, calibrate
-from structmat.checkpoint import load, plan_of, save
-from structmat.compress import compress_
-from structmat.convert import apply_plan_, densify_, harden_, tile_
-from structmat.fit import (
-    Dao2022Monarch,
-    Fit,
-    GradientFit,
-    Lee2024Blast,
-    Lee2024Gblr,
-    Magnitude,
-    Method,
-    TruncatedSvd,
-    default_method,
+from structmat.integrations import doors
+
+if TYPE_CHECKING:
+    from structmat import (
+        bench,
+        compress,
+        data,
+        evaluate,
+        fit,
+        formats,
+        inspect,
+        integrations,
+        network,
+        nn,
+        ops,
+        training,
+    )
+    from structmat.bench.autotune import autotune_
+    from structmat.checkpoint import load_model, save_model
+    from structmat.compress.api import compress_
+    from structmat.compress.calibration import calibrate
+    from structmat.compress.refinement import Refinement
+    from structmat.fit import Fit, default_method
+    from structmat.formats import (
+        Blast,
+        BlockDiagonal,
+        BlockSparse,
+        Dense,
+        Format,
+        GaudiGblr,
+        Gblr,
+        LowRank,
+        Monarch,
+        register_format,
+    )
+    from structmat.inspect.reports import report
+    from structmat.integrations.hub import load_pretrained
+    from structmat.network.surgery import apply_plan_, densify_, harden_, tile_
+    from structmat.nn import StructuredConv2d, StructuredLinear
+    from structmat.plan import Plan, Rule, make_plan, plan_of
+
+_HOMES = {
+    "structmat.bench.autotune": ("autotune_",),
+    "structmat.checkpoint": ("load_model", "save_model"),
+    "structmat.compress.api": ("compress_",),
+    "structmat.compress.calibration": ("calibrate",),
+    "structmat.compress.refinement": ("Refinement",),
+    "structmat.fit": ("Fit", "default_method"),
+    "structmat.formats": (
+        "Blast",
+        "BlockDiagonal",
+        "BlockSparse",
+        "Dense",
+        "Format",
+        "GaudiGblr",
+        "Gblr",
+        "LowRank",
+        "Monarch",
+        "register_format",
+    ),
+    "structmat.inspect.reports": ("report",),
+    "structmat.integrations.hub": ("load_pretrained",),
+    "structmat.network.surgery": ("apply_plan_", "densify_", "harden_", "tile_"),
+    "structmat.nn": ("StructuredConv2d", "StructuredLinear"),
+    "structmat.plan": ("Plan", "Rule", "make_plan", "plan_of"),
+}
+"""Every public name, by the module that defines it."""
+
+_PACKAGES = (
+    "bench",
+    "compress",
+    "data",
+    "evaluate",
+    "fit",
+    "formats",
+    "inspect",
+    "integrations",
+    "network",
+    "nn",
+    "ops",
+    "training",
 )
-from structmat.formats import (
-    Blast,
-    BlockDiagonal,
-    BlockSparse,
-    Dense,
-    Format,
-    GaudiGblr,
-    Gblr,
-    LowRank,
-    Monarch,
-    TiledGblr,
-    add_gblr,
-    flat_butterfly,
-    format_from_json,
-    harden,
-    hardening_gap,
-    interpolate_gaudi,
-    tile,
-    to_blast,
-    to_gaudi,
-    to_gblr,
-)
-from structmat.hub import load_pretrained
-from structmat.nn import StructuredConv2d, StructuredLinear
-from structmat.optimize import Optimization, optimize_
-from structmat.plan import Plan, Rule, make_plan
-from structmat.refine import Refinement
-from structmat.report import Report, report
+"""The packages with everything else, such as ``structmat.training``."""
+
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Blast",
     "BlockDiagonal",
     "BlockSparse",
-    "Calibration",
-    "Dao2022Monarch",
     "Dense",
     "Fit",
     "Format",
     "GaudiGblr",
     "Gblr",
-    "GradientFit",
-    "Lee2024Blast",
-    "Lee2024Gblr",
     "LowRank",
-    "Magnitude",
-    "Method",
-    "Moments",
     "Monarch",
-    "Optimization",
     "Plan",
     "Refinement",
-    "Report",
     "Rule",
     "StructuredConv2d",
     "StructuredLinear",
-    "TiledGblr",
-    "TruncatedSvd",
     "__version__",
-    "add_gblr",
     "apply_plan_",
+    "autotune_",
     "calibrate",
     "compress_",
     "default_method",
     "densify_",
-    "flat_butterfly",
-    "format_from_json",
-    "harden",
     "harden_",
-    "hardening_gap",
-    "interpolate_gaudi",
-    "load",
+    "load_model",
     "load_pretrained",
     "make_plan",
-    "optimize_",
     "plan_of",
+    "register_format",
     "report",
-    "save",
-    "tile",
+    "save_model",
     "tile_",
-    "to_blast",
-    "to_gaudi",
-    "to_gblr",
+    "bench",
+    "compress",
+    "data",
+    "evaluate",
+    "fit",
+    "formats",
+    "inspect",
+    "integrations",
+    "network",
+    "nn",
+    "ops",
+    "training",
 ]
 
-_doors.watch()
+
+def __getattr__(name: str) -> Any:
+    """Import a public name or a package when it is first asked for."""
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _PACKAGES:
+        return importlib.import_module(f"structmat.{name}")
+    raise AttributeError(f"module 'structmat' has no attribute {name!r}; public are: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    """List the public names and packages."""
+    return sorted({*__all__, *_PACKAGES})
+
+
+doors.watch()

@@ -10,35 +10,15 @@ from torch import Tensor, nn
 
 from structmat import _checks
 from structmat._files import read_tensors, write_tensors
-from structmat.convert import apply_plan_
-from structmat.nn import StructuredModule, find_sites
-from structmat.plan import Plan
+from structmat.network.sites import find_sites
+from structmat.network.surgery import apply_plan_
+from structmat.plan import Plan, plan_of
 
 SCHEMA_VERSION = 1
 """Of the checkpoint's metadata."""
 
 
-def plan_of(model: nn.Module) -> Plan:
-    """The plan that the structured layers of a network follow.
-
-    Args:
-        model: The network.
-
-    Returns:
-        Format of each structured layer; one that several names share is there under the first.
-    """
-    layers: dict[str, StructuredModule] = {}
-    seen: set[tuple[int, ...]] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, StructuredModule):
-            shared = tuple(id(factor) for factor in module.factors.values())
-            if shared not in seen:
-                seen.add(shared)
-                layers[name] = module
-    return Plan({name: module.format for name, module in layers.items()})
-
-
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a network to one safetensors file, atomically.
 
     The file holds the state dict, each shared tensor once, and in its metadata the plan, the names that share a
@@ -72,8 +52,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_tensors(path, tensors, {"structmat": json.dumps(header)})
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Fill a network from a file that ``save`` wrote, replacing its layers as the file's plan says, in place.
+def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Fill a network from a file that ``save_model`` wrote, replacing its layers as the file's plan says, in place.
 
     Everything is checked before anything changes.
 
@@ -93,7 +73,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     tensors, metadata = read_tensors(path)
     if "structmat" not in metadata:
-        raise ValueError(f"expected a checkpoint written by structmat.save, got {os.fspath(path)!r} without its header")
+        raise ValueError(
+            f"expected a checkpoint written by structmat.save_model, got {os.fspath(path)!r} without its header"
+        )
     try:
         header = json.loads(metadata["structmat"])
         schema = header["schema"]

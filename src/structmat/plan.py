@@ -12,7 +12,8 @@ from torch import nn
 
 from structmat import _checks
 from structmat.formats import Dense, Format, format_from_json
-from structmat.nn import Site, find_sites
+from structmat.network.sites import Site, find_sites
+from structmat.nn import StructuredModule
 
 SCHEMA_VERSION = 1
 """Of the JSON form of a plan."""
@@ -258,3 +259,23 @@ def _matches(selector: Selector, site: Site) -> bool:
 
 def _spell(selector: Selector) -> str:
     return repr(selector) if isinstance(selector, str) else selector.__name__
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that the structured layers of a network follow.
+
+    Args:
+        model: The network.
+
+    Returns:
+        Format of each structured layer; one that several names share is there under the first.
+    """
+    layers: dict[str, StructuredModule] = {}
+    seen: set[tuple[int, ...]] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, StructuredModule):
+            shared = tuple(id(factor) for factor in module.factors.values())
+            if shared not in seen:
+                seen.add(shared)
+                layers[name] = module
+    return Plan({name: module.format for name, module in layers.items()})

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from structmat import Blast, plan_of
-from structmat.integrations.blast_llama import import_blast_checkpoint
+from structmat.integrations.transformers.blast_llama import import_blast_checkpoint
 
 I, J, R = 4, 2, 5
 

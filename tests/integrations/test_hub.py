@@ -14,7 +14,8 @@ from networks import build, compressed, same_state
 from torch import nn
 from transformers import AutoModel, BertForMaskedLM, LlamaForCausalLM, LlamaModel
 
-from structmat import LowRank, _doors, apply_plan_, load_pretrained
+from structmat import LowRank, apply_plan_, load_pretrained
+from structmat.integrations import doors
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM"])
@@ -89,30 +90,30 @@ def test_a_framework_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.M
 
 def test_doors_open_for_subclasses_of_a_framework_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(_doors.importlib, "import_module", opened.append)
+    monkeypatch.setattr(doors.importlib, "import_module", opened.append)
 
     class Mine(LlamaForCausalLM):
         pass
 
-    _doors.open_doors(nn.Linear(2, 2))
+    doors.open_doors(nn.Linear(2, 2))
     assert opened == []
-    _doors.open_doors(nn.Sequential(Mine(build("LlamaForCausalLM").config)))
-    assert opened == ["structmat.integrations.transformers"]
-    _doors.open_doors(DiTTransformer2DModel(2, 8, num_layers=1, sample_size=8))
+    doors.open_doors(nn.Sequential(Mine(build("LlamaForCausalLM").config)))
+    assert opened == ["structmat.integrations.transformers.quantizer"]
+    doors.open_doors(DiTTransformer2DModel(2, 8, num_layers=1, sample_size=8))
     assert opened[1:] == ["structmat.integrations.diffusers"]
 
 
 def test_a_class_that_only_says_so_opens_no_door(monkeypatch: pytest.MonkeyPatch) -> None:
     Fake = type("Fake", (nn.Module,), {"__module__": "transformers.fake"})
     monkeypatch.delitem(sys.modules, "transformers")
-    _doors.open_doors(Fake())
+    doors.open_doors(Fake())
     assert "transformers" not in sys.modules
 
 
 def test_the_watch_is_kept_once() -> None:
-    _doors.watch()
-    _doors.watch()
-    watchers = [finder for finder in sys.meta_path if isinstance(finder, _doors._Watcher)]
+    doors.watch()
+    doors.watch()
+    watchers = [finder for finder in sys.meta_path if isinstance(finder, doors._Watcher)]
     assert len(watchers) == 1
     assert watchers[0].find_spec("json", None) is None
 
@@ -120,13 +121,13 @@ def test_the_watch_is_kept_once() -> None:
 def test_what_is_watched_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "watched_for_a_test.py").write_text("value = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(_doors.FRAMEWORKS, "nothing", "watched_for_a_test")
+    monkeypatch.setitem(doors.FRAMEWORKS, "nothing", "watched_for_a_test")
     imported: list[str] = []
-    original = _doors.importlib.import_module
-    monkeypatch.setattr(_doors.importlib, "import_module", lambda name: imported.append(name))
+    original = doors.importlib.import_module
+    monkeypatch.setattr(doors.importlib, "import_module", lambda name: imported.append(name))
     module = __import__("watched_for_a_test")
-    monkeypatch.setattr(_doors.importlib, "import_module", original)
+    monkeypatch.setattr(doors.importlib, "import_module", original)
     assert module.value == 3
     assert imported == ["structmat.integrations.nothing"]
-    assert not isinstance(module.__loader__, _doors._Follower)
+    assert not isinstance(module.__loader__, doors._Follower)
     del sys.modules["watched_for_a_test"]

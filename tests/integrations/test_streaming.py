@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from structmat import Blast, Dense, LowRank, Refinement, Rule, compress_, make_plan
-from structmat.integrations.streaming import compress_checkpoint, skeleton
+from structmat.integrations.transformers.streaming import compress_checkpoint, skeleton
 
 RULES = {r".*\.(q|o)_proj": Rule(Blast, blocks=4), r".*\.mlp\..*": LowRank}
 

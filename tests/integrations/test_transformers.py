@@ -28,8 +28,9 @@ from structmat import (
     report,
 )
 from structmat.formats import FORMATS, FactorSpec
-from structmat.integrations.transformers import StructuredConv1D
-from structmat.nn import StructuredModule, find_sites
+from structmat.integrations.transformers.quantizer import StructuredConv1D
+from structmat.network.sites import find_sites
+from structmat.nn import StructuredModule
 
 FAMILIES = [
     "LlamaForCausalLM",

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from structmat import Blast, LowRank, StructuredLinear, apply_plan_, plan_of
-from structmat.integrations import transformers as integration
-from structmat.integrations.transformers import StructmatConfig, StructmatQuantizer
+from structmat.integrations.transformers import quantizer as integration
+from structmat.integrations.transformers.quantizer import StructmatConfig, StructmatQuantizer
 
 TESTS = Path(__file__).parents[1]
 

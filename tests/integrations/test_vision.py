@@ -20,10 +20,10 @@ from structmat import (
     StructuredConv2d,
     compress_,
     densify_,
-    load,
+    load_model,
     make_plan,
     plan_of,
-    save,
+    save_model,
 )
 from structmat import report as report_on
 
@@ -62,16 +62,16 @@ def test_round_trip(make: Any, rules: dict[Any, Any], tmp_path: Path) -> None:
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         before = model(images)
-    save(model, tmp_path / "model.safetensors")
+    save_model(model, tmp_path / "model.safetensors")
     torch.manual_seed(7)
-    loaded = load(make().eval(), tmp_path / "model.safetensors")
+    loaded = load_model(make().eval(), tmp_path / "model.safetensors")
     assert plan_of(loaded) == plan_of(model)
     assert same_state(loaded, model)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), before)
         torch.testing.assert_close(densify_(loaded)(images), before, rtol=1e-3, atol=1e-4)
     assert {type(m) for m in loaded.modules()} == {type(m) for m in make().modules()}
-    save(loaded, tmp_path / "dense.safetensors")
+    save_model(loaded, tmp_path / "dense.safetensors")
 
 
 def test_convolutions_of_a_resnet_are_structured() -> None:

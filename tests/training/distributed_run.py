@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from training import tiny
 
-from structmat.integrations.retrain import retrain  # isort: skip
+from structmat.integrations.transformers.retraining import retrain  # isort: skip
 from torch.distributed.tensor import DTensor  # isort: skip
 from transformers.distributed.configuration_utils import DistributedConfig  # isort: skip
 

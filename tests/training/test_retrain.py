@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from structmat.data import LabelledTexts, read_texts
 from structmat.evaluate import accuracy, perplexity
-from structmat.integrations.retrain import retrain
-from structmat.integrations.tasks import TASKS
+from structmat.integrations.transformers.retraining import retrain
+from structmat.integrations.transformers.tasks import TASKS
 from training import tiny
 
 datasets = pytest.importorskip("datasets")

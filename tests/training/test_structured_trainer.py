@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from structmat import StructuredLinear, plan_of
-from structmat.integrations.tasks import TASKS, task_of
-from structmat.integrations.trainer import StructuredTrainer, load_tensors_, sums_its_loss
+from structmat.integrations.transformers.tasks import TASKS, task_of
+from structmat.integrations.transformers.trainer import StructuredTrainer, load_tensors_, sums_its_loss
 from structmat.training import distill_hidden, distill_logits
 from training import tiny
 from training.tiny import arguments, trainer

@@ -8,7 +8,7 @@ import pytest
 from structmat import Blast, compress_, make_plan
 from structmat.data import read_texts
 from structmat.evaluate import perplexity
-from structmat.integrations.retrain import retrain
+from structmat.integrations.transformers.retraining import retrain
 from training.tiny import arguments, transformers
 
 pytestmark = pytest.mark.slow

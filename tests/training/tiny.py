@@ -14,10 +14,11 @@ torchvision_ops.declare()
 
 import transformers  # noqa: E402
 
-from structmat import Blast, GaudiGblr, Lee2024Blast, LowRank, apply_plan_, compress_, make_plan  # noqa: E402
+from structmat import Blast, GaudiGblr, LowRank, apply_plan_, compress_, make_plan  # noqa: E402
 from structmat.data.tokens import language_collator  # noqa: E402
-from structmat.integrations.trainer import StructuredTrainer  # noqa: E402
-from structmat.integrations.training_arguments import StructuredTrainingArguments  # noqa: E402
+from structmat.fit import Lee2024Blast  # noqa: E402
+from structmat.integrations.transformers.arguments import StructuredTrainingArguments  # noqa: E402
+from structmat.integrations.transformers.trainer import StructuredTrainer  # noqa: E402
 
 VOCABULARY = 128
 

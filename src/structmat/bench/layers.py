@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from structmat import _checks
+from structmat._progress import progress_bar
 from structmat.bench.machine import Peak, cold_bytes, hardware, measure_peak
 from structmat.bench.timing import MODES, Timing, captured, time_in_turn
 from structmat.bench.verify import FEW_TOKENS, check_format, check_layer, exact_weight
@@ -35,7 +35,7 @@ MOST_COPIES = 256
 """Of a layer in a stack, however small it is."""
 
 Chooser = Callable[[nn.Module, Sequence[int]], object]
-"""Sets ``algorithms`` on the layers of a network for some numbers of tokens, in place, as ``optimize_`` does."""
+"""Sets ``algorithms`` on the layers of a network for some numbers of tokens, in place, as ``autotune_`` does."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def bench_layers(
         rounds: How often each is timed.
         mode: ``"eager"``, ``"graphs"`` (the whole stack as one CUDA graph) or ``"compile"`` (each layer through
             ``torch.compile``), for dense and structured alike.
-        choose: Chooses algorithms for this machine, such as ``optimize_``; where it changes something, the layer is
+        choose: Chooses algorithms for this machine, such as ``autotune_``; where it changes something, the layer is
             timed as it is and with what was chosen.
         algorithms: To time beside the automatic one, in the formats that have them.
         cold: Bytes of the weights in a stack, at least; None for what suits the device's caches.
@@ -204,7 +204,9 @@ def bench_layers(
     cold = cold_bytes(device) if cold is None else cold
     measured = dict(peaks or {})
     times: list[LayerTime] = []
-    bar = tqdm(total=len(dtypes) * (1 + len(shapes) * len(tokens)), desc="measuring", disable=not progress, leave=False)
+    bar = progress_bar(
+        total=len(dtypes) * (1 + len(shapes) * len(tokens)), desc="measuring", show=progress, leave=False
+    )
     with bar:
         for dtype in dtypes:
             bar.set_postfix_str(f"checking {_name(dtype)}")

@@ -16,15 +16,15 @@ from torch import nn
 
 from structmat import _checks
 from structmat._files import write_atomically
-from structmat.bench import GenerationBench, LayerBench, bench_generation, bench_layers, random_llama
-from structmat.bench.shapes import SHAPES
-from structmat.checkpoint import plan_of
+from structmat.bench import LayerBench, bench_layers
+from structmat.bench.autotune import autotune_
 from structmat.cli import models, options
 from structmat.cli.selection import read_blocks, read_rule, usual_layers
 from structmat.cli.show import say, table
-from structmat.convert import apply_plan_, densify_
-from structmat.optimize import optimize_
-from structmat.plan import Rule, make_plan
+from structmat.integrations.transformers.generation import GenerationBench, bench_generation
+from structmat.integrations.transformers.llamas import SHAPES, random_llama
+from structmat.network.surgery import apply_plan_, densify_
+from structmat.plan import Rule, make_plan, plan_of
 
 LAYERS, MODELS = "Layers", "Models"
 FORMATS = ("blast", "low_rank", "monarch")
@@ -69,7 +69,7 @@ def bench(
     ] = "eager",
     backward: Annotated[bool, typer.Option("--backward", help="Time the backward and the training step too.")] = False,
     optimize: Annotated[
-        bool, typer.Option("--optimize", help="Choose algorithms for this machine first, with optimize_.")
+        bool, typer.Option("--optimize", help="Choose algorithms for this machine first, with autotune_.")
     ] = False,
     rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 20,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for bench.json and bench.png.")] = Path(
@@ -155,7 +155,7 @@ def bench(
 
 def choose(model: nn.Module, tokens: Sequence[int]) -> None:
     """Set the fastest algorithms, in place, and leave every layer structured."""
-    optimize_(model, tokens=tokens, allow_dense=False)
+    autotune_(model, tokens=tokens, allow_dense=False)
 
 
 def rules_for(formats: Sequence[str], keep: float, blocks: Sequence[str]) -> dict[str, Rule]:
@@ -347,7 +347,7 @@ def write(found: LayerBench | GenerationBench, folder: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         say("no bench.png, which needs matplotlib: pip install 'structmat[plot]'")
         return
-    from structmat.bench.plot import layer_speeds, model_speeds  # noqa: PLC0415 - the extra ``plot``
+    from structmat.bench.plots import layer_speeds, model_speeds  # noqa: PLC0415 - the extra ``plot``
 
     figure = layer_speeds(found) if isinstance(found, LayerBench) else model_speeds(found)
     write_atomically(folder / "bench.png", lambda temporary: figure.savefig(temporary, format="png"))

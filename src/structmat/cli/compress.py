@@ -1,4 +1,4 @@
-"""``structmat compress``."""
+"""``structmat.compress.api``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from structmat.cli.output import Output, fingerprint
 from structmat.cli.plan import weigh
 from structmat.cli.selection import PlanOptions, plan_for
 from structmat.cli.show import count, say
-from structmat.compress import compress_
-from structmat.convert import harden_
+from structmat.compress.api import compress_
+from structmat.compress.refinement import Refinement
 from structmat.data.sources import Source
 from structmat.fit import Fit, Lee2024Blast, Lee2024Gblr, Method
 from structmat.formats import Blast, Format, GaudiGblr
+from structmat.inspect.reports import share
+from structmat.network.surgery import harden_
 from structmat.plan import Plan
-from structmat.refine import Refinement
-from structmat.report import share
 
 CALIBRATION = "Calibration"
 
@@ -150,7 +150,7 @@ def compress(
         folder = output.new_folder()
         if stream:
             folder.rmdir()
-            streaming = importlib.import_module("structmat.integrations.streaming")
+            streaming = importlib.import_module("structmat.integrations.transformers.streaming")
             fits = streaming.compress_checkpoint(models.folder_of(model), folder, made, **how)
             parameters, used = sum(p.numel() for p in skeleton.parameters()) - before + after, "cpu"
         else:

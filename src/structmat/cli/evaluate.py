@@ -18,7 +18,7 @@ from structmat.cli.output import SCHEMA, versions, write_json
 from structmat.cli.show import count, say, table
 from structmat.data import read_images, read_labelled_texts, read_texts
 from structmat.evaluate import accuracy, perplexity, relative_flops
-from structmat.report import report
+from structmat.inspect.reports import report
 
 SHOWN = {
     "parameters": count,
@@ -67,7 +67,7 @@ class Measurement:
         Raises:
             ValueError: If a class of the data is none of the model's, or tasks do not go with the model.
         """
-        from structmat.integrations.tasks import task_of  # noqa: PLC0415 - imports transformers
+        from structmat.integrations.transformers.tasks import task_of  # noqa: PLC0415 - imports transformers
 
         task, length = task_of(model), length_for(model.config, self.length)
         shape = report(model)

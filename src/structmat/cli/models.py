@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from structmat import _checks
-from structmat.hub import load_pretrained
+from structmat.integrations.hub import load_pretrained
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -30,7 +30,7 @@ def library() -> Any:
     """
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("this command needs transformers: pip install 'structmat[transformers]'")
-    importlib.import_module("structmat.integrations.transformers")
+    importlib.import_module("structmat.integrations.transformers.quantizer")
     return importlib.import_module("transformers")
 
 
@@ -90,7 +90,7 @@ def skeleton(model: str) -> Any:
     with torch.device("meta"):
         empty = kind._from_config(config, dtype=config.dtype or torch.float32).eval()
     if facts is not None:
-        integration = importlib.import_module("structmat.integrations.transformers")
+        integration = importlib.import_module("structmat.integrations.transformers.quantizer")
         if not integration.is_ours(facts):
             raise ValueError(f"expected a model with dense weights, got {model!r}, which is quantized; dequantize it")
         facts = facts if isinstance(facts, dict) else facts.to_dict()

@@ -11,8 +11,8 @@ from structmat._files import write_atomically
 from structmat.cli import models, options
 from structmat.cli.selection import PlanOptions, plan_for
 from structmat.cli.show import count, say, table
+from structmat.inspect.reports import share
 from structmat.plan import Plan
-from structmat.report import share
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""``structmat report``: what a model is and costs, as a table or JSON, and pictures of what it has learned."""
+"""``structmat.inspect.reports``: what a model is and costs, as a table or JSON, and pictures of what it has learned."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from structmat.cli import models, options
 from structmat.cli.output import read_record
 from structmat.cli.show import count, say, table
 from structmat.formats import Blast, Format, GaudiGblr, Gblr
+from structmat.inspect.reports import Report, share
+from structmat.inspect.reports import report as report_on
 from structmat.nn import StructuredModule
-from structmat.report import Report, share
-from structmat.report import report as report_on
 
 COUNTED: dict[type[Format], tuple[str, ...]] = {GaudiGblr: ("location", "width", "sigma")}
 """Factors without which a format's parameters are not known."""
@@ -148,7 +148,7 @@ def draw(model: str, filled: Any, folder: Path) -> None:
     Raises:
         ValueError: If no layer has a structure with a picture.
     """
-    from structmat.plot import budget_shares, couplings, structure_maps  # noqa: PLC0415 - the extra ``plot``
+    from structmat.inspect.plots import budget_shares, couplings, structure_maps  # noqa: PLC0415 - the extra ``plot``
 
     learned, blast = structured(filled, GaudiGblr, Gblr), structured(filled, Blast)
     if not learned and not blast:

@@ -186,8 +186,8 @@ class Training:
             The figures.
         """
         models.library()
-        from structmat.integrations.retrain import retrain  # noqa: PLC0415 - imports transformers
-        from structmat.integrations.training_arguments import StructuredTrainingArguments  # noqa: PLC0415 - likewise
+        from structmat.integrations.transformers.arguments import StructuredTrainingArguments  # noqa: PLC0415 - likewise
+        from structmat.integrations.transformers.retraining import retrain  # noqa: PLC0415 - imports transformers
 
         checkpoint = last_checkpoint(folder)
         if checkpoint is not None:
@@ -246,7 +246,7 @@ def read_settings(texts: list[str] | tuple[str, ...]) -> dict[str, Any]:
     if not texts:
         return {}
     models.library()
-    from structmat.integrations.training_arguments import StructuredTrainingArguments  # noqa: PLC0415 - transformers
+    from structmat.integrations.transformers.arguments import StructuredTrainingArguments  # noqa: PLC0415 - transformers
 
     fields = {field.name for field in dataclasses.fields(StructuredTrainingArguments) if field.init}
     fields -= {"output_dir", "resume_from_checkpoint"}

@@ -14,7 +14,7 @@ from torch import nn
 from structmat import _checks
 from structmat.fit import DEFAULT_METHODS
 from structmat.formats import FORMATS, Dense, Format
-from structmat.nn import find_sites
+from structmat.network.sites import find_sites
 from structmat.plan import Plan, Rule, make_plan
 
 SIZED = tuple(name for name, kind in FORMATS.items() if kind is Dense or kind in DEFAULT_METHODS)

@@ -9,12 +9,12 @@ import torch
 import typer
 
 from structmat import _checks
-from structmat.checkpoint import plan_of
 from structmat.cli import models, options
 from structmat.cli.output import Output, fingerprint
 from structmat.cli.show import count, say
-from structmat.convert import densify_, harden_
-from structmat.report import report as report_on
+from structmat.inspect.reports import report as report_on
+from structmat.network.surgery import densify_, harden_
+from structmat.plan import plan_of
 
 
 def generate(
@@ -106,7 +106,7 @@ def import_blast(
     if output.said_finished():
         return
     models.library()
-    from structmat.integrations.blast_llama import import_blast_checkpoint  # noqa: PLC0415 - imports transformers
+    from structmat.integrations.transformers.blast_llama import import_blast_checkpoint  # noqa: PLC0415 - imports transformers
 
     with output:
         loaded = import_blast_checkpoint(folder)

@@ -7,7 +7,6 @@ import json
 import math
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,21 +15,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from structmat._files import write_atomically
+from structmat._progress import progress_bar
 from structmat._version import __version__
 from structmat.bench import time_side_by_side
-from structmat.checkpoint import plan_of
-from structmat.compress import compress_
-from structmat.convert import apply_plan_, harden_, tile_
+from structmat.compress.api import compress_
 from structmat.fit import Fit
 from structmat.formats import FORMATS, Blast, GaudiGblr
 from structmat.formats import Format as Format
+from structmat.inspect.plots import couplings, structure_maps, trade_off
+from structmat.inspect.reports import report, share, table
+from structmat.network.surgery import apply_plan_, harden_, tile_
 from structmat.nn import StructuredModule
-from structmat.plan import Plan, Rule, make_plan
-from structmat.plot import couplings, structure_maps, trade_off
-from structmat.report import report, share, table
+from structmat.plan import Plan, Rule, make_plan, plan_of
 from structmat.training import StructureLearning
 
 try:
@@ -199,7 +197,7 @@ def _measure(
     from_scratch = sum(math.isclose(keep, settings.keep) for _, keep in plans)
     epochs = settings.seeds * (long + len(plans) * short + from_scratch * long)
 
-    with tqdm(total=epochs, unit="epoch", file=sys.stderr) as bar:
+    with progress_bar(total=epochs, unit="epoch") as bar:
         for seed in range(settings.seeds):
             bar.set_description("train dense")
             torch.manual_seed(seed)

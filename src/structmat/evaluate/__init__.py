@@ -1,7 +1,7 @@
 """What a network is worth and what it costs."""
 
-from structmat.evaluate.accuracy import Accuracy, accuracy
+from structmat.evaluate.classification import Accuracy, accuracy
 from structmat.evaluate.flops import Flops, relative_flops
-from structmat.evaluate.perplexity import Perplexity, perplexity
+from structmat.evaluate.language import Perplexity, perplexity
 
 __all__ = ["Accuracy", "Flops", "Perplexity", "accuracy", "perplexity", "relative_flops"]

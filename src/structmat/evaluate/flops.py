@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from structmat._calls import call, evaluating
+from structmat.network.calls import call, evaluating
 from structmat.nn import StructuredConv2d, StructuredModule
 
 

@@ -11,9 +11,9 @@ from structmat.fit.lee2024blast import Lee2024Blast
 from structmat.fit.lee2024gblr import Lee2024Gblr
 from structmat.fit.magnitude import Magnitude
 from structmat.fit.svd import TruncatedSvd
-from structmat.formats import Blast, BlockDiagonal, BlockSparse, Format, GaudiGblr, LowRank, Monarch
+from structmat.formats import DEFAULT_METHODS, Blast, BlockDiagonal, BlockSparse, Format, GaudiGblr, LowRank, Monarch
 
-DEFAULT_METHODS: dict[type[Format], Method[Any]] = {
+DEFAULT_METHODS |= {
     LowRank: TruncatedSvd(),
     BlockDiagonal: Magnitude(),
     BlockSparse: Magnitude(),
@@ -21,7 +21,6 @@ DEFAULT_METHODS: dict[type[Format], Method[Any]] = {
     Blast: Lee2024Blast(),
     GaudiGblr: Lee2024Gblr(),
 }
-"""The method for each format where none is given."""
 
 
 def default_method(format: Format) -> Method[Any]:

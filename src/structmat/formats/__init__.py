@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format, RankedFormat
 from structmat.formats.blast import Blast
 from structmat.formats.block_diagonal import BlockDiagonal
@@ -25,44 +21,22 @@ from structmat.formats.gblr_conversions import (
 )
 from structmat.formats.low_rank import LowRank
 from structmat.formats.monarch import Monarch
+from structmat.formats.registry import (
+    DEFAULT_METHODS,
+    FORMATS,
+    format_from_json,
+    format_named,
+    load_plugins,
+    register_format,
+    sized_formats,
+)
 from structmat.formats.tiled_gblr import TiledGblr, tile
 
-FORMATS: dict[str, type[Format]] = {
-    "dense": Dense,
-    "low_rank": LowRank,
-    "block_diagonal": BlockDiagonal,
-    "monarch": Monarch,
-    "block_sparse": BlockSparse,
-    "blast": Blast,
-    "gblr": Gblr,
-    "gaudi_gblr": GaudiGblr,
-    "tiled_gblr": TiledGblr,
-}
-"""Every format by its name in JSON and on the command line."""
-
-
-def format_from_json(data: Mapping[str, Any]) -> Format:
-    """Rebuild a format from what ``Format.to_json`` gave.
-
-    Args:
-        data: The format's name under ``"format"`` and its fields.
-
-    Returns:
-        The format.
-
-    Raises:
-        ValueError: If the name is unknown or the fields do not fit it.
-    """
-    fields = dict(data)
-    name = fields.pop("format", None)
-    _checks.one_of(name, FORMATS, "the format's name")
-    try:
-        return FORMATS[name](**fields)
-    except TypeError as error:
-        raise ValueError(f"the fields of a {name} format do not fit: {error}") from error
-
+for _kind in (Dense, LowRank, BlockDiagonal, Monarch, BlockSparse, Blast, Gblr, GaudiGblr, TiledGblr):
+    register_format(_kind)
 
 __all__ = [
+    "DEFAULT_METHODS",
     "FORMATS",
     "Blast",
     "BlockDiagonal",
@@ -80,10 +54,14 @@ __all__ = [
     "add_gblr",
     "flat_butterfly",
     "format_from_json",
+    "format_named",
     "harden",
     "hardening_gap",
     "interpolate_gaudi",
+    "load_plugins",
     "overlap",
+    "register_format",
+    "sized_formats",
     "tile",
     "to_blast",
     "to_gaudi",

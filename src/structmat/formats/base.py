@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,8 +50,15 @@ class Format(abc.ABC):
             ``keep M N`` parameters.
         scale_exponents: How the factors share a change of scale: ``s W`` has the factors ``s ** exponent * factor``;
             those that are not there do not take part.
-        takes_blocks: Whether ``for_budget`` needs block counts.
+        takes_blocks: Whether ``for_budget`` needs block counts; this follows from its arguments.
+        algorithms: The names of the ways in which ``matmul`` can compute, beside the automatic one.
         must_save: Whether a plan refuses the format where it has as many parameters as the dense matrix or more.
+        label: What tables and pictures call the format.
+        replaces: Whether a plan replaces a layer of this format; false for the dense format alone.
+        no_decay: The names of factors of two or more dimensions that weight decay leaves alone, since they hold
+            coefficients rather than a basis.
+        counted_by: The names of the factors without which ``num_parameters`` is not known.
+        drawn_by: The names of the factors that ``overlap`` and ``couplings`` need; empty where there is no picture.
     """
 
     M: int
@@ -62,6 +70,17 @@ class Format(abc.ABC):
     takes_blocks: ClassVar[bool] = False
     algorithms: ClassVar[tuple[str, ...]] = ()
     must_save: ClassVar[bool] = True
+    label: ClassVar[str] = ""
+    replaces: ClassVar[bool] = True
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    counted_by: ClassVar[tuple[str, ...]] = ()
+    drawn_by: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "label" not in vars(cls):
+            cls.label = getattr(cls, "name", cls.__name__)
+        cls.takes_blocks = "blocks" in cls.budget_options()
 
     def __post_init__(self) -> None:
         _checks.positive_int(self.M, "M (out features)")
@@ -201,6 +220,42 @@ class Format(abc.ABC):
 
     def _how_to_save(self) -> str:
         return "use a smaller member of the format, or leave this layer dense"
+
+    @classmethod
+    def budget_options(cls) -> dict[str, inspect.Parameter]:
+        """The arguments of ``for_budget`` beside the shape and ``keep``, by name."""
+        if not hasattr(cls, "for_budget"):
+            return {}
+        parameters = inspect.signature(cls.for_budget).parameters.items()
+        fixed = ("M", "N", "keep")
+        return {n: p for n, p in parameters if n not in fixed and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+    def balanced(self, factors: Factors) -> dict[str, Tensor] | None:
+        """Factors of the same matrix in which every component has one size in all of its factors.
+
+        Args:
+            factors: The factors.
+
+        Returns:
+            New factors; None where the format has no components to balance.
+        """
+        return None
+
+    def overlap(self, factors: Factors) -> Tensor | None:
+        """How many components lie over each entry of the matrix, ``(M, N)``; None for a format without segments."""
+        return None
+
+    def couplings(self, factors: Factors) -> Tensor | None:
+        """How much each block uses each shared component, ``(I, J, R)``; None for a format without couplings."""
+        return None
+
+    def hardened(self, factors: Factors) -> tuple[Format, dict[str, Tensor]] | None:
+        """The format and factors that remain once the structure has been learned; None where it does not learn."""
+        return None
+
+    def for_inference(self, factors: Factors) -> tuple[Format, dict[str, Tensor]] | None:
+        """Another format and factors of the same matrix that multiply faster; None where there are none."""
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """The format as JSON-compatible data, with its name under ``"format"``."""

@@ -40,7 +40,6 @@ class Blast(RankedFormat):
     rank: int
 
     name: ClassVar[str] = "blast"
-    takes_blocks: ClassVar[bool] = True
     algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 3, "diag": 1 / 3, "right": 1 / 3}
 

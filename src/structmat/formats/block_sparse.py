@@ -82,7 +82,6 @@ class BlockSparse(RankedFormat):
 
     name: ClassVar[str] = "block_sparse"
     algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
-    takes_blocks: ClassVar[bool] = True
     scale_exponents: ClassVar[dict[str, float]] = {"blocks": 1.0, "left": 0.5, "right": 0.5}
 
     def __post_init__(self) -> None:

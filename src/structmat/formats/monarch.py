@@ -43,7 +43,6 @@ class Monarch(RankedFormat):
     permute_output: bool = False
 
     name: ClassVar[str] = "monarch"
-    takes_blocks: ClassVar[bool] = True
     algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 0.5, "right": 0.5}
 

@@ -20,9 +20,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from structmat import _doors
-from structmat.convert import apply_plan_, densify_
-from structmat.integrations._recorded import QUANT_METHOD, Recorded, is_ours, recorded
+from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, recorded
+from structmat.network.adapters import Adapter, register_adapter
+from structmat.network.surgery import apply_plan_, densify_
 from structmat.nn import StructuredModule
 
 
@@ -134,4 +134,4 @@ def _write_down_one(model: Any) -> None:
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = StructmatDiffusersConfig  # there is no function for it
 auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = StructmatDiffusersQuantizer
-_doors.RECORDERS["diffusers"] = write_down
+register_adapter("diffusers", Adapter(record=write_down, outputs=("sample",)))

@@ -1,9 +1,10 @@
 """What training a structured network needs beside a training loop: groups, balance, distillation; torch alone."""
 
-from structmat.training.balance import balance_
+from structmat.training.balancing import balance_
+from structmat.training.diagnosis import structure_warnings
 from structmat.training.distillation import distill_hidden, distill_logits
 from structmat.training.groups import parameter_groups
-from structmat.training.structure import (
+from structmat.training.learning import (
     StructureLearning,
     StructureState,
     set_sigma_,
@@ -11,7 +12,6 @@ from structmat.training.structure import (
     structure_state,
     structure_step_,
 )
-from structmat.training.structure_warnings import structure_warnings
 
 __all__ = [
     "StructureLearning",

@@ -1,0 +1,379 @@
+"""Choose for each structured layer the fastest way to multiply, by measuring it where it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from structmat import _checks
+from structmat._files import write_atomically
+from structmat.bench.machine import hardware
+from structmat.bench.timing import time_side_by_side
+from structmat.formats import Format, Gblr, tile
+from structmat.network.calls import call, evaluating
+from structmat.network.surgery import densify_, tile_
+from structmat.nn import StructuredModule
+from structmat.nn.linear import bucket
+from structmat.ops.common import TRITON
+
+AUTOMATIC = "automatic"
+DENSE = "dense"
+TILED = "tiled"
+
+COLD_BYTES = 96 * 2**20
+"""Copies of a layer are measured in turn until they hold this much together, so that no cache holds them all."""
+
+GAIN = 0.95
+"""What another way must take at most, relative to the automatic one: less is within the noise."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured for one layer and one number of tokens, and what was chosen.
+
+    Attributes:
+        layer: Name of the layer.
+        format: Its format, as text.
+        tokens: Vectors that it multiplies in a call.
+        dtype: Of the product.
+        algorithm: One of the format's ``algorithms``, ``"automatic"``, ``"tiled"`` or ``"dense"``.
+        seconds: That the choice takes.
+        automatic_seconds: That the automatic way takes.
+        dense_seconds: That a dense product takes.
+        dense_bytes: What the dense weight would take beyond the factors.
+    """
+
+    layer: str
+    format: str
+    tokens: int
+    dtype: str
+    algorithm: str
+    seconds: float
+    automatic_seconds: float
+    dense_seconds: float
+    dense_bytes: int
+
+    @property
+    def dense_is_faster(self) -> bool:
+        """Whether a dense product would be faster than what was chosen."""
+        return self.algorithm != DENSE and self.dense_seconds < self.seconds
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The choices for a network; ``print`` shows them as a table.
+
+    Attributes:
+        choices: One for each layer and number of tokens.
+        hardware: What they were measured on.
+    """
+
+    choices: tuple[Choice, ...]
+    hardware: Mapping[str, str]
+
+    @property
+    def densified(self) -> tuple[str, ...]:
+        """The layers for which a dense product was chosen."""
+        return tuple(dict.fromkeys(choice.layer for choice in self.choices if choice.algorithm == DENSE))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the choices as JSON, in one step.
+
+        Args:
+            path: Of the file.
+        """
+        text = json.dumps(
+            {"hardware": dict(self.hardware), "choices": [dataclasses.asdict(choice) for choice in self.choices]}
+        )
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tuning:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: Of the file.
+
+        Returns:
+            The choices, for ``apply_``.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        try:
+            found = json.loads(Path(path).read_text())
+            return cls(tuple(Choice(**choice) for choice in found["choices"]), dict(found["hardware"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected choices that Tuning.save wrote in {os.fspath(path)!r}, got something else: {error}"
+            ) from error
+
+    def apply_(self, model: nn.Module, *, allow_dense: bool = False) -> nn.Module:
+        """Set the choices on a network of the same plan, in place; a warning says where the hardware is another.
+
+        Args:
+            model: The network.
+            allow_dense: Whether layers for which a dense product was chosen may be made dense.
+
+        Returns:
+            The same network.
+
+        Raises:
+            ValueError: If a layer is missing or has another format, or a dense one is not allowed; nothing has changed
+                then.
+        """
+        layers = _layers(model)
+        for choice in self.choices:
+            if choice.layer not in layers or str(layers[choice.layer].format) != choice.format:
+                found = layers[choice.layer].format if choice.layer in layers else "no structured layer"
+                raise ValueError(f"expected {choice.format} at {choice.layer!r}, as it was measured, got {found}")
+            known = (AUTOMATIC, DENSE, TILED, *layers[choice.layer].format.algorithms)
+            _checks.one_of(choice.algorithm, known, f"the algorithm of {choice.layer!r}")
+        if self.densified and not allow_dense:
+            raise ValueError(
+                f"expected allow_dense=True, since a dense product was chosen for {len(self.densified)} layers: "
+                f"{', '.join(self.densified[:5])}"
+            )
+        here = _hardware(next(iter(layers.values())).factors)
+        other = {key: (value, here.get(key)) for key, value in self.hardware.items() if here.get(key) != value}
+        if other:
+            changes = "; ".join(f"{key} {then}, now {now}" for key, (then, now) in other.items())
+            warnings.warn(
+                f"the choices were measured elsewhere ({changes}); measure again with autotune_", stacklevel=2
+            )
+        for choice in self.choices:
+            layers[choice.layer].algorithms = {}
+        for choice in self.choices:
+            if choice.algorithm in layers[choice.layer].format.algorithms:
+                layers[choice.layer].algorithms[bucket(choice.tokens)] = choice.algorithm
+        tiled = dict.fromkeys(choice.layer for choice in self.choices if choice.algorithm == TILED)
+        if tiled:
+            tile_(model, tiled)
+        if self.densified:
+            densify_(model, self.densified)
+        return model
+
+    def __str__(self) -> str:
+        groups: dict[tuple[Any, ...], list[Choice]] = {}
+        for choice in self.choices:
+            groups.setdefault((choice.format, choice.tokens, choice.dtype, choice.algorithm), []).append(choice)
+        lines = []
+        for (format, tokens, dtype, algorithm), found in groups.items():
+            first = found[0]
+            line = (
+                f"{len(found)} x {format}, {tokens} tokens, {dtype}: {algorithm}, {first.seconds * 1e3:.3f} ms, "
+                f"{first.dense_seconds / first.seconds:.2f}x of the dense speed"
+            )
+            if first.dense_is_faster:
+                line += f"; dense would be faster and take {first.dense_bytes / 2**20:+.1f} MiB for each"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def autotune_(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    tokens: Iterable[int] | None = None,
+    allow_dense: bool = False,
+    rounds: int = 10,
+) -> Tuning:
+    """Measure every structured layer on this hardware and set the fastest way to multiply, in place.
+
+    Ways are the algorithms of the format, tiles for GBLR matrices (not in training mode), and the dense product. Layers
+    of one format are measured once, at the most frequent number of vectors of each power of two, for which a choice
+    holds. What is chosen is told: the result says it for every layer, and where a dense product would be faster and
+    what it would cost in memory. Save the network before: layers in tiles or dense are saved as such.
+
+    Args:
+        model: The network, on the device and in the dtype in which it will run.
+        example_inputs: A batch that it is called on: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        tokens: Numbers of vectors to measure all layers at, instead of calling the network: for generation, those of
+            the prompt and of one step, say.
+        allow_dense: Whether layers for which a dense product is faster, over all of their calls, are made dense.
+        rounds: How often each way is timed.
+
+    Returns:
+        The choices.
+
+    Raises:
+        ValueError: If there is no structured layer, not exactly one of ``example_inputs`` and ``tokens`` is given, or
+            the call reached no structured layer.
+
+    Example:
+        >>> from structmat import Blast, StructuredLinear
+        >>> model = nn.Sequential(StructuredLinear(Blast(64, 64, blocks=4, rank=8)))
+        >>> autotune_(model, tokens=[1, 16], rounds=1).choices[0].tokens
+        1
+    """
+    if (example_inputs is None) == (tokens is None):
+        raise ValueError("expected either example_inputs or tokens, got " + ("neither" if tokens is None else "both"))
+    layers = _layers(model)
+    if tokens is None:
+        calls = _observed(model, layers, example_inputs)
+    else:
+        counts = [_checks.positive_int(count, "tokens") for count in tokens]
+        if not counts:
+            raise ValueError("expected at least one number of tokens, got none")
+        calls = {name: Counter((count, _dtype(layer)) for count in counts) for name, layer in layers.items()}
+    if not any(calls.values()):
+        raise ValueError("expected a call that reaches a structured layer, got one that reached none")
+    ties: dict[tuple[int, ...], list[str]] = {}
+    for name, layer in layers.items():
+        ties.setdefault(tuple(id(factor) for factor in layer.factors.values()), []).append(name)
+    measured: dict[tuple[Any, ...], dict[str, float]] = {}
+    choices: list[Choice] = []
+    for names in ties.values():  # layers with the same factors become dense, or tiles, together
+        layer = layers[names[0]]
+        timed: list[_Timed] = []
+        for (count, dtype), times in _by_bucket(sum((calls[name] for name in names), Counter())):
+            contents = layer.format.num_parameters(layer.factors)
+            key = (layer.format, count, dtype, contents, next(iter(layer.factors.values())).device)
+            if key not in measured:
+                measured[key] = _measure(layer, count, dtype, rounds)
+            timed.append(_Timed(count, dtype, times, measured[key]))
+        for name in names:
+            choices += _chosen(name, layer, timed, allow_dense and "" not in names, "" not in names)
+    optimization = Tuning(tuple(choices), _hardware(next(iter(layers.values())).factors))
+    optimization.apply_(model, allow_dense=allow_dense)
+    return optimization
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Seconds of each way for one number of tokens, and how many calls have it."""
+
+    tokens: int
+    dtype: torch.dtype
+    calls: int
+    seconds: Mapping[str, float]
+
+
+def _by_bucket(calls: Counter[tuple[int, torch.dtype]]) -> list[tuple[tuple[int, torch.dtype], int]]:
+    """The most frequent number of tokens of each bucket, and the calls in it: what is set holds for a bucket."""
+    buckets: dict[tuple[int, torch.dtype], Counter[int]] = {}
+    for (count, dtype), times in calls.items():
+        buckets.setdefault((bucket(count), dtype), Counter())[count] += times
+    return [((found.most_common(1)[0][0], dtype), found.total()) for (_, dtype), found in buckets.items()]
+
+
+def _chosen(
+    name: str, layer: StructuredModule, timed: list[_Timed], allow_dense: bool, allow_tiles: bool
+) -> list[Choice]:
+    best: list[str] = []
+    for one in timed:
+        others = {way: seconds for way, seconds in one.seconds.items() if way != DENSE}
+        if not allow_tiles:
+            others.pop(TILED, None)
+        way = min(others, key=lambda key: others[key])
+        best.append(way if others[way] < GAIN * others[AUTOMATIC] else AUTOMATIC)
+    if TILED in best:  # a layer is either in tiles or not
+        gain = sum(one.calls * (one.seconds[AUTOMATIC] - one.seconds[TILED]) for one in timed)
+        best = [TILED if gain > 0 else AUTOMATIC] * len(best)
+    structured = sum(one.calls * one.seconds[way] for one, way in zip(timed, best, strict=True))
+    if allow_dense and sum(one.calls * one.seconds[DENSE] for one in timed) < GAIN * structured:
+        best = [DENSE] * len(best)
+    held = sum(factor.numel() * factor.element_size() for factor in layer.factors.values())
+    choices = []
+    for one, way in zip(timed, best, strict=True):
+        count, dtype, times = one.tokens, one.dtype, one.seconds
+        dense_bytes = layer.format.M * layer.format.N * dtype.itemsize - held
+        choices.append(
+            Choice(
+                name,
+                str(layer.format),
+                count,
+                str(dtype).removeprefix("torch."),
+                way,
+                times[way],
+                times[AUTOMATIC],
+                times[DENSE],
+                dense_bytes,
+            )
+        )
+    return choices
+
+
+@torch.no_grad()
+def _measure(layer: StructuredModule, tokens: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Seconds of each way, each call on the next of several copies of the layer."""
+    format = layer.format
+    specs = format.factor_specs()
+    factors = {n: f.detach().to(specs[n].dtype or dtype) for n, f in layer.factors.items()}
+    device = next(iter(factors.values())).device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, format.N, generator=generator).to(device, dtype)
+    ways: dict[str, tuple[Format, Mapping[str, Tensor], str]] = {AUTOMATIC: (format, factors, "")}
+    kernels = device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    ways |= {name: (format, factors, name) for name in format.algorithms if name != TRITON or kernels}
+    if isinstance(format, Gblr) and format.components and not layer.training:  # tiles are for inference
+        ways[TILED] = (*tile(format, factors), "")
+    runs = {name: _in_turn(way, x) for name, way in ways.items()}
+    weight = torch.randn(format.shape, generator=generator).to(device, dtype)
+    copies = [weight.clone() for _ in range(_copies([weight]))]
+    turn = iter(range(10**9))
+    runs[DENSE] = lambda: F.linear(x, copies[next(turn) % len(copies)])
+    return time_side_by_side(runs, rounds=rounds, settle=int(device.type == "cpu"))
+
+
+def _in_turn(way: tuple[Format, Mapping[str, Tensor], str], x: Tensor) -> Callable[[], Tensor]:
+    format, factors, algorithm = way
+    copies = [{n: f.clone() for n, f in factors.items()} for _ in range(_copies(factors.values()))]
+    turn = iter(range(10**9))
+    return lambda: format.matmul(x, copies[next(turn) % len(copies)], algorithm)
+
+
+def _copies(tensors: Iterable[Tensor]) -> int:
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return max(1, min(8, -(-COLD_BYTES // max(held, 1))))
+
+
+def _observed(
+    model: nn.Module, layers: Mapping[str, StructuredModule], batch: Any
+) -> dict[str, Counter[tuple[int, torch.dtype]]]:
+    """How often each layer is called with how many vectors and in which dtype."""
+    calls: dict[str, Counter[tuple[int, torch.dtype]]] = {name: Counter() for name in layers}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda layer, _, y: calls[name].update([(y.numel() // layers[name].format.M, y.dtype)])
+
+    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    try:
+        with evaluating(model):
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: Counter({key: times for key, times in calls[name].items() if key[0]}) for name in layers}
+
+
+def _layers(model: nn.Module) -> dict[str, StructuredModule]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
+    if not layers:
+        raise ValueError("expected a network with structured layers, got none")
+    return layers
+
+
+def _dtype(layer: StructuredModule) -> torch.dtype:
+    specs = layer.format.factor_specs()
+    return next(factor.dtype for name, factor in layer.factors.items() if specs[name].dtype is None)
+
+
+def _hardware(factors: Mapping[str, Tensor]) -> dict[str, str]:
+    device = next(iter(factors.values())).device
+    facts = hardware()
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "torch": facts["torch"]}
+    return {key: facts[key] for key in ("processor", "threads", "capability", "torch")}

@@ -1,0 +1,91 @@
+"""Calibration: the moments of the inputs that layers see, gathered from data for all layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structmat._progress import progress_bar
+from structmat.fit.moments import Moments, MomentSums
+from structmat.formats import Dense, Format
+from structmat.network.calls import call, device_of, evaluating, moved
+from structmat.network.capture import capturing, mask_of, shared_inputs
+from structmat.network.sites import find_sites
+
+
+class Calibration(Mapping[str, Moments]):
+    """The moments of every planned layer by name; layers that read the same input share them.
+
+    Args:
+        moments: By layer.
+    """
+
+    def __init__(self, moments: Mapping[str, Moments]) -> None:
+        self._moments = dict(moments)
+
+    def __getitem__(self, name: str) -> Moments:
+        return self._moments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all moments together, in bytes."""
+        return sum(moments.nbytes for moments in {id(m): m for m in self._moments.values()}.values())
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], plan: Mapping[str, Format], *, progress: bool = True
+) -> Calibration:
+    """Gather the input moments of every planned layer, all at once.
+
+    Memory grows with the number of layers times ``N^2``; for large models let ``compress_(…, batches=…)`` go through
+    them block by block, which also sees what compressing the earlier blocks changes.
+
+    Args:
+        model: The network, dense.
+        batches: Inputs of one call each: a tensor, a tuple of arguments, or a mapping of keyword arguments, whose
+            ``attention_mask`` says which tokens count.
+        plan: Format of each layer by name; layers planned as ``Dense`` are not looked at.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The moments.
+
+    Raises:
+        ValueError: If there are no batches, the plan names what is no dense layer, or a planned layer is never called;
+            named by layer.
+        FloatingPointError: If a layer's input is not finite.
+    """
+    by_name = {name: site for site in find_sites(model).values() for name in site.names}
+    wanted = [name for name, format in plan.items() if not isinstance(format, Dense)]
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown:
+        raise ValueError(f"expected names of dense layers of the model, got {unknown}")
+    sites = {name: by_name[name] for name in wanted}
+    leaders: dict[str, str] = {}
+    sums: dict[str, MomentSums] = {}
+    with evaluating(model), progress_bar(desc="calibrate", unit="batch", show=progress) as bar:
+        for batch in batches:
+            batch = moved(batch, device_of(model))
+            if not leaders:
+                leaders = shared_inputs(sites, lambda batch=batch: call(model, batch))[0]
+                sums = {leader: MomentSums() for leader in leaders.values()}
+            captured: dict[str, list[Tensor]] = {}
+            with capturing({leader: sites[leader] for leader in sums}, captured, mask_of(batch)):
+                call(model, batch)
+            for leader, vectors in captured.items():
+                sums[leader].add(torch.cat(vectors))
+            bar.update()
+            bar.set_postfix_str(f"{sum(s.nbytes for s in sums.values()) / 2**20:.0f} MiB", refresh=False)
+    if not leaders:
+        raise ValueError("expected at least one batch of calibration data, got none")
+    moments = {leader: one.moments() for leader, one in sums.items()}
+    return Calibration({name: moments[leaders[name]] for name in sites})

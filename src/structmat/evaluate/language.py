@@ -1,0 +1,167 @@
+"""Perplexity of a causal language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from structmat import _checks
+from structmat._progress import progress_bar
+from structmat.data.tokens import pad, padding_id
+from structmat.evaluate.outputs import logits_of
+from structmat.network.calls import device_of, evaluating
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a language model predicts texts.
+
+    Attributes:
+        nll: Negative log-likelihood of all scored tokens together, in nats.
+        tokens: How many were scored.
+        words: How many words, as white space separates them, the scored texts have.
+        bytes: How many bytes of UTF-8 they have.
+        documents: How many texts.
+        how: How they were scored.
+    """
+
+    nll: float
+    tokens: int
+    words: int
+    bytes: int
+    documents: int
+    how: str
+
+    @property
+    def token(self) -> float:
+        """Perplexity per token; it compares models of one tokenizer alone."""
+        return _exp(self.nll / self.tokens)
+
+    @property
+    def word(self) -> float:
+        """Perplexity per word: that of the whole text, spread over its words, whatever the tokenizer."""
+        return _exp(self.nll / self.words) if self.words else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for a byte of text."""
+        return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.token:.3f} per token, {self.word:.2f} per word, {self.bits_per_byte:.4f} bits per byte "
+            f"({self.tokens:,} tokens, {self.words:,} words, {self.documents:,} documents; {self.how})"
+        )
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    length: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    truncate: bool = False,
+    progress: bool = True,
+) -> Perplexity:
+    """Score texts with a causal language model.
+
+    Every document is scored by itself, with the tokenizer's BOS token in front (its EOS token where it has none), which
+    gives the first token a context and is not scored itself. A document longer than ``length`` is read in windows that
+    advance by ``stride``, so that every token is scored exactly once, with at least ``length - stride`` tokens of
+    context where they exist; the positions of a window are counted from its own start.
+
+    Args:
+        model: Called as ``model(input_ids=…, attention_mask=…)``; returns logits, or an object that has them.
+        tokenizer: Of ``transformers``.
+        texts: The documents.
+        length: Tokens that the model sees at once, the BOS token included.
+        stride: Tokens by which a window advances, below ``length``; None for half of it.
+        batch_size: Windows that are scored together.
+        truncate: Score nothing but the first ``length`` tokens of each document, the BOS token included.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The figures, which say how they were found.
+
+    Raises:
+        ValueError: If a number is out of range, the tokenizer has neither a BOS nor an EOS token, there is nothing to
+            score, or the loss is not finite.
+        TypeError: If ``texts`` is one text.
+    """
+    if isinstance(texts, str):
+        raise TypeError("expected a list of texts, got one text; put it into a list")
+    _checks.positive_int(batch_size, "batch_size")
+    if _checks.positive_int(length, "length") < 2:
+        raise ValueError(f"expected a length of at least 2, a token and its context, got {length}")
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise ValueError(f"expected a length of at most the model's {positions} positions, got {length}")
+    stride = length // 2 if stride is None else _checks.positive_int(stride, "stride")
+    if stride >= length:
+        raise ValueError(f"expected a stride below the length {length}, so that each token has context, got {stride}")
+    first = next((i for n in ("bos_token_id", "eos_token_id") if (i := getattr(tokenizer, n, None)) is not None), None)
+    if first is None:
+        raise ValueError("expected a tokenizer with a BOS or an EOS token to begin documents with; set its bos_token")
+    documents = [[first, *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]] for t in texts]
+    seen = list(texts)
+    if truncate:
+        cut = [len(ids) > length for ids in documents]
+        documents = [ids[:length] for ids in documents]
+        seen = [
+            tokenizer.decode(ids[1:]) if shortened else text
+            for text, ids, shortened in zip(texts, documents, cut, strict=True)
+        ]
+    windows = [window for ids in documents for window in _windows(ids, length, stride)]
+    if not windows:
+        raise ValueError(f"expected texts with at least one token, got {len(seen)} documents without any")
+    windows.sort(key=lambda window: -len(window[0]))  # little padding
+    nll, padding = 0.0, padding_id(tokenizer)
+    with evaluating(model), progress_bar(total=len(windows), desc="perplexity", show=progress) as bar:
+        for k in range(0, len(windows), batch_size):
+            nll += _nll(model, windows[k : k + batch_size], padding)
+            bar.update(len(windows[k : k + batch_size]))
+    if not math.isfinite(nll):
+        raise ValueError(f"expected a finite loss, got {nll}; the model is broken, or its dtype overflows")
+    begin = "BOS" if getattr(tokenizer, "bos_token_id", None) is not None else "EOS"
+    how = f"each document cut at {length} tokens" if truncate else f"windows of {length} tokens, advancing by {stride}"
+    return Perplexity(
+        nll,
+        sum(len(ids) - scored_from for ids, scored_from in windows),
+        sum(len(text.split()) for text in seen),
+        sum(len(text.encode()) for text in seen),
+        len(seen),
+        f"{how}, {begin} in front of each document and not scored",
+    )
+
+
+def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:
+    """The windows over a document, each with the first position in it that is scored."""
+    scored = 1
+    for begin in range(0, len(ids), stride):
+        if scored >= len(ids):
+            return
+        window = ids[begin : begin + length]
+        yield window, scored - begin
+        scored = begin + len(window)
+
+
+def _nll(model: nn.Module, windows: Sequence[tuple[list[int], int]], padding: int) -> float:
+    """The negative log-likelihood of the scored positions."""
+    batch = {name: tensor.to(device_of(model)) for name, tensor in pad([ids for ids, _ in windows], padding).items()}
+    logits = logits_of(model(**batch))[:, :-1]  # (B, T - 1, vocabulary)
+    positions = torch.arange(1, batch["input_ids"].shape[1], device=logits.device)
+    begins = torch.tensor([scored_from for _, scored_from in windows], device=logits.device)[:, None]
+    scored = (positions >= begins) & batch["attention_mask"][:, 1:].bool().to(logits.device)
+    targets = batch["input_ids"][:, 1:].to(logits.device)[scored]
+    return nn.functional.cross_entropy(logits[scored].float(), targets, reduction="none").double().sum().item()

@@ -1,0 +1,187 @@
+"""First and second moments of the inputs that a layer sees, and the fitting problem that they pose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from structmat.fit.metric import quiet
+
+HELD_OUT_EVERY = 5
+"""Every fifth batch is kept apart until the ridge is chosen."""
+
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Candidates for the ridge, relative to each input's own energy."""
+
+
+DEFAULT_RIDGE = 1e-2
+"""Where there is but one batch, so that nothing can be held out."""
+
+
+ROUNDING = 1e-12
+"""A variance below this share of the second moment is an error of rounding: the input is as good as constant."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of a layer's inputs ``x``, and of those ``t`` that its target output is computed from.
+
+    The two differ where earlier layers are compressed already: the layer then sees ``x``, while the target stays the
+    dense network's output ``W t``.
+
+    Attributes:
+        tokens: How many vectors went in.
+        second: ``E[x x^T] (N, N)``, float64.
+        mean: ``E[x] (N,)``, float64.
+        cross: ``E[t x^T] (N, N)``, float64; None where ``t`` is ``x``.
+        target_mean: ``E[t] (N,)``, float64; None where ``t`` is ``x``.
+        ridge: Share of each input's own energy to add to ``second`` (and to ``cross``), chosen by held-out error.
+    """
+
+    tokens: int
+    second: Tensor
+    mean: Tensor
+    cross: Tensor | None = None
+    target_mean: Tensor | None = None
+    ridge: float = DEFAULT_RIDGE
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors, in bytes."""
+        return sum(t.nbytes for t in (self.second, self.mean, self.cross, self.target_mean) if t is not None)
+
+    def problem(self, weight: Tensor, *, centred: bool = False) -> tuple[Tensor, Tensor]:
+        """What to fit, and in which metric, so that ``E|W t - W_hat x|^2`` is least.
+
+        With the ridge ``D``, ``W_hat`` is fitted to ``W (E[t x^T] + D)(E[x x^T] + D)^-1`` under ``E[x x^T] + D``;
+        directions without data so stay as they are in ``W``.
+
+        Args:
+            weight: ``W (M, N)``.
+            centred: Whether the layer's bias takes care of the means, so that only deviations from them count.
+
+        Returns:
+            The weight to fit ``(M, N)`` in the dtype of ``W``, and the gram ``(N, N)``.
+        """
+        second, cross = self._matrices(centred)
+        added = _ridge(second, self.ridge)
+        if centred:
+            added += torch.diag(ROUNDING * self.second.diagonal())
+        second = second + added
+        if cross is None:
+            return weight, second
+        factor = torch.linalg.cholesky_ex(second).L
+        target = torch.cholesky_solve((weight.double() @ (cross + added)).mT, factor).mT
+        return target.to(weight.dtype), second
+
+    def bias(self, bias: Tensor, weight: Tensor, approximation: Tensor) -> Tensor:
+        """The bias that makes the mean of the output right: ``b + W E[t] - W_hat E[x]``.
+
+        Args:
+            bias: ``b (M,)``.
+            weight: ``W (M, N)``.
+            approximation: ``W_hat (M, N)``.
+
+        Returns:
+            ``(M,)`` in the dtype of ``b``.
+        """
+        target = self.mean if self.target_mean is None else self.target_mean
+        shift = weight.double() @ target - approximation.double() @ self.mean
+        return (bias.double() + shift).to(bias.dtype)
+
+    def _matrices(self, centred: bool) -> tuple[Tensor, Tensor | None]:
+        if not centred:
+            return self.second, self.cross
+        second = self.second - torch.outer(self.mean, self.mean)
+        if self.cross is None or self.target_mean is None:
+            return second, None
+        return second, self.cross - torch.outer(self.target_mean, self.mean)
+
+
+def _ridge(second: Tensor, ridge: float) -> Tensor:
+    """The diagonal matrix that a ridge adds; an input that is always zero counts as a very quiet one."""
+    diagonal = second.diagonal().clamp_min(0)
+    return torch.diag(ridge * torch.maximum(diagonal, 1e-6 * quiet(diagonal)))
+
+
+class MomentSums:
+    """Running sums over batches, from which ``Moments`` come."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._sums: list[dict[str, Tensor]] = [{}, {}]  # to learn from, and held out
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the sums, in bytes."""
+        return sum(tensor.nbytes for sums in self._sums for tensor in sums.values())
+
+    def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
+        """Count one batch.
+
+        Args:
+            inputs: ``x (T, N)``.
+            targets: ``t (T, N)``, where they differ.
+        """
+        sums = self._sums[self.batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+        self.batches += 1
+        x = inputs.double()
+        new = {"tokens": x.new_tensor(len(x)), "second": x.mT @ x, "mean": x.sum(0)}
+        if targets is not None:
+            t = targets.double()
+            new |= {"cross": t.mT @ x, "target_mean": t.sum(0)}
+        for name, value in new.items():
+            sums[name] = sums[name].add_(value) if name in sums else value
+
+    def moments(self) -> Moments:
+        """The moments over everything, with the ridge that predicts the held-out batches best.
+
+        Returns:
+            The moments.
+
+        Raises:
+            ValueError: If no vector has been counted.
+        """
+        learnt, held_out = self._sums
+        tokens = sum(int(sums["tokens"]) for sums in self._sums if sums)
+        if not tokens:
+            raise ValueError("expected at least one input vector, got none; every token is masked out")
+        ridge = DEFAULT_RIDGE
+        if held_out and int(learnt["tokens"]) and int(held_out["tokens"]):
+            ridge = _best_ridge(*(sums["second"] / sums["tokens"] for sums in (learnt, held_out)))
+        total = {name: (learnt[name] + held_out[name] if held_out else learnt[name]) / tokens for name in learnt}
+        return Moments(
+            tokens, total["second"], total["mean"], total.get("cross"), total.get("target_mean"), ridge
+        )  # fmt: skip
+
+
+def _best_ridge(learnt: Tensor, held_out: Tensor) -> float:
+    """The ridge with which half of the inputs predict the other half best on data that was held out.
+
+    A fit under a full second moment lets inputs stand in for others, by what the calibration data says of one given
+    the rest; too small a ridge takes noise for such relations.
+
+    Args:
+        learnt: ``E[x x^T] (N, N)`` of the batches to learn from.
+        held_out: That of the others.
+
+    Returns:
+        One of ``RIDGES``.
+    """
+    N = len(learnt)
+    known, rest = slice(0, N, 2), slice(1, N, 2)
+    if N < 2:
+        return DEFAULT_RIDGE
+    scale = held_out.diagonal()[rest].clamp_min(0)
+    weights = torch.where(scale > 0, 1 / scale.where(scale > 0, 1), 0)  # each input counts alike
+    errors = []
+    for ridge in RIDGES:
+        gram = (learnt + _ridge(learnt, ridge))[known, known]
+        predictor = torch.cholesky_solve(learnt[known, rest], torch.linalg.cholesky_ex(gram).L).mT  # (rest, known)
+        quadratic = ((predictor @ held_out[known, known]) * predictor).sum(1)
+        inner = (predictor * held_out[rest, known]).sum(1)
+        errors.append(float((weights * (quadratic - 2 * inner)).sum()))
+    return RIDGES[min(range(len(RIDGES)), key=lambda k: (errors[k] if errors[k] == errors[k] else float("inf"), k))]

@@ -1,0 +1,128 @@
+"""The registry of formats: every structure by its name, those of other packages included.
+
+Another package adds a structure with one class and one line::
+
+    @register_format
+    @dataclass(frozen=True)
+    class Circulant(Format): ...
+
+Where the package declares the module of that class as an entry point in the group ``structmat.formats``, plans,
+checkpoints and the command line find the format without any import by the user.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any, TypeVar, overload
+
+from structmat import _checks
+from structmat.formats.base import Format
+
+FormatT = TypeVar("FormatT", bound=Format)
+
+FORMATS: dict[str, type[Format]] = {}
+"""Every format by its name in JSON and on the command line."""
+
+DEFAULT_METHODS: dict[type[Format], Any] = {}
+"""The method that fits each format where none is given; any other format is fitted by gradient descent."""
+
+ENTRY_POINTS = "structmat.formats"
+"""The group of entry points under which other packages declare the modules that register their formats."""
+
+
+@overload
+def register_format(kind: type[FormatT], *, method: Any = None) -> type[FormatT]: ...
+@overload
+def register_format(kind: None = None, *, method: Any = None) -> Callable[[type[FormatT]], type[FormatT]]: ...
+def register_format(kind: type[FormatT] | None = None, *, method: Any = None) -> Any:
+    """Make a format known by its name to plans, checkpoints, reports, training and the command line.
+
+    Args:
+        kind: The class; None where this is used as a decorator with arguments.
+        method: How to fit the format where no method is given; None for ``GradientFit()``.
+
+    Returns:
+        The same class, so that this can be a decorator.
+
+    Raises:
+        TypeError: If it is no ``Format``.
+        ValueError: If it has no name, a fact of the class is missing, or the name belongs to another format.
+
+    Example:
+        >>> from structmat.formats import FORMATS
+        >>> FORMATS["blast"].__name__
+        'Blast'
+    """
+    if kind is None:
+        return lambda wanted: register_format(wanted, method=method)
+    if not (isinstance(kind, type) and issubclass(kind, Format)):
+        raise TypeError(f"expected a subclass of Format, got {kind!r}")
+    missing = [fact for fact in ("name", "scale_exponents") if not hasattr(kind, fact)]
+    if missing:
+        raise ValueError(f"expected {kind.__name__} to state {' and '.join(missing)} as class attributes")
+    other = FORMATS.get(kind.name)
+    same = other is not None and (other.__module__, other.__qualname__) == (kind.__module__, kind.__qualname__)
+    if other is not None and not same:
+        raise ValueError(f"expected a name that no other format has, but {kind.name!r} is {other.__qualname__}")
+    FORMATS[kind.name] = kind
+    if method is not None:
+        DEFAULT_METHODS[kind] = method
+    return kind
+
+
+def load_plugins() -> None:
+    """Import the modules with formats that other installed packages declare."""
+    for point in entry_points(group=ENTRY_POINTS):
+        point.load()
+
+
+def format_named(name: str) -> type[Format]:
+    """Look a format up by its name.
+
+    Args:
+        name: As in ``FORMATS``; hyphens count as underscores.
+
+    Returns:
+        The format's class.
+
+    Raises:
+        ValueError: If no format has this name.
+    """
+    wanted = name.strip().lower().replace("-", "_") if isinstance(name, str) else name
+    if wanted not in FORMATS:
+        load_plugins()
+    _checks.one_of(wanted, FORMATS, "the format's name")
+    return FORMATS[wanted]
+
+
+def sized_formats() -> dict[str, type[Format]]:
+    """The formats that a budget can size, by name; others are made from these."""
+    load_plugins()
+    return {name: kind for name, kind in FORMATS.items() if hasattr(kind, "for_budget")}
+
+
+def format_from_json(data: Mapping[str, Any]) -> Format:
+    """Rebuild a format from what ``Format.to_json`` gave.
+
+    Args:
+        data: The format's name under ``"format"`` and its fields.
+
+    Returns:
+        The format.
+
+    Raises:
+        ValueError: If the name is unknown or the fields do not fit it.
+    """
+    fields = dict(data)
+    kind = format_named(fields.pop("format", ""))
+    try:
+        return kind(**{name: _tuples(value) for name, value in fields.items()})
+    except TypeError as error:
+        raise ValueError(f"the fields {json.dumps(fields)} of a {kind.name} format do not fit: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """The value with every list as a tuple, as the fields of a frozen class are."""
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value

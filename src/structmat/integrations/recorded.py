@@ -1,0 +1,79 @@
+"""What a configuration of transformers or diffusers says about the structured layers of its model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from structmat.nn import StructuredModule
+from structmat.plan import SCHEMA_VERSION, Plan, plan_of
+
+QUANT_METHOD = "structmat"
+"""The name under which both frameworks know the library."""
+
+
+def recorded(model: nn.Module) -> dict[str, Any] | None:
+    """What to write down about a network: the format of each structured layer, and which layers share their factors.
+
+    Args:
+        model: The network.
+
+    Returns:
+        Arguments for ``Recorded``; None where no layer is structured.
+    """
+    plan = plan_of(model)
+    return {"layers": json.loads(plan.to_json())["layers"], "ties": ties_of(model)} if plan else None
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """By name, every structured layer that has the factors of an earlier one, and the name of that one."""
+    owners: dict[tuple[int, ...], str] = {}
+    ties: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StructuredModule):
+            owner = owners.setdefault(tuple(id(factor) for factor in module.factors.values()), name)
+            if owner != name:
+                ties[name] = owner
+    return ties
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a ``quantization_config``, an object or as it stands in a file, is one of this library."""
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return getattr(method, "value", method) == QUANT_METHOD
+
+
+class Recorded:
+    """The fields of the ``quantization_config``, for either framework's base class.
+
+    Args:
+        layers: JSON form of each structured layer's format by module name.
+        ties: Names of layers that share the factors of another, and the name of that one.
+        schema: Of this form, as that of a plan.
+        other: What else a framework passes; ignored.
+
+    Raises:
+        ValueError: If the schema is one that this version does not know, or a format does not read.
+    """
+
+    quant_method: Any = QUANT_METHOD
+
+    def __init__(
+        self,
+        layers: Mapping[str, Any] | None = None,
+        ties: Mapping[str, str] | None = None,
+        schema: int = SCHEMA_VERSION,
+        **other: Any,
+    ) -> None:
+        self.quant_method = type(self).quant_method
+        self.schema = schema
+        self.layers = dict(layers or {})
+        self.ties = dict(ties or {})
+        self.plan()
+
+    def plan(self) -> Plan:
+        """The plan that the layers are under."""
+        return Plan.from_json(json.dumps({"schema": self.schema, "layers": self.layers, "skipped": {}}))

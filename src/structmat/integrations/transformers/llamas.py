@@ -1,0 +1,106 @@
+"""Language models of a given shape with random weights: time does not depend on the values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structmat import _checks
+from structmat.formats import Format
+from structmat.network.surgery import apply_plan_
+from structmat.nn import StructuredModule
+from structmat.plan import Rule, make_plan
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama-tiny": {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16,
+        "vocab_size": 4096,
+    },
+}  # fmt: skip
+"""Of Llamas, by name."""
+
+
+def random_llama(
+    shape: str,
+    rule: Rule | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **changes: int,
+) -> Any:
+    """A Llama of a shape with random weights, dense or with structured attention and MLPs.
+
+    Nothing is fitted, and no dense weight is made of a layer that is structured.
+
+    Args:
+        shape: One of ``SHAPES``.
+        rule: For every linear layer but the output head; None for a dense network.
+        dtype: Of the weights.
+        device: Where they are drawn.
+        **changes: Of the configuration, such as ``vocab_size=32000``.
+
+    Returns:
+        The ``LlamaForCausalLM``, in evaluation mode.
+
+    Raises:
+        ValueError: If there is no such shape, or the rule does not fit it.
+        ImportError: If transformers is missing.
+    """
+    _checks.one_of(shape, SHAPES, "a shape")
+    try:
+        import transformers  # noqa: PLC0415 - an optional dependency at its one door
+    except ImportError as error:
+        raise ImportError("language models need transformers: pip install 'structmat[transformers]'") from error
+    device = torch.device(device)
+    facts: dict[str, Any] = {**SHAPES[shape], "max_position_embeddings": 8192, **changes}
+    config = transformers.LlamaConfig(**facts)
+    with torch.device("meta"):
+        model: Any = transformers.LlamaForCausalLM(config)
+        model = model.to(dtype).eval()
+        if rule is not None:
+            apply_plan_(model, make_plan(model, {r"model\.layers\..*": rule}))
+    model.to_empty(device=device)
+    # its frequencies are buffers that no checkpoint holds
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return fill_(model)
+
+
+@torch.no_grad()
+def fill_(model: nn.Module) -> nn.Module:
+    """Draw the weights of a network where it is, in place: structured ones, matrices, and ones for the rest."""
+    done: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, StructuredModule):
+            for name, value in random_factors(module.format, module.factors).items():
+                getattr(module, name).copy_(value)
+                done.add(id(getattr(module, name)))
+    for parameter in model.parameters():
+        if id(parameter) not in done:
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
+    return model
+
+
+def random_factors(format: Format, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Random factors, drawn on the device, whose matrix keeps the size of its input within a small factor.
+
+    Args:
+        format: The format.
+        like: Tensors of the factors' dtypes, on the device.
+
+    Returns:
+        The factors.
+    """
+    if any(not spec.trainable or spec.dtype is not None for spec in format.factor_specs().values()):
+        return format.init(dtype=next(iter(like.values())).dtype)
+    factors = {name: torch.randn_like(tensor) / math.sqrt(tensor.shape[-1]) for name, tensor in like.items()}
+    first = next(iter(factors.values()))
+    x = torch.randn(4, format.N, dtype=first.dtype, device=first.device)
+    size = float(format.matmul(x, factors).float().square().mean().sqrt())
+    return format.scaled(factors, 1 / (math.sqrt(3) * size))

@@ -1,0 +1,205 @@
+"""Retraining in one call, for the three tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import DataCollatorWithPadding, default_data_collator
+
+from structmat.data import Images, LabelledTexts, read_images, read_labelled_texts, read_texts, token_rows
+from structmat.data.tokens import language_collator
+from structmat.evaluate import perplexity
+from structmat.integrations.transformers.arguments import StructuredTrainingArguments
+from structmat.integrations.transformers.tasks import task_of
+from structmat.integrations.transformers.trainer import StructuredTrainer
+
+Data = str | Sequence[str] | LabelledTexts | Dataset[Any]
+"""A source as in ``structmat.data``, texts, texts with classes, or a data set of what the model takes."""
+
+
+def retrain(
+    model: nn.Module,
+    processor: Any,
+    train: Data,
+    evaluation: Data | None,
+    args: StructuredTrainingArguments,
+    *,
+    task: str | None = None,
+    teacher: nn.Module | None = None,
+    length: int = 512,
+    packed: bool = False,
+    train_split: str | None = None,
+    evaluation_split: str | None = None,
+    augment: Callable[[Any], Any] | None = None,
+) -> dict[str, float]:
+    """Train a structured network further, save it, and measure it.
+
+    The model, its processor and the metrics end in ``args.output_dir``. Run under ``torchrun``, every process takes its
+    part of the batches. ``args.resume_from_checkpoint`` continues a run.
+
+    Args:
+        model: Of ``transformers``, for one of the three tasks.
+        processor: Its tokenizer or image processor.
+        train: What to learn from: a source as in ``read_texts``, ``read_labelled_texts`` or ``read_images``, a list of
+            texts, a ``LabelledTexts``, or a data set of the examples themselves.
+        evaluation: What to measure on, likewise (a language model needs texts); None for no measurement.
+        args: Everything about the training.
+        task: ``"causal-lm"``, ``"sequence-classification"`` or ``"image-classification"``; None to take it from the
+            model's class.
+        teacher: The dense model to learn from, where ``args.teacher`` does not name it.
+        length: Tokens at which texts are cut, of a training row and in the measurement of perplexity.
+        packed: Whether rows are cut from all documents one after the other, for a language model.
+        train_split: Of the source of the training data, where it has several.
+        evaluation_split: Likewise.
+        augment: Changes the training images, as in ``read_images``.
+
+    Returns:
+        The figures: ``train_loss`` and others of ``Trainer``, and ``eval_perplexity``, ``eval_word_perplexity``,
+        ``eval_bits_per_byte`` and ``eval_tokens`` (each document cut at ``length``), or ``eval_accuracy``.
+
+    Raises:
+        ValueError: If data does not go with the task, or a class is not one of the model's.
+    """
+    task = task_of(model, task)
+    prepare = Preparation(task, processor, length)
+    learned = prepare(train, train_split, packed=packed, augment=augment)
+    if task == "causal-lm" and evaluation is not None:
+        evaluation = texts_of(evaluation, evaluation_split)
+    held_out = None if evaluation is None else prepare(evaluation, evaluation_split)
+    for examples in (learned, held_out):
+        _check_classes(model, examples)
+    trainer = StructuredTrainer(
+        model,
+        args,
+        teacher=teacher,
+        task=task,
+        train_dataset=learned,
+        eval_dataset=held_out,
+        data_collator=COLLATORS[task](processor),
+        processing_class=processor,
+        compute_metrics=None if task == "causal-lm" else _accuracy,
+    )
+    figures = dict(trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics)
+    trainer.save_model()
+    trainer.save_state()
+    if task == "causal-lm" and evaluation is not None:
+        figures |= _perplexities(trainer, processor, texts_of(evaluation, None), length)
+    elif held_out is not None:
+        figures |= trainer.evaluate()
+    trainer.save_metrics("all", figures, combined=False)
+    trainer.accelerator.wait_for_everyone()  # the folder is complete when any process goes on
+    return figures
+
+
+COLLATORS: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
+    "causal-lm": language_collator,
+    "sequence-classification": DataCollatorWithPadding,
+    "image-classification": lambda processor: default_data_collator,
+}
+"""By task: from the processor, what makes a batch of examples."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How data becomes examples that a model takes.
+
+    Attributes:
+        task: Of the model.
+        processor: Its tokenizer or image processor.
+        length: Tokens at which texts are cut.
+    """
+
+    task: str
+    processor: Any
+    length: int
+
+    def __call__(
+        self,
+        data: Data,
+        split: str | None = None,
+        *,
+        packed: bool = False,
+        augment: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Read and process.
+
+        Args:
+            data: As in ``retrain``, and so is everything else.
+            split: Of a source.
+            packed: For a language model.
+            augment: For images.
+
+        Returns:
+            The examples; a ``Dataset`` is taken for them already.
+
+        Raises:
+            ValueError: If the data does not go with the task.
+        """
+        if isinstance(data, Dataset):
+            return data
+        if self.task == "causal-lm":
+            return token_rows(self.processor, texts_of(data, split), length=self.length, packed=packed)
+        if self.task == "sequence-classification":
+            texts = read_labelled_texts(data, split=split) if isinstance(data, str) else data
+            if isinstance(texts, LabelledTexts):
+                return texts.examples(self.processor, length=self.length)
+        elif isinstance(data, str):
+            return read_images(data, self.processor, split=split, augment=augment)
+        raise ValueError(
+            f"expected a source, a data set or (for texts) LabelledTexts for {self.task}, got {type(data).__name__}"
+        )
+
+
+def texts_of(data: Data, split: str | None) -> list[str]:
+    """The documents of a source, or those given.
+
+    Args:
+        data: A source or documents.
+        split: Of a source.
+
+    Returns:
+        The documents.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(data, str):
+        return read_texts(data, split=split)
+    if not isinstance(data, (list, tuple)) or not all(isinstance(text, str) for text in data):
+        raise ValueError(f"expected a source or a list of texts for a language model, got {type(data).__name__}")
+    return list(data)
+
+
+def _check_classes(model: Any, examples: Any) -> None:
+    labels: list[int] = []
+    if isinstance(examples, Images):
+        labels = examples.labels
+    elif isinstance(examples, list) and isinstance(examples[0], dict):
+        labels = [example["labels"] for example in examples]
+    if labels and max(labels) >= model.config.num_labels:
+        raise ValueError(
+            f"expected classes below the model's {model.config.num_labels}, got {max(labels)}; load the model with "
+            f"num_labels={max(labels) + 1}"
+        )
+
+
+def _perplexities(trainer: StructuredTrainer, tokenizer: Any, texts: list[str], length: int) -> dict[str, float]:
+    model: Any = trainer.model
+    size = trainer.args.per_device_eval_batch_size
+    shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+    found = perplexity(model, tokenizer, texts, length=length, truncate=True, batch_size=size, progress=shown)
+    return {
+        "eval_perplexity": found.token,
+        "eval_word_perplexity": found.word,
+        "eval_bits_per_byte": found.bits_per_byte,
+        "eval_tokens": found.tokens,
+    }
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}

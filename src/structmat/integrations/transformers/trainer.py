@@ -1,0 +1,267 @@
+"""Retraining with ``transformers.Trainer``: parameter groups, balance, and a dense teacher."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from structmat.integrations.transformers.arguments import StructuredTrainingArguments
+from structmat.integrations.transformers.callback import StructureCallback
+from structmat.integrations.transformers.tasks import TASKS, task_of
+from structmat.training import balance_, distill_hidden, distill_logits, parameter_groups
+from structmat.training.distillation import IGNORED, next_token_mask, row_weights
+
+
+class StructuredTrainer(Trainer):
+    """``transformers.Trainer`` for structured networks; everything that is not said here is its own.
+
+    The optimizer gets the groups of ``parameter_groups``. The teacher runs without gradients, in evaluation mode and
+    under the same mixed precision, on the device of each process; it is no part of the model, so that no checkpoint and
+    no wrapper holds it. It is whole on every process, unless the model was itself sharded by ``from_pretrained(…,
+    distributed_config=…)``: then a teacher given by name is sharded in the same way, and so stays one that the caller
+    sharded. Both distillation losses are sums over the tokens that have a label, divided by their number in the whole
+    step, over all micro-batches and processes, as the model's own loss is. Evaluation reports the model's own loss.
+
+    Checkpoints are folders for ``from_pretrained``, and are resumed through it: ``Trainer`` itself only warns where the
+    tensors of a checkpoint are not those of the model, and that is so for every ViT, which is saved under older names.
+
+    Args:
+        model: The network.
+        args: The settings.
+        teacher: The dense model, where ``args.teacher`` does not name it.
+        task: Of the model, a key of ``TASKS``; None to take it from its class.
+        **options: Of ``transformers.Trainer``.
+
+    Raises:
+        ValueError: If there is a teacher without a weight or a weight without a teacher, two teachers, or several
+            devices in one process.
+    """
+
+    args: StructuredTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: StructuredTrainingArguments,
+        *,
+        teacher: nn.Module | None = None,
+        task: str | None = None,
+        **options: Any,
+    ) -> None:
+        if teacher is not None and args.teacher is not None:
+            raise ValueError(f"expected one teacher, got a model and the name {args.teacher!r}")
+        taught = teacher is not None or args.teacher is not None
+        if taught != args.distills:
+            raise ValueError(
+                "expected a teacher and distill_logits or distill_hidden above 0, or neither, got the weights "
+                f"{args.distill_logits} and {args.distill_hidden} {'with' if taught else 'without'} a teacher"
+            )
+        if taught and args.n_gpu > 1:
+            raise ValueError(f"expected one device per process with a teacher, got {args.n_gpu}; start with torchrun")
+        super().__init__(model, args, **options)
+        self.task = task_of(model, task) if taught else task
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and sums_its_loss(model)
+        self._terms: dict[str, Tensor] = {}
+        self._terms_since = 0
+        if args.teacher is not None:
+            loader = TASKS[task_of(model, task)].loader
+            teacher = loader.from_pretrained(args.teacher, dtype=args.teacher_dtype, **_sharding_of(model))
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+            if not _sharding_of(teacher):
+                teacher.to(args.device)
+        self.teacher = teacher
+        if self.args.structure is not None:
+            self.add_callback(StructureCallback(self.args.structure))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, after balancing the layers where that is asked for and nothing is resumed.
+
+        Args:
+            resume_from_checkpoint: As in ``transformers.Trainer``, and so is everything after it.
+            *args: Likewise.
+            **kwargs: Likewise.
+
+        Returns:
+            What ``transformers.Trainer`` does.
+        """
+        if self.args.balance and not resume_from_checkpoint and self.model is not None:
+            balance_(self.model)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that ``args.optim`` names, over the groups of ``parameter_groups``.
+
+        Args:
+            model: What to optimize; None for the trainer's model.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ValueError: If that optimizer chooses its parameters itself.
+        """
+        network: Any = self.model if model is None else model
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, network)
+            own = {"params", "model", "optimizer_dict"} & set(options)
+            if own or not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+                raise ValueError(f"expected an optimizer that takes parameter groups, got {self.args.optim!r}")
+            groups = parameter_groups(
+                network,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                structured_learning_rate=self.args.structured_learning_rate,
+                structure_learning_rate=self.args.structure_learning_rate,
+                decay_embeddings=self.args.decay_embeddings,
+            )
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss, and in training with a teacher the distillation losses.
+
+        Args:
+            model: Possibly wrapped.
+            inputs: The batch.
+            return_outputs: Whether to return the outputs too.
+            num_items_in_batch: How many labels the whole step has.
+
+        Returns:
+            The loss, or the loss and the outputs.
+
+        Raises:
+            ValueError: If the batch has no labels, or not one class per example for a classifier.
+        """
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+        if "labels" not in inputs:
+            raise ValueError(f"expected a batch with 'labels' to distill from, got {', '.join(map(repr, inputs))}")
+        asked = {**inputs, "output_hidden_states": True} if self.args.distill_hidden else dict(inputs)
+        loss, outputs = super().compute_loss(model, dict(asked), True, num_items_in_batch)
+        with torch.no_grad(), self.accelerator.autocast():
+            taught = self.teacher(**{name: value for name, value in asked.items() if name != "labels"})
+        sums = self._distillation(outputs, taught, inputs)
+        if num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func):
+            averaged = self.args.average_tokens_across_devices  # over processes, as their gradients are
+            factor = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
+            scale, step_share = factor / num_items_in_batch, 1.0
+        else:
+            labels = inputs["labels"][:, 1:] if self.task == "causal-lm" else inputs["labels"]
+            scale = 1 / (labels != IGNORED).sum().clamp_min(1)
+            step_share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # not there before a run
+        terms = {"task": loss, **{name: total * scale for name, total in sums.items()}}
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + term.detach() * step_share
+        weights = {
+            "task": self.args.task_weight,
+            "logits": self.args.distill_logits,
+            "hidden": self.args.distill_hidden,
+        }
+        total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return (total, outputs) if return_outputs else total
+
+    def _distillation(self, outputs: Any, taught: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The distillation losses that are asked for, as sums over what is valid."""
+        labels: Tensor = inputs["labels"]
+        if self.task == "causal-lm":
+            valid = next_token_mask(labels)
+            weights = valid.float()
+        elif labels.ndim == 1 and not labels.is_floating_point():
+            valid = labels != IGNORED
+            weights = row_weights(labels, inputs.get("attention_mask"))
+        else:
+            raise ValueError(
+                f"expected one class per example to distill from, got {labels.dtype} labels {tuple(labels.shape)}"
+            )
+        sums: dict[str, Tensor] = {}
+        if self.args.distill_logits:
+            temperature = self.args.temperature
+            sums["logits"] = distill_logits(outputs["logits"], taught["logits"], valid, temperature=temperature)
+        if self.args.distill_hidden:
+            sums["hidden"] = distill_hidden(outputs["hidden_states"], taught["hidden_states"], weights)
+        return sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and with the loss its terms before they are weighted.
+
+        Args:
+            logs: Values by name.
+            start_time: Of the training.
+        """
+        steps = self.state.global_step - self._terms_since
+        if "loss" in logs and self._terms and steps:
+            for name, term in self._terms.items():
+                everywhere: Any = self.accelerator.gather(term)
+                logs[f"loss_{name}"] = everywhere.mean().item() / steps
+            self._terms, self._terms_since = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_tensors_(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_tensors_(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+
+def load_tensors_(model: PreTrainedModel, folder: str) -> None:
+    """Take over the tensors of a checkpoint as ``from_pretrained`` reads it, in place.
+
+    Args:
+        model: The network.
+        folder: Of the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint does not have the tensors of the network.
+    """
+    loaded: Any = type(model).from_pretrained(
+        folder, dtype=model.dtype, output_loading_info=True, **_sharding_of(model)
+    )
+    saved, found = loaded
+    wrong = {kind: sorted(found[kind]) for kind in ("missing_keys", "unexpected_keys") if found[kind]}
+    if wrong:
+        raise ValueError(f"expected a checkpoint with the tensors of the model in {folder!r}, got {wrong}")
+    model.load_state_dict(saved.state_dict())
+
+
+def sums_its_loss(model: nn.Module) -> bool:
+    """Whether the model divides its loss by the number of labels of the whole step, when it is told it.
+
+    ``Trainer`` believes so of every model whose ``forward`` takes any keyword arguments. But only the losses that
+    ``transformers`` dispatches through ``loss_function`` do, without those for regression and for several classes at
+    once; with gradient accumulation the gradients of BERT's classifiers would be too large by the number of batches.
+
+    Args:
+        model: Of ``transformers``.
+
+    Returns:
+        Whether it does.
+    """
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    means = problem in ("regression", "multi_label_classification")
+    return code is not None and "loss_function" in code.co_names and not means
+
+
+def _sharding_of(model: nn.Module) -> dict[str, Any]:
+    """How ``from_pretrained`` is to shard what goes with a model: as it did the model."""
+    if not isinstance(model, PreTrainedModel) or not model.is_distributed_loading_by_transformers:
+        return {}
+    config: Any = model.config
+    return {"distributed_config": config.distributed_config}

@@ -1,0 +1,296 @@
+"""Surgery: put structured layers into a network, and take them out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from structmat.formats import Dense, Format, GaudiGblr, Gblr, harden, hardening_gap, tile
+from structmat.network.adapters import record
+from structmat.network.sites import DENSE_KINDS, Site, find_sites
+from structmat.nn import StructuredModule
+
+LARGE_GAP = 0.05
+"""Above this relative change of a matrix hardening warns."""
+
+
+def apply_plan_(
+    model: nn.Module,
+    plan: Mapping[str, Format],
+    *,
+    factors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Replace the planned layers of a network, in place.
+
+    Biases, training mode, ``requires_grad`` of the weight, dtype and device carry over; a weight that several modules
+    share stays shared. The network is checked against the whole plan before anything changes. A layer that already
+    has the planned format stays as it is, and so does one planned as ``Dense``.
+
+    Args:
+        model: The network; it may live on the meta device.
+        plan: Format of each layer by name.
+        factors: Factors of each layer by name; None, or a missing layer, for a random init.
+        generator: Source of randomness for the init, on the CPU.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: If the plan names layers that are not there or cannot be replaced, a shape differs, a format would
+            not save parameters, or factors do not fit their format.
+    """
+    sites = planned_sites(model, plan)
+    factors = factors or {}
+    unknown = [name for name in factors if name not in sites]
+    if unknown:
+        raise ValueError(f"expected factors only of layers that the plan replaces, got some of {unknown}")
+    for name, given in factors.items():
+        plan[name].check_factors(given)
+    replacements: dict[str, StructuredModule] = {}
+    for name, site in sites.items():
+        replacements |= _structured(model, site, plan[name], factors.get(name), generator)
+    for name, module in replacements.items():  # nothing that can fail is left to do
+        put_module(model, name, module)
+    record(model)
+    return model
+
+
+def planned_sites(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Site]:
+    """The sites that the plan wants replaced, in its order, after checking all of it."""
+    by_name = {name: site for site in find_sites(model).values() for name in site.names}
+    present = dict(model.named_modules(remove_duplicate=False))
+    planned: dict[str, Site] = {}
+    for name, format in plan.items():
+        if not isinstance(format, Format):
+            raise TypeError(f"expected a format for layer {name!r}, got {format!r}")
+        if name not in present:
+            raise ValueError(f"expected a module named {name!r}, which the plan wants as {format}; the model has none")
+        module = present[name]
+        if isinstance(module, StructuredModule):
+            if module.format != format:
+                raise ValueError(f"expected {name!r} dense or already {format}, got {module.format}; densify_ it first")
+            continue
+        if isinstance(format, Dense):
+            continue
+        site = by_name.get(name)
+        if site is None or site.problem:
+            reason = site.problem if site else f"it is of type {type(module).__name__}"
+            raise ValueError(f"layer {name!r} cannot be structured: {reason}")
+        if tuple(site.matrix.shape) != format.shape:
+            raise ValueError(f"layer {name!r} has shape {tuple(site.matrix.shape)}, but the plan says {format}")
+        twice = next((other for other, used in planned.items() if used is site), None)
+        if twice is not None:
+            raise ValueError(f"the plan names {twice!r} and {name!r}, which share one weight; keep one of them")
+        try:
+            format.check_saves()
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        planned[name] = site
+    return planned
+
+
+def _structured(
+    model: nn.Module,
+    site: Site,
+    format: Format,
+    factors: Mapping[str, Tensor] | None,
+    generator: torch.Generator | None,
+) -> dict[str, StructuredModule]:
+    """The structured modules of a site by the names under which they are to hang."""
+    hung: dict[int, list[str]] = {id(module): [] for module in site.modules}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in hung:
+            hung[id(module)].append(name)
+    replacements: dict[str, StructuredModule] = {}
+    first: StructuredModule | None = None
+    for old in site.modules:
+        new = DENSE_KINDS[type(old)].structured(old, format, factors, generator)
+        if new.bias is not None:
+            new.bias = old._parameters["bias"]
+        for name in format.factor_specs():
+            if first is not None:
+                setattr(new, name, getattr(first, name))
+            elif isinstance(getattr(new, name), nn.Parameter):
+                getattr(new, name).requires_grad_(old.get_parameter("weight").requires_grad)
+        first = first or new
+        new.train(old.training)
+        replacements |= dict.fromkeys(hung[id(old)], new)
+    return replacements
+
+
+def harden_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, float]:
+    """Turn Gaudi-GBLR layers into GBLR ones, in place: only what is inside their segments stays.
+
+    Run it at the end of training, whose last phase is without smoothing; the matrices then stay the same. With
+    smoothing they change, and where they change by more than ``LARGE_GAP`` there is a warning.
+
+    Args:
+        model: The network.
+        names: Which layers; None for all. Layers that share the factors of one of them come along.
+
+    Returns:
+        How far each hardened matrix is from the one that learned, ``|W - W_hard|_F / |W|_F``, by name.
+
+    Raises:
+        ValueError: If a name is not that of a Gaudi-GBLR layer, there is none, or a hardened one would not save
+            parameters; nothing has changed then.
+    """
+    gaps: dict[str, float] = {}
+
+    def hardened(name: str, layer: StructuredModule) -> tuple[Format, Mapping[str, Tensor]]:
+        soft = cast("GaudiGblr", layer.format)
+        gaps[name] = hardening_gap(soft, layer.factors)
+        format, factors = harden(soft, _detached(layer))
+        try:
+            format.check_saves()
+        except ValueError as error:
+            raise ValueError(
+                f"layer {name!r}: {error}; train with a lower target, or densify_ it and harden the others by name"
+            ) from error
+        return format, factors
+
+    _convert_(model, names, GaudiGblr, hardened)
+    large = {name: gap for name, gap in gaps.items() if gap > LARGE_GAP}
+    if large:
+        worst = max(large, key=lambda name: large[name])
+        warnings.warn(
+            f"hardening changed {len(large)} of {len(gaps)} matrices by more than {LARGE_GAP:.0%}, most of all "
+            f"{worst!r} by {large[worst]:.1%}; end the training with a phase at infinite sigma (hard_share)",
+            stacklevel=2,
+        )
+    return gaps
+
+
+def tile_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, float]:
+    """Lay the contents of GBLR layers out in tiles, as they are multiplied fastest, in place; for inference.
+
+    The matrices stay the same. The layers hold more numbers than before, zeros where a segment ends within a tile, and
+    ``TiledGblr`` says so; save the network before, or after for the speed alone.
+
+    Args:
+        model: The network.
+        names: Which layers; None for all. Layers that share the factors of one of them come along.
+
+    Returns:
+        The padding of each layer relative to what it held, by name.
+
+    Raises:
+        ValueError: If a name is not that of a GBLR layer, there is none, or one has no component.
+    """
+    padding: dict[str, float] = {}
+
+    def tiled(name: str, layer: StructuredModule) -> tuple[Format, Mapping[str, Tensor]]:
+        format, factors = tile(cast("Gblr", layer.format), _detached(layer))
+        padding[name] = format.num_parameters() / layer.format.num_parameters() - 1
+        return format, factors
+
+    _convert_(model, names, Gblr, tiled)
+    return padding
+
+
+def _detached(layer: StructuredModule) -> dict[str, Tensor]:
+    return {name: factor.detach() for name, factor in layer.factors.items()}
+
+
+def _convert_(
+    model: nn.Module,
+    names: Iterable[str] | None,
+    kind: type[Format],
+    convert: Callable[[str, StructuredModule], tuple[Format, Mapping[str, Tensor]]],
+) -> None:
+    """Give the layers of one format another, in place, once all of them are made; shared factors are converted once."""
+    hung, layers = _structured_layers(model)
+    found = {name: layer for name, layer in layers.items() if isinstance(layer.format, kind)}
+    wanted = _with_ties(found, list(names) if names is not None else list(found), f"{kind.__name__} layers")
+    if not wanted:
+        raise ValueError(f"expected a network with {kind.__name__} layers, got none")
+    converted: dict[tuple[int, ...], StructuredModule] = {}
+    replacements: dict[str, StructuredModule] = {}
+    for old in {id(found[name]): found[name] for name in wanted}.values():
+        first = converted.get(_tie(old))
+        if first is None:
+            new = converted[_tie(old)] = old.with_factors(*convert(hung[id(old)][0], old))
+        else:
+            new = old.with_factors(first.format, first.factors)
+            for key in first.factors:
+                setattr(new, key, getattr(first, key))
+        replacements |= dict.fromkeys(hung[id(old)], new)
+    for name, module in replacements.items():
+        put_module(model, name, module)
+    record(model)
+
+
+def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
+    """Turn structured layers back into dense ones, in place: their matrices become real parameters.
+
+    Args:
+        model: The network.
+        names: Which layers; None for all. Layers that share the factors of one of them come along.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: If a name is not that of a structured layer, or it is the whole model.
+    """
+    hung, layers = _structured_layers(model)
+    wanted = _with_ties(layers, list(names) if names is not None else list(layers), "structured layers")
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    for old in {id(layers[name]): layers[name] for name in wanted}.values():
+        new = old.dense_layer()
+        shared = _tie(old)
+        if shared not in weights:
+            learns = any(factor.requires_grad for factor in old.factors.values())
+            weight = old.in_dense_layout(old.to_dense().detach()).clone(memory_format=torch.contiguous_format)
+            weights[shared] = nn.Parameter(weight, requires_grad=learns)
+        new.weight = weights[shared]
+        new.register_parameter("bias", old.bias)
+        new.train(old.training)
+        for name in hung[id(old)]:
+            put_module(model, name, new)
+    record(model)
+    return model
+
+
+def _structured_layers(model: nn.Module) -> tuple[dict[int, list[str]], dict[str, StructuredModule]]:
+    """The names under which each structured layer hangs, by its ``id``; and the layers by name."""
+    hung: dict[int, list[str]] = {}
+    layers: dict[str, StructuredModule] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StructuredModule):
+            hung.setdefault(id(module), []).append(name)
+            layers[name] = module
+    return hung, layers
+
+
+def _with_ties(layers: Mapping[str, StructuredModule], wanted: list[str], what: str) -> list[str]:
+    """The wanted layers and those that share their factors."""
+    unknown = [name for name in wanted if name not in layers]
+    if unknown:
+        raise ValueError(f"expected names of {what}, got {unknown}; there are: {', '.join(layers) or 'none'}")
+    if "" in wanted:
+        raise ValueError("expected layers inside the model, but it is one layer itself; convert its factors instead")
+    ties = {_tie(layers[name]) for name in wanted}
+    return [name for name, layer in layers.items() if _tie(layer) in ties]
+
+
+def _tie(layer: StructuredModule) -> tuple[int, ...]:
+    """What layers that share their factors have in common."""
+    return tuple(id(factor) for factor in layer.factors.values())
+
+
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Hang ``module`` under ``name``."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, module)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # its fused inference path reads the dense weights of its children
+        for ancestor in model.modules():
+            if isinstance(ancestor, nn.TransformerEncoder) and parent in ancestor.layers:
+                ancestor.use_nested_tensor = False
