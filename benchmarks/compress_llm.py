@@ -115,7 +115,7 @@ class Bench:
         batches = self.batches(calibration) if how in (IN_SEQUENCE, REFINED) else None
         start = time.perf_counter()
         refine = REFINEMENT if how == REFINED else None
-        fits = sm.compress_(model, plan, moments=moments, batches=batches, refine=refine)
+        fits = sm.compress_(model, plan, calibration=moments, batches=batches, refine=refine)
         seconds = time.perf_counter() - start + spent
         score = self.score(model)
         kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())

@@ -1,8 +1,8 @@
-"""Compress a language model: plan, calibrate, refine, report, save, load, compare, retrain, generate.
+"""Compress a language model: plan, compress, report, save, load, compare, retrain, generate.
 
-Run it as it is, or cell by cell in an editor that knows ``# %%``. It needs no download: a small Llama is built and
-trained on sentences made here, in seconds. With the folder ``stories260K-llama`` under STRUCTMAT_DATA it takes that
-trained model and its stories instead. For a model of your own, start at "The plan".
+Run it from a shell, or cell by cell in an editor that knows ``# %%``. It needs no download, because it trains a small
+Llama in seconds on sentences that it makes itself. If STRUCTMAT_DATA names a folder with ``stories260K-llama``, it takes
+that trained model and its stories instead. For a model of your own, start at "The plan".
 
     pip install 'structmat[train]'
     python examples/compress_llm.py
@@ -27,10 +27,12 @@ from structmat.integrations.transformers.arguments import StructuredTrainingArgu
 from structmat.integrations.transformers.retraining import retrain
 
 torch.manual_seed(0)
+LENGTH = 96
+folder = Path(tempfile.mkdtemp(prefix="structmat-example-"))
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Little stories with a rule in them: what somebody has is what they use in the end."""
+    """Little stories with a rule in them: the thing that somebody has decides what they do in the end."""
     chance = random.Random(seed)
     things = {"boat": "sailed away", "kite": "let it fly", "drum": "played a song", "book": "read it aloud"}
     texts = []
@@ -60,23 +62,17 @@ def new_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int) -> LlamaForCausalLM:
-    """A small Llama, trained for some seconds."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    batches = token_batches(tokenizer, texts, length=96, batch_size=16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for step in range(steps):
-        batch = batches[step % len(batches)]
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        loss = model(**batch, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+def arguments(name: str, **options: Any) -> StructuredTrainingArguments:
+    """The settings of a short training, whose result goes to a folder of this name."""
+    return StructuredTrainingArguments(
+        output_dir=str(folder / name),
+        per_device_train_batch_size=16,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        **options,
+    )
 
 
 if "STRUCTMAT_DATA" in os.environ:
@@ -89,31 +85,42 @@ if "STRUCTMAT_DATA" in os.environ:
 else:
     known, unseen = sentences(800, seed=0), sentences(50, seed=1)
     tokenizer = new_tokenizer(known)
-    dense = new_model(tokenizer, known, steps=300)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    dense = LlamaForCausalLM(config)
+    retrain(dense, tokenizer, known, None, arguments("dense", max_steps=300, learning_rate=4e-3), length=LENGTH)
+    dense.eval()
     prompt, keep = "Ada had a red kite. One day", 0.4
 
-# %% The plan: which layers get which format. Edit it, print it, store it as JSON
-plan = sm.make_plan(dense, {r".*\.(self_attn|mlp)\..*_proj": sm.Blast}, keep=keep, blocks=4)
+# %% The plan says which layer gets which format; print it, edit it, or save it with plan.save
+plan = sm.make_plan(dense, {r".*\.(self_attn|mlp)\..*_proj": "blast"}, keep=keep, blocks=4)
 print("\n".join(str(plan).splitlines()[:7]))
 
-# %% Compression, block by block on calibration data, each block refined: no labels, no training
+# %% Compression goes block by block on calibration data and refines each block, without labels or training
 model = copy.deepcopy(dense)
-batches = token_batches(tokenizer, sorted(known[:96], key=len), length=96, batch_size=16)
+batches = token_batches(tokenizer, sorted(known[:96], key=len), length=LENGTH, batch_size=16)
 fits = sm.compress_(model, plan, batches=batches, refine=sm.Refinement(steps=20))
 
-# %% The report: what every layer is, costs, and how far it is from the weight it replaced
+# %% The report says what every layer is, what it costs, and how far it is from the weight that it replaced
 report = sm.report(model, fits=fits)
 print("\n".join(str(report).splitlines()[:9]))
 print(f"parameters: {report.dense_parameters:,} -> {report.parameters:,}")
 
 # %% Save and load, as always with transformers
-folder = Path(tempfile.mkdtemp(prefix="structmat-example-"))
 model.save_pretrained(folder / "small")
 tokenizer.save_pretrained(folder / "small")
 small = AutoModelForCausalLM.from_pretrained(folder / "small")
 
-# %% Dense and compressed side by side
-LENGTH = 96
+# %% Compare the dense and the compressed model
 scores = {
     name: perplexity(network, tokenizer, unseen, length=LENGTH, progress=False)
     for name, network in (("dense", dense), ("compressed", small))
@@ -123,18 +130,16 @@ for name, score in scores.items():
     print(f"{name:>10}: {score}")
 print(f"operations: {flops.relative:.3f} of the dense model's")
 
-# %% Retraining for a few steps, with the dense model as teacher
-args = StructuredTrainingArguments(
-    output_dir=str(folder / "better"), max_steps=30, per_device_train_batch_size=16, learning_rate=3e-4,
-    lr_scheduler_type="cosine", warmup_steps=5, distill_logits=1.0, logging_steps=10, save_strategy="no",
-    report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
-)  # fmt: skip
-figures = retrain(small, tokenizer, known, unseen, args, teacher=dense, length=LENGTH)
+# %% Retrain for a few steps, with the dense model as teacher
+args = arguments(
+    "better", max_steps=30, learning_rate=3e-4, lr_scheduler_type="cosine", warmup_steps=5, distill_logits=1.0
+)
+retrain(small, tokenizer, known, unseen, args, teacher=dense, length=LENGTH)
 better: Any = AutoModelForCausalLM.from_pretrained(folder / "better")
 scores["retrained"] = perplexity(better, tokenizer, unseen, length=LENGTH, progress=False)
 print(" -> ".join(f"{name} {score.token:.3f}" for name, score in scores.items()))
 
-# %% And it writes
+# %% Generate
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 written = better.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=0)
 print(tokenizer.decode(written[0], skip_special_tokens=True))

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,9 +49,21 @@ def test_a_rule_that_decides_nothing_is_refused(exclude: Any) -> None:
         make_plan(network(), rules, exclude=exclude)
 
 
-def test_a_rule_wants_a_format_class() -> None:
-    with pytest.raises(TypeError, match="expected a format class such as Blast, got 'blast'"):
-        Rule("blast")  # pyright: ignore
+def test_a_rule_wants_a_format_class_or_its_name() -> None:
+    with pytest.raises(TypeError, match="expected a format class such as Blast, or its name, got 3"):
+        Rule(3)  # pyright: ignore
+    with pytest.raises(ValueError, match=r"expected the format's name to be one of .*'blast'.*, got 'last'"):
+        Rule("last")
+    assert Rule("low-rank") == Rule("low_rank") == Rule(LowRank)
+
+
+def test_one_format_for_all_layers_by_class_by_name_or_by_rule() -> None:
+    plans = [
+        make_plan(network(), choice, keep=0.4, blocks=4, misfits="skip")
+        for choice in (Blast, "blast", Rule("blast"), {".*": Blast})
+    ]
+    assert len(plans[0]) > 1
+    assert plans[1] == plans[2] == plans[3] == plans[0]
 
 
 def test_missing_blocks_are_no_misfit() -> None:
@@ -171,9 +184,11 @@ def test_unknown_misfits_are_refused() -> None:
         make_plan(network(), {nn.Linear: LowRank}, misfits="ignore")
 
 
-@pytest.mark.parametrize("rule", ["blast", LowRank(4, 4, 1), int])
+@pytest.mark.parametrize("rule", [3, LowRank(4, 4, 1), None])
 def test_rules_of_another_type_are_refused(rule: Any) -> None:
-    with pytest.raises(TypeError, match="expected a format class or a Rule, got " + re.escape(repr(rule))):
+    with pytest.raises(
+        TypeError, match="expected a format class, the name of a format, or a Rule, got " + re.escape(repr(rule))
+    ):
         make_plan(network(), {nn.Linear: rule})
 
 
@@ -257,3 +272,18 @@ def test_json_of_an_unknown_format_is_refused() -> None:
 def test_json_of_another_schema_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a plan of schema 1, got 2; update structmat"):
         Plan.from_json('{"schema": 2, "layers": {}, "skipped": {}}')
+
+
+def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "plan.json"
+    PLAN.save(file)
+    assert Plan.load(file) == PLAN
+    assert [path.name for path in file.parent.iterdir()] == ["plan.json"]
+
+
+def test_a_file_without_a_plan_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected a plan in '.*nowhere', found no file; Plan.save writes one"):
+        Plan.load(tmp_path / "nowhere")
+    (tmp_path / "other").write_text("{}")
+    with pytest.raises(ValueError, match=r"expected a plan in '.*other': expected the JSON of a plan"):
+        Plan.load(tmp_path / "other")

@@ -16,18 +16,40 @@ from structmat.integrations import doors
 
 if TYPE_CHECKING:
     from structmat import (
-        bench,
-        compress,
-        data,
-        evaluate,
-        fit,
-        formats,
-        inspect,
-        integrations,
-        network,
-        nn,
-        ops,
-        training,
+        bench as bench,
+    )
+    from structmat import (
+        compress as compress,
+    )
+    from structmat import (
+        data as data,
+    )
+    from structmat import (
+        evaluate as evaluate,
+    )
+    from structmat import (
+        fit as fit,
+    )
+    from structmat import (
+        formats as formats,
+    )
+    from structmat import (
+        inspect as inspect,
+    )
+    from structmat import (
+        integrations as integrations,
+    )
+    from structmat import (
+        network as network,
+    )
+    from structmat import (
+        nn as nn,
+    )
+    from structmat import (
+        ops as ops,
+    )
+    from structmat import (
+        training as training,
     )
     from structmat.bench.autotune import autotune_
     from structmat.checkpoint import load_model, save_model
@@ -130,18 +152,6 @@ __all__ = [
     "report",
     "save_model",
     "tile_",
-    "bench",
-    "compress",
-    "data",
-    "evaluate",
-    "fit",
-    "formats",
-    "inspect",
-    "integrations",
-    "network",
-    "nn",
-    "ops",
-    "training",
 ]
 
 

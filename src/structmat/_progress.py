@@ -10,24 +10,36 @@ from tqdm.auto import tqdm as drawn
 from tqdm.std import tqdm
 
 INTERVAL = 10.0
-"""Without a terminal there is one line in so many seconds at most."""
+"""The number of seconds that pass, at least, between two lines of a bar where there is no terminal."""
 
 
 class _Lines(tqdm):
-    """A progress bar that prints whole lines, for logs."""
+    """A progress bar for logs: a line of plain text every ten seconds, and one at the end."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._said, self._closing = time.monotonic(), False
-        super().__init__(*args, **{**options, "mininterval": INTERVAL, "ncols": 100, "dynamic_ncols": False})
+        super().__init__(*args, **{**options, "mininterval": INTERVAL})
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Print the bar as a line, if the last line is old enough."""
+    def __str__(self) -> str:
+        facts = self.format_dict
+        done, total, elapsed, name = facts["n"], facts["total"], facts["elapsed"], facts["prefix"]
+        parts = [f"{done} done" if total is None else f"{done / total:.0%}" if total else "100%"]
+        if total and facts["bar_format"] is None:  # a format of its own says that the numbers mean nothing to a reader
+            parts[0] += f" ({done} of {total})"
+        parts.append(f"{self.format_interval(elapsed)} so far")
+        if total and 0 < done < total:
+            parts.append(f"about {self.format_interval(elapsed / done * (total - done))} to go")
+        if facts["postfix"]:
+            parts.append(facts["postfix"])
+        return f"{name.removesuffix(': ')}: {', '.join(parts)}" if name else ", ".join(parts)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print the line, if the last one is old enough."""
         now = time.monotonic()
         if self._closing or now - self._said >= INTERVAL:
             self._said = now
-            self.fp.write(f"{str(self) if msg is None else msg}\n")
+            self.fp.write(f"{self if msg is None else msg}\n")
             self.fp.flush()
-        return True
 
     def close(self) -> None:
         """Print the last state, unless the bar was to vanish."""
@@ -37,7 +49,7 @@ class _Lines(tqdm):
             self._closing = True
             self.display()
         self.disable = True
-        self._decr_instances(self)
+        self._decr_instances(self)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def progress_bar(*, show: bool = True, **options: Any) -> Any:
@@ -48,7 +60,8 @@ def progress_bar(*, show: bool = True, **options: Any) -> Any:
         **options: The arguments of ``tqdm``, such as ``total`` and ``desc``.
 
     Returns:
-        A ``tqdm``: drawn where there is a terminal or a notebook, otherwise one that prints a line in ten seconds.
+        A ``tqdm``. It is drawn where there is a terminal or a notebook; elsewhere it prints a plain line when ten
+        seconds have passed since its last one, and one when it ends.
     """
     lines = not sys.stderr.isatty() and drawn.__module__ != "tqdm.notebook"
     return (_Lines if lines else drawn)(disable=not show, **options)

@@ -2,67 +2,108 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from structmat import _checks
-from structmat.formats import Dense, Format, format_from_json
+from structmat._files import write_atomically
+from structmat.formats import Format, format_from_json, format_named
 from structmat.network.sites import Site, find_sites
 from structmat.nn import StructuredModule
 
 SCHEMA_VERSION = 1
-"""Of the JSON form of a plan."""
+"""The version of the JSON form of a plan."""
 
 Selector = str | type[nn.Module]
 """A regular expression that must match a module's whole name, or a module type."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Rule:
     """What to make of the layers that a selector picks.
 
-    Attributes:
-        format: The format.
-        keep: Share of the dense parameters; None for the plan's.
-        blocks: Block counts; None for the plan's.
+    Args:
+        format: The class of the format, or its name.
+        keep: The share of the dense parameters; None for the plan's.
+        blocks: The block counts; None for the plan's.
         options: Further arguments of the format's ``for_budget``.
 
+    Attributes:
+        format: The class of the format.
+
+    Raises:
+        TypeError: If the format is neither a class of a format nor a name.
+        ValueError: If the name is unknown, no budget can size the format, or a number is out of range.
+
     Example:
-        >>> from structmat import Blast
-        >>> Rule(Blast, keep=0.3, blocks=(4, 8)).keep
-        0.3
+        >>> Rule("blast", keep=0.3, blocks=(4, 8)).format.__name__
+        'Blast'
     """
 
     format: type[Format]
-    keep: float | None = None
-    blocks: int | tuple[int, int] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    keep: float | None
+    blocks: int | tuple[int, int] | None
+    options: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        if not (isinstance(self.format, type) and issubclass(self.format, Format)):
-            raise TypeError(f"expected a format class such as Blast, got {self.format!r}")
-        if not hasattr(self.format, "for_budget"):
+    def __init__(
+        self,
+        format: type[Format] | str,
+        keep: float | None = None,
+        blocks: int | tuple[int, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        kind = format_named(format) if isinstance(format, str) else format
+        if not (isinstance(kind, type) and issubclass(kind, Format)):
+            raise TypeError(f"expected a format class such as Blast, or its name, got {format!r}")
+        if not hasattr(kind, "for_budget"):
             raise ValueError(
-                f"expected a format that a budget can size, got {self.format.__name__}, which is made from another"
+                f"expected a format that a budget can size, got {kind.__name__}, which is made from another"
             )
-        if self.keep is not None:
-            _checks.fraction(self.keep, "keep")
-        if self.blocks is not None and not self.format.takes_blocks:
-            raise ValueError(
-                f"expected no blocks for {self.format.__name__}, whose budget alone decides, got {self.blocks}"
-            )
+        if keep is not None:
+            _checks.fraction(keep, "keep")
+        if blocks is not None and not kind.takes_blocks:
+            raise ValueError(f"expected no blocks for {kind.__name__}, whose budget alone decides, got {blocks}")
+        for name, value in {"format": kind, "keep": keep, "blocks": blocks, "options": dict(options or {})}.items():
+            object.__setattr__(self, name, value)
 
-    def format_for(self, M: int, N: int) -> Format:
-        """The largest member of the format that this rule allows for a matrix.
+    def completed(self, keep: float, blocks: int | tuple[int, int] | None) -> Rule:
+        """Fill in what the rule leaves to the plan.
 
         Args:
-            M: Its rows.
-            N: Its columns.
+            keep: The plan's share of the dense parameters.
+            blocks: The plan's block counts; None for none.
+
+        Returns:
+            The complete rule.
+
+        Raises:
+            ValueError: If the format needs block counts and there are none.
+        """
+        own = self.blocks if self.blocks is not None or not self.format.takes_blocks else blocks
+        if own is None and self.needs_blocks:
+            raise ValueError(f"expected blocks for {self.format.__name__}, in make_plan or in a Rule, got none")
+        return Rule(self.format, keep if self.keep is None else self.keep, own, self.options)
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether the format needs block counts and the options have none."""
+        option = self.format.budget_options().get("blocks")
+        return option is not None and option.default is inspect.Parameter.empty and "blocks" not in self.options
+
+    def format_for(self, M: int, N: int) -> Format:
+        """Find the largest member of the format that this rule allows for a matrix.
+
+        Args:
+            M: The rows of the matrix.
+            N: The columns of the matrix.
 
         Returns:
             The format.
@@ -74,13 +115,17 @@ class Rule:
         if self.keep is None:
             raise ValueError(f"expected a keep in the rule for {self.format.__name__}, got none")
         options = dict(self.options)
-        if self.format.takes_blocks:
-            if self.blocks is None:
-                raise ValueError(f"expected blocks in the rule for {self.format.__name__}, got none")
+        if self.blocks is not None:
             options["blocks"] = self.blocks
+        elif self.needs_blocks:
+            raise ValueError(f"expected blocks in the rule for {self.format.__name__}, got none")
         format = self.format.for_budget(M, N, keep=self.keep, **options)
         format.check_saves()
         return format
+
+
+FormatChoice = type[Format] | str | Rule
+"""What a layer is to become: the class or the name of a format, or a rule."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +133,8 @@ class Plan(Mapping[str, Format]):
     """``{module name: format}``, with the layers that were asked for and left out.
 
     Attributes:
-        layers: The format of each layer.
-        skipped: Why a layer that a selector picked is not among them.
+        layers: The format of each layer by name.
+        skipped: The reason why a layer that a selector picked has no format, by name.
     """
 
     layers: Mapping[str, Format]
@@ -122,6 +167,36 @@ class Plan(Mapping[str, Format]):
         layers = {name: format.to_json() for name, format in self.layers.items()}
         return json.dumps({"schema": SCHEMA_VERSION, "layers": layers, "skipped": dict(self.skipped)}, indent=1)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a JSON file, in one step.
+
+        Args:
+            path: The file; an existing one is replaced.
+        """
+        text = self.to_json() + "\n"
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that ``save`` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The plan.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not the JSON of a plan; the message names the file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"expected a plan in {os.fspath(path)!r}, found no file; Plan.save writes one")
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"expected a plan in {os.fspath(path)!r}: {error}") from error
+
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read what ``to_json`` wrote.
@@ -150,7 +225,7 @@ class Plan(Mapping[str, Format]):
 
 def make_plan(
     model: nn.Module,
-    rules: Mapping[Selector, type[Format] | Rule],
+    rules: FormatChoice | Mapping[Selector, FormatChoice],
     *,
     keep: float = 0.5,
     blocks: int | tuple[int, int] | None = None,
@@ -164,9 +239,10 @@ def make_plan(
 
     Args:
         model: The network; it is only looked at, and may live on the meta device.
-        rules: What to make of the layers each selector picks.
-        keep: Share of the dense parameters that a layer keeps where its rule does not say.
-        blocks: Block counts, for the formats that have them, where the rule does not say.
+        rules: What to make of the layers that each selector picks: a format's class or name, or a ``Rule``. One of
+            these alone is for all layers.
+        keep: The share of the dense parameters that a layer keeps where its rule does not say.
+        blocks: The block counts, for the formats that have them, where the rule does not say.
         exclude: Selectors of layers to leave alone.
         misfits: ``"error"``, or ``"skip"`` for leaving layers alone that their format does not fit; they are named in
             ``Plan.skipped`` and in the report.
@@ -180,95 +256,118 @@ def make_plan(
         TypeError: If a rule is neither a format nor a ``Rule``.
 
     Example:
-        >>> from structmat import Blast, LowRank
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 10))
-        >>> print(make_plan(model, {"0": Blast, nn.Linear: LowRank}, keep=0.5, blocks=4, exclude=["3"]))
+        >>> print(make_plan(model, {"0": "blast", nn.Linear: "low_rank"}, keep=0.5, blocks=4, exclude=["3"]))
         0  Blast(M=64, N=64, blocks=(4, 4), rank=14)  keep 0.492
         2  LowRank(M=32, N=64, rank=10)  keep 0.469
+        >>> len(make_plan(model, "low_rank", keep=0.5))
+        3
     """
     _checks.one_of(misfits, ("error", "skip"), "misfits")
-    resolved = {selector: _as_rule(rule, keep, blocks) for selector, rule in rules.items()}
+    _checks.fraction(keep, "keep")
+    given = rules if isinstance(rules, Mapping) else {".*": rules}
+    resolved = {selector: as_rule(rule).completed(keep, blocks) for selector, rule in given.items()}
     exclude = [exclude] if isinstance(exclude, (str, type)) else list(exclude)
     sites = find_sites(model)
     deciders = {name: _decider(site, resolved, exclude) for name, site in sites.items()}
-    for selector in (*resolved, *exclude):
-        if not any(_matches(selector, site) for site in sites.values()):
-            raise ValueError(
-                f"expected {_spell(selector)} to pick a dense linear layer or convolution, but it picks none; "
-                f"there are: {', '.join(sites) or 'none'}"
-            )
-    for selector in resolved:
-        if selector not in deciders.values():
-            raise ValueError(
-                f"expected {_spell(selector)} to decide a layer, but all that it picks are excluded or taken by an "
-                "earlier rule; put special rules before general ones"
-            )
+    _check_selectors(sites, resolved, exclude, deciders)
     layers: dict[str, Format] = {}
     skipped: dict[str, str] = {}
     for name, site in sites.items():
         selector = deciders[name]
         if selector is None:
             continue
-        rule = resolved[selector]
-        if rule.format is Dense:
-            if not site.problem:
-                layers[name] = Dense(*site.matrix.shape)
-            continue
         try:
-            if site.problem:
-                raise ValueError(site.problem)
-            M, N = site.matrix.shape
-            layers[name] = rule.format_for(M, N)
+            format = _format_of(site, resolved[selector])
         except ValueError as error:
             if misfits == "error":
                 raise ValueError(
                     f"layer {name!r} does not fit: {error}. Give it another rule, exclude it, or pass misfits='skip'"
                 ) from error
             skipped[name] = str(error)
+            continue
+        if format is not None:
+            layers[name] = format
     return Plan(layers, skipped)
 
 
-def _as_rule(rule: type[Format] | Rule, keep: float, blocks: int | tuple[int, int] | None) -> Rule:
-    if isinstance(rule, type) and issubclass(rule, Format):
-        rule = Rule(rule)
-    if not isinstance(rule, Rule):
-        raise TypeError(f"expected a format class or a Rule, got {rule!r}")
-    _checks.fraction(keep, "keep")
-    if rule.format.takes_blocks and rule.blocks is None and blocks is None:
-        raise ValueError(f"expected blocks for {rule.format.__name__}, in make_plan or in a Rule, got none")
-    return Rule(
-        rule.format,
-        keep if rule.keep is None else rule.keep,
-        blocks if rule.blocks is None and rule.format.takes_blocks else rule.blocks,
-        rule.options,
-    )
+def _format_of(site: Site, rule: Rule) -> Format | None:
+    """The format of one layer; None for a layer that stays as it was and is no plain matrix."""
+    if not rule.format.replaces:
+        return None if site.problem else rule.format(*site.matrix.shape)
+    if site.problem:
+        raise ValueError(site.problem)
+    M, N = site.matrix.shape
+    return rule.format_for(M, N)
+
+
+def _check_selectors(
+    sites: Mapping[str, Site],
+    rules: Mapping[Selector, Rule],
+    exclude: Iterable[Selector],
+    deciders: Mapping[str, Selector | None],
+) -> None:
+    """Refuse a selector that picks no layer, and a rule that decides none."""
+    for selector in (*rules, *exclude):
+        if not any(_matches(selector, site) for site in sites.values()):
+            raise ValueError(
+                f"expected {_spell(selector)} to pick a dense linear layer or convolution, but it picks none; "
+                f"there are: {', '.join(sites) or 'none'}"
+            )
+    for selector in rules:
+        if selector not in deciders.values():
+            raise ValueError(
+                f"expected {_spell(selector)} to decide a layer, but all that it picks are excluded or taken by an "
+                "earlier rule; put special rules before general ones"
+            )
+
+
+def as_rule(choice: FormatChoice) -> Rule:
+    """Turn a format's class or name into a rule.
+
+    Args:
+        choice: The class, the name, or a rule.
+
+    Returns:
+        The rule.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if isinstance(choice, (str, type)):
+        return Rule(choice)
+    if not isinstance(choice, Rule):
+        raise TypeError(f"expected a format class, the name of a format, or a Rule, got {choice!r}")
+    return choice
 
 
 def _decider(site: Site, rules: Mapping[Selector, Rule], exclude: Iterable[Selector]) -> Selector | None:
-    """The selector of the rule that decides a site, if any does."""
+    """Find the selector of the rule that decides a site, if any does."""
     if any(_matches(selector, site) for selector in exclude):
         return None
     return next((selector for selector in rules if _matches(selector, site)), None)
 
 
 def _matches(selector: Selector, site: Site) -> bool:
+    """Whether a selector picks a site."""
     if isinstance(selector, str):
         return any(re.fullmatch(selector, name) for name in site.names)
     return isinstance(site.module, selector)
 
 
 def _spell(selector: Selector) -> str:
+    """A selector as messages show it."""
     return repr(selector) if isinstance(selector, str) else selector.__name__
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan that the structured layers of a network follow.
+    """Find the plan that the structured layers of a network follow.
 
     Args:
         model: The network.
 
     Returns:
-        Format of each structured layer; one that several names share is there under the first.
+        The format of each structured layer; a layer that several names share is there under the first.
     """
     layers: dict[str, StructuredModule] = {}
     seen: set[tuple[int, ...]] = set()

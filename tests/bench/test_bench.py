@@ -27,7 +27,7 @@ from structmat.bench.machine import CPU_COLD_BYTES, cold_bytes
 from structmat.bench.plots import layer_speeds, model_speeds
 from structmat.bench.timing import BUSY_BYTES, captured, clock_of
 from structmat.bench.verify import check_layer, exact_weight
-from structmat.integrations.transformers.generation import GenerationBench, ModelTime, _Writer, bench_generation
+from structmat.integrations.transformers.generation import _Writer, bench_generation
 from structmat.integrations.transformers.llamas import fill_, random_factors, random_llama
 
 RULES = {"blast": Rule(Blast, 0.5, 4), "low-rank": Rule(LowRank, 0.5)}

@@ -11,7 +11,7 @@ from structmat import Blast
 from structmat.bench.machine import Peak
 from structmat.cli import main
 from structmat.cli.bench import read_shape, rules_for
-from structmat.integrations.transformers import llamas
+from structmat.bench.models import SHAPES
 from training import tiny
 
 
@@ -97,8 +97,8 @@ def test_models(which: str, folder: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny.llama().config
-    facts = {name: getattr(config, name) for name in llamas.SHAPES["llama-tiny"]}
-    monkeypatch.setitem(llamas.SHAPES, "llama-tiny", facts)
+    facts = {name: getattr(config, name) for name in SHAPES["llama-tiny"]}
+    monkeypatch.setitem(SHAPES, "llama-tiny", facts)
     words = ["bench", "--shape", "llama-tiny", "--formats", "low_rank", "--prefill", "4", "--generate", "2"]
     assert main([*words, "--rounds", "1", "--device", "cpu", "--optimize", "-o", str(tmp_path)]) == 0
     lines, _ = shown(capsys)

@@ -32,8 +32,8 @@ def assert_moments(moments: Moments, x: Tensor, tolerance: float = 1e-12) -> Non
     """That the moments are those of ``x (T, N)``."""
     x = x.double()
     assert moments.tokens == len(x)
-    assert moments.second.dtype == moments.mean.dtype == torch.float64
-    torch.testing.assert_close(moments.second, x.mT @ x / len(x), rtol=0, atol=tolerance)
+    assert moments.second_moment.dtype == moments.mean.dtype == torch.float64
+    torch.testing.assert_close(moments.second_moment, x.mT @ x / len(x), rtol=0, atol=tolerance)
     torch.testing.assert_close(moments.mean, x.mean(0), rtol=0, atol=tolerance)
     assert moments.cross is moments.target_mean is None
 
@@ -344,9 +344,9 @@ def test_hard_inputs_give_a_ridge(kind: str) -> None:
             x[:] = 1
     moments = sums_of(batches).moments()
     assert moments.ridge in RIDGES
-    _, gram = moments.problem(randn(5, 40))
-    assert torch.isfinite(gram).all()
-    assert torch.linalg.eigvalsh(gram)[0] > 0
+    _, second_moment = moments.problem(randn(5, 40))
+    assert torch.isfinite(second_moment).all()
+    assert torch.linalg.eigvalsh(second_moment)[0] > 0
 
 
 def test_held_out_batches_count_too() -> None:
@@ -370,7 +370,7 @@ def crossed(N: int = 10, tokens: int = 300) -> tuple[Tensor, Tensor, Moments]:
     t = correlated(tokens, N) + 2
     x = t + 0.3 * randn(tokens, N, seed=8) @ randn(N, N, seed=9) - 1
     moments = sums_of([x], [t]).moments()
-    return x, t, Moments(tokens, moments.second, moments.mean, moments.cross, moments.target_mean, ridge=0.0)
+    return x, t, Moments(tokens, moments.second_moment, moments.mean, moments.cross, moments.target_mean, ridge=0.0)
 
 
 def test_cross_moments_are_those_of_both_inputs() -> None:
@@ -388,13 +388,13 @@ def test_the_problem_is_least_squares_on_the_samples(centred: bool) -> None:
     y = t @ weight.mT
     design = torch.cat([x, torch.ones(len(x), 1).double()], 1) if centred else x
     expected = torch.linalg.lstsq(design, y).solution.mT
-    target, gram = moments.problem(weight, centred=centred)
+    target, second_moment = moments.problem(weight, centred=centred)
     torch.testing.assert_close(target, expected[:, :10], rtol=1e-6, atol=1e-8)
     if centred:
         bias = randn(6).double()
         torch.testing.assert_close(moments.bias(bias, weight, target), bias + expected[:, 10], rtol=1e-6, atol=1e-8)
     deviations = x - x.mean(0) if centred else x
-    torch.testing.assert_close(gram, deviations.mT @ deviations / len(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(second_moment, deviations.mT @ deviations / len(x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -403,16 +403,16 @@ def test_the_loss_of_any_approximation_is_that_of_the_problem_but_for_a_constant
     x, t, moments = crossed()
     if same:
         t = x
-        moments = Moments(len(x), moments.second, moments.mean, ridge=0.0)
+        moments = Moments(len(x), moments.second_moment, moments.mean, ridge=0.0)
     weight, bias = randn(6, 10).double(), randn(6).double()
-    target, gram = moments.problem(weight, centred=centred)
+    target, second_moment = moments.problem(weight, centred=centred)
     gaps = []
     for seed in range(3):
         approximation = weight + randn(6, 10, seed=seed).double()
         E = target - approximation
         own = moments.bias(bias, weight, approximation) if centred else bias
         rest = (t @ weight.mT + bias) - (x @ approximation.mT + own)
-        gaps.append(float(rest.square().sum(1).mean() - torch.trace(E @ gram @ E.mT)))
+        gaps.append(float(rest.square().sum(1).mean() - torch.trace(E @ second_moment @ E.mT)))
     assert gaps == pytest.approx([gaps[0]] * 3, rel=1e-8, abs=1e-9)
     if same:
         assert gaps[0] == pytest.approx(0, abs=1e-9)
@@ -433,15 +433,15 @@ def test_directions_without_data_stay_as_they_are() -> None:
     x[:, [2, 5]] = 0
     t[:, [2, 5]] = 0
     weight = randn(6, 10).double()
-    target, gram = sums_of([x], [t]).moments().problem(weight)
+    target, second_moment = sums_of([x], [t]).moments().problem(weight)
     torch.testing.assert_close(target[:, [2, 5]], weight[:, [2, 5]])
-    assert torch.linalg.eigvalsh(gram)[0] > 0
+    assert torch.linalg.eigvalsh(second_moment)[0] > 0
 
 
 def test_the_target_keeps_the_dtype_of_the_weight() -> None:
     _, _, moments = crossed()
-    target, gram = moments.problem(randn(6, 10).bfloat16())
-    assert (target.dtype, gram.dtype) == (torch.bfloat16, torch.float64)
+    target, second_moment = moments.problem(randn(6, 10).bfloat16())
+    assert (target.dtype, second_moment.dtype) == (torch.bfloat16, torch.float64)
 
 
 @pytest.mark.parametrize("constant", [1.0, 1e4, 1e6])
@@ -450,7 +450,7 @@ def test_a_constant_input_does_not_break_the_centred_problem(constant: float, ri
     x, t, _ = crossed()
     x[:, 4], t[:, 4], x[:, 5], t[:, 5] = constant, constant, constant, constant
     moments = sums_of([x], [t]).moments()
-    moments = Moments(moments.tokens, moments.second, moments.mean, moments.cross, moments.target_mean, ridge)
+    moments = Moments(moments.tokens, moments.second_moment, moments.mean, moments.cross, moments.target_mean, ridge)
     weight = randn(6, 10).double()
     target, _ = moments.problem(weight, centred=True)
     assert torch.isfinite(target).all()
@@ -467,4 +467,4 @@ def test_formats_do_not_matter_to_calibration() -> None:
     one, other = (
         calibrate(model, [x], {"2": f}, progress=False) for f in (LowRank(32, 32, 1), BlockDiagonal(32, 32, 4))
     )
-    assert torch.equal(one["2"].second, other["2"].second)
+    assert torch.equal(one["2"].second_moment, other["2"].second_moment)

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from small_networks import Block, Stack, padding, sequences, snapshot
 from structmat import Blast, Fit, LowRank, Refinement, compress_
-from structmat.compress.api import put_fits_
 from structmat.compress.refinement import refined
-from structmat.compress.tasks import FitBar, FitStore
+from structmat.compress.states import Block as CompressedBlock
+from structmat.compress.states import States
+from structmat.compress.store import FitStore
+from structmat.compress.tasks import FitBar
 from structmat.fit import TruncatedSvd
+from structmat.network.surgery import put_fits_
 
 WIDTH = 12
 LIVELY = Refinement(steps=60, learning_rate=1e-2)
@@ -52,9 +55,9 @@ class Case:
 
     def refined(self, settings: Refinement = LIVELY, store: FitStore | None = None) -> dict[str, Fit]:
         with torch.no_grad(), FitBar(1.0, show=False) as bar:
-            return refined(
-                self.compressed, self.fits, self.inputs, self.targets, self.masks, self.forward, settings, store, bar
-            )
+            states = States(self.inputs, self.inputs, self.masks)
+            block = CompressedBlock("", self.dense, self.compressed, states, self.forward)
+            return refined(block, self.fits, self.targets, settings, store, bar)
 
     @torch.no_grad()
     def held_out_error(self, fits: Mapping[str, Fit], settings: Refinement = LIVELY) -> float:

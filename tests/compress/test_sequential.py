@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from test_blocks import ResNet, Variant, transformer, transformer_batch
 from torch import Tensor, nn
 
+from chains import ResNet, Variant, transformer, transformer_batch
 from small_networks import Stack, Tied, mlp, padding, sequences, snapshot
 from structmat import (
     Blast,
@@ -31,13 +31,13 @@ from structmat import (
     make_plan,
     report,
 )
-from structmat.compress import sequential as sequential_module
-from structmat.compress.api import put_fits_
+from structmat.compress import block as block_module
 from structmat.fit import TruncatedSvd
 from structmat.fit.moments import MomentSums
 from structmat.network.calls import tensor_of
 from structmat.network.chain import find_chain
 from structmat.network.sites import find_sites
+from structmat.network.surgery import put_fits_
 from structmat.nn import unfolded
 
 
@@ -94,8 +94,8 @@ def naive(model: nn.Module, plan: Mapping[str, Format], batches: list[Any]) -> d
             sums.add(x, t)
         moments = sums.moments()
         site = sites[name]
-        target, gram = moments.problem(site.matrix, centred=site.own_bias is not None)
-        fit = default_method(plan[name])(target, plan[name], gram=gram)
+        target, second_moment = moments.problem(site.matrix, centred=site.own_bias is not None)
+        fit = default_method(plan[name])(target, plan[name], second_moment=second_moment)
         bias = site.own_bias
         if bias is not None:
             bias = moments.bias(bias, site.matrix, plan[name].to_dense(fit.factors))
@@ -228,7 +228,7 @@ def test_memory_does_not_change_the_result(kept: int, monkeypatch: pytest.Monkey
     model, batches = Stack(depth=2), masked(5)
     plan = low_rank_plan(model)
     expected = compress_(copy.deepcopy(model), plan, batches=batches, progress=False)
-    monkeypatch.setattr(sequential_module, "KEPT_BYTES", kept)
+    monkeypatch.setattr(block_module, "KEPT_BYTES", kept)
     fits = compress_(model, plan, batches=batches, progress=False)
     for name, fit in fits.items():
         assert all(torch.equal(factor, expected[name].factors[n]) for n, factor in fit.factors.items())
@@ -285,7 +285,7 @@ def test_each_step_is_better_than_the_one_before() -> None:
     plan = low_rank_plan(dense, 0.4)
     plain, aware, sequential, tuned = (copy.deepcopy(dense) for _ in range(4))
     compress_(plain, plan, progress=False)
-    compress_(aware, plan, moments=calibrate(dense, batches, plan, progress=False), progress=False)
+    compress_(aware, plan, calibration=calibrate(dense, batches, plan, progress=False), progress=False)
     compress_(sequential, plan, batches=batches, progress=False)
     compress_(tuned, plan, batches=batches, refine=Refinement(steps=60, learning_rate=1e-2), progress=False)
     errors = [final_error(model, dense, fresh) for model in (plain, aware, sequential, tuned)]
@@ -300,12 +300,12 @@ def test_moments_of_all_layers_at_once_give_fits_and_biases() -> None:
     plan = low_rank_plan(model)
     moments = calibrate(model, batches, plan, progress=False)
     dense = copy.deepcopy(model)
-    fits = compress_(model, plan, moments=moments, progress=False)
+    fits = compress_(model, plan, calibration=moments, progress=False)
     assert list(fits) == list(plan)
     for name, fit in fits.items():
         weight, bias = dense.get_submodule(name).weight, dense.get_submodule(name).bias
-        target, gram = moments[name].problem(weight, centred=True)
-        expected = TruncatedSvd()(target, plan[name], gram=gram)
+        target, second_moment = moments[name].problem(weight, centred=True)
+        expected = TruncatedSvd()(target, plan[name], second_moment=second_moment)
         assert fit.output_error == pytest.approx(expected.output_error, rel=1e-3)
         E = (weight - model.get_submodule(name).to_dense()).detach()
         torch.testing.assert_close(fit.bias, bias + E @ moments[name].mean.float(), rtol=0, atol=1e-4)
@@ -522,12 +522,12 @@ PLAN = {"0": LowRank(32, 24, 4), "2": LowRank(32, 32, 4)}
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"moments": {}, "batches": []},
-         "expected moments or batches, got both; moments are of all layers at once, batches in sequence"),
+        ({"calibration": {}, "batches": []},
+         "expected calibration or batches, got both; a calibration is of all layers at once, batches in sequence"),
         ({"refine": REFINE},
          "expected batches to refine on, got none; pass batches=, a list of the network's inputs"),
-        ({"refine": REFINE, "moments": {}}, "expected batches to refine on, got none"),
-        ({"moments": {}}, "expected moments of every planned layer, but those of ['0', '2'] are missing"),
+        ({"refine": REFINE, "calibration": {}}, "expected batches to refine on, got none"),
+        ({"calibration": {}}, "expected the moments of every planned layer in the calibration, but those of ['0', '2'] are missing"),
         ({"batches": []}, "expected at least one batch of calibration data, got none"),
         ({"batches": [torch.zeros(3, 24)], "refine": REFINE},
          "expected at least 2 batches to refine on, one of them held out, got 1"),

@@ -27,7 +27,7 @@ def inputs(N: int, tokens: int = 400, seed: int = 0) -> Tensor:
     return x
 
 
-def gram_of(x: Tensor) -> Tensor:
+def moment_of(x: Tensor) -> Tensor:
     return x.mT @ x / len(x)
 
 
@@ -62,9 +62,9 @@ def dense(fit: Fit) -> Tensor:
     return fit.format.to_dense({name: factor.double() for name, factor in fit.factors.items()})
 
 
-def output_error(approximation: Tensor, weight: Tensor, gram: Tensor) -> float:
+def output_error(approximation: Tensor, weight: Tensor, moment: Tensor) -> float:
     """``sqrt(tr(E C E^T) / tr(W C W^T))``, as the definition says."""
-    W, C = weight.double(), gram.double()
+    W, C = weight.double(), moment.double()
     E = W - approximation.double()
     return float((torch.trace(E @ C @ E.mT) / torch.trace(W @ C @ W.mT)).sqrt())
 
@@ -75,12 +75,12 @@ def output_error(approximation: Tensor, weight: Tensor, gram: Tensor) -> float:
 @every(CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_both_errors_are_those_of_the_factors(method: Method, format: Format, dtype: torch.dtype) -> None:
-    weight, gram = randn(*format.shape).to(dtype), gram_of(inputs(format.N))
-    fit = method(weight, format, gram=gram)
+    weight, moment = randn(*format.shape).to(dtype), moment_of(inputs(format.N))
+    fit = method(weight, format, second_moment=moment)
     assert {factor.dtype for factor in fit.factors.values()} == {dtype}
     assert fit.bias is None
     assert fit.error == pytest.approx(float((weight.double() - dense(fit)).norm() / weight.double().norm()), rel=1e-4)
-    assert fit.output_error == pytest.approx(output_error(dense(fit), weight, gram), rel=1e-3, abs=1e-4)
+    assert fit.output_error == pytest.approx(output_error(dense(fit), weight, moment), rel=1e-3, abs=1e-4)
 
 
 @every(WIDE)
@@ -90,17 +90,17 @@ def test_without_a_gram_there_is_no_output_error(method: Method, format: Format)
 
 @every(CASES)
 def test_it_lowers_the_output_error_and_pays_in_the_other(method: Method, format: Format) -> None:
-    weight, gram = randn(*format.shape), gram_of(inputs(format.N))
-    aware, plain = method(weight, format, gram=gram), method(weight, format)
+    weight, moment = randn(*format.shape), moment_of(inputs(format.N))
+    aware, plain = method(weight, format, second_moment=moment), method(weight, format)
     assert aware.output_error is not None
-    assert aware.output_error < 0.98 * output_error(dense(plain), weight, gram)
+    assert aware.output_error < 0.98 * output_error(dense(plain), weight, moment)
     assert aware.error > plain.error
 
 
 @every(CASES)
 def test_the_identity_gives_the_plain_fit(method: Method, format: Format) -> None:
     weight = randn(*format.shape)
-    aware, plain = method(weight, format, gram=torch.eye(format.N)), method(weight, format)
+    aware, plain = method(weight, format, second_moment=torch.eye(format.N)), method(weight, format)
     assert aware.output_error == pytest.approx(aware.error, rel=1e-5)
     if isinstance(method, Lee2024Blast):  # whose sweeps go on
         assert 0.9 * plain.error < aware.error < plain.error * (1 + 1e-5)
@@ -111,8 +111,8 @@ def test_the_identity_gives_the_plain_fit(method: Method, format: Format) -> Non
 @every(WIDE)
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
 def test_the_scale_of_the_gram_does_not_matter(method: Method, format: Format, scale: float) -> None:
-    weight, gram = randn(*format.shape), gram_of(inputs(format.N))
-    one, other = method(weight, format, gram=gram), method(weight, format, gram=scale * gram)
+    weight, moment = randn(*format.shape), moment_of(inputs(format.N))
+    one, other = method(weight, format, second_moment=moment), method(weight, format, second_moment=scale * moment)
     assert one.output_error == other.output_error
     assert all(torch.equal(factor, other.factors[name]) for name, factor in one.factors.items())
 
@@ -120,18 +120,21 @@ def test_the_scale_of_the_gram_does_not_matter(method: Method, format: Format, s
 @every(WIDE)
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
 def test_the_scale_of_the_weight_does_not_matter(method: Method, format: Format, scale: float) -> None:
-    weight, gram = randn(*format.shape), gram_of(inputs(format.N))
-    one, other = method(weight, format, gram=gram), method(scale * weight, format, gram=gram)
+    weight, moment = randn(*format.shape), moment_of(inputs(format.N))
+    one, other = method(weight, format, second_moment=moment), method(scale * weight, format, second_moment=moment)
     assert other.output_error == pytest.approx(one.output_error, rel=1e-3)
 
 
 @every(WIDE)
 def test_many_together_are_as_each_alone(method: Method, format: Format) -> None:
     weights = [randn(12, 18), 1e3 * randn(12, 18, seed=1), torch.ones(12, 18), torch.zeros(12, 18)]
-    grams = [gram_of(inputs(18, seed=k)) for k in range(2)] + [torch.eye(18).double(), gram_of(inputs(18, tokens=4))]
-    together = method.fit_many(weights, format, grams=grams)
-    for weight, gram, one in zip(weights, grams, together, strict=True):
-        alone = method(weight, format, gram=gram)
+    moments = [moment_of(inputs(18, seed=k)) for k in range(2)] + [
+        torch.eye(18).double(),
+        moment_of(inputs(18, tokens=4)),
+    ]
+    together = method.fit_many(weights, format, second_moments=moments)
+    for weight, moment, one in zip(weights, moments, together, strict=True):
+        alone = method(weight, format, second_moment=moment)
         assert one.output_error == pytest.approx(alone.output_error, rel=1e-3, abs=1e-5)
         assert one.error == pytest.approx(alone.error, rel=1e-2, abs=1e-5)
     assert together[3].output_error == together[3].error == 0
@@ -139,10 +142,10 @@ def test_many_together_are_as_each_alone(method: Method, format: Format) -> None
 
 @every(WIDE)
 def test_the_gram_is_left_alone_and_a_second_fit_is_the_same(method: Method, format: Format) -> None:
-    weight, gram = randn(12, 18), gram_of(inputs(18))
-    before = gram.clone()
-    first, second = (method(weight, format, gram=gram) for _ in range(2))
-    assert torch.equal(gram, before)
+    weight, moment = randn(12, 18), moment_of(inputs(18))
+    before = moment.clone()
+    first, second = (method(weight, format, second_moment=moment) for _ in range(2))
+    assert torch.equal(moment, before)
     assert all(torch.equal(factor, second.factors[name]) for name, factor in first.factors.items())
 
 
@@ -152,11 +155,11 @@ def test_the_gram_is_left_alone_and_a_second_fit_is_the_same(method: Method, for
 @pytest.mark.parametrize("shape", [(12, 18), (18, 12)])
 @pytest.mark.parametrize("rank", [1, 5, 11])
 def test_svd_reaches_the_closed_form_optimum(shape: tuple[int, int], rank: int) -> None:
-    weight, gram = randn(*shape).double(), gram_of(inputs(shape[1]))
-    energy = torch.linalg.svdvals(weight @ torch.linalg.cholesky(gram)).square()  # any root will do
+    weight, moment = randn(*shape).double(), moment_of(inputs(shape[1]))
+    energy = torch.linalg.svdvals(weight @ torch.linalg.cholesky(moment)).square()  # any root will do
     expected = float((energy[rank:].sum() / energy.sum()).sqrt())
-    fit = TruncatedSvd(randomized=False)(weight, LowRank(*shape, rank), gram=gram)
-    assert output_error(dense(fit), weight, gram) == pytest.approx(expected, rel=1e-4)
+    fit = TruncatedSvd(randomized=False)(weight, LowRank(*shape, rank), second_moment=moment)
+    assert output_error(dense(fit), weight, moment) == pytest.approx(expected, rel=1e-4)
 
 
 def moved(fit: Fit, size: float, seed: int) -> Tensor:
@@ -169,17 +172,17 @@ def moved(fit: Fit, size: float, seed: int) -> Tensor:
 @pytest.mark.parametrize("size", [1e-3, 1e-1])
 def test_nothing_near_is_better(name: str, size: float) -> None:
     method, format = WIDE[name]
-    weight, gram = randn(12, 18).double(), gram_of(inputs(18))
-    fit = method(weight, format, gram=gram)
+    weight, moment = randn(12, 18).double(), moment_of(inputs(18))
+    fit = method(weight, format, second_moment=moment)
     slack = 1e-9 if name in CLOSED else 1e-4
     for seed in range(10):
-        assert output_error(moved(fit, size, seed), weight, gram) > output_error(dense(fit), weight, gram) - slack
+        assert output_error(moved(fit, size, seed), weight, moment) > output_error(dense(fit), weight, moment) - slack
 
 
 @pytest.mark.parametrize("shape", [(12, 18), (18, 12)])
 @pytest.mark.parametrize("rank", [1, 5])
 def test_svd_factors_are_balanced(shape: tuple[int, int], rank: int) -> None:
-    factors = TruncatedSvd()(randn(*shape), LowRank(*shape, rank), gram=gram_of(inputs(shape[1]))).factors
+    factors = TruncatedSvd()(randn(*shape), LowRank(*shape, rank), second_moment=moment_of(inputs(shape[1]))).factors
     torch.testing.assert_close(factors["left"].square().mean(0), factors["right"].square().mean(1))
 
 
@@ -195,24 +198,24 @@ def test_blocks_are_the_regression_on_sampled_inputs(shape: tuple[int, int], mas
         if read:
             solved = torch.linalg.lstsq(x[:, read], y[:, i * P : (i + 1) * P]).solution
             expected[i * P : (i + 1) * P, read] = solved.mT
-    fit = Magnitude()(weight, BlockSparse(*shape, mask), gram=gram_of(x))
+    fit = Magnitude()(weight, BlockSparse(*shape, mask), second_moment=moment_of(x))
     torch.testing.assert_close(dense(fit), expected, rtol=0, atol=2e-3)
-    assert output_error(dense(fit), weight, gram_of(x)) == pytest.approx(
-        output_error(expected, weight, gram_of(x)), rel=1e-5
+    assert output_error(dense(fit), weight, moment_of(x)) == pytest.approx(
+        output_error(expected, weight, moment_of(x)), rel=1e-5
     )
     if mask == ("100", "010", "001"):
-        same = Magnitude()(weight, BlockDiagonal(*shape, 3), gram=gram_of(x))
+        same = Magnitude()(weight, BlockDiagonal(*shape, 3), second_moment=moment_of(x))
         torch.testing.assert_close(dense(same), dense(fit))
 
 
 def test_magnitude_with_low_rank_term_falls_monotonically_and_beats_either_part() -> None:
-    weight, gram = randn(32, 48), gram_of(inputs(48))
+    weight, moment = randn(32, 48), moment_of(inputs(48))
     mask = flat_butterfly((8, 8), 2)
-    fit = Magnitude()(weight, BlockSparse(32, 48, mask, rank=4), gram=gram)
+    fit = Magnitude()(weight, BlockSparse(32, 48, mask, rank=4), second_moment=moment)
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(fit.history))
     assert fit.output_error == pytest.approx(fit.history[-1], rel=1e-2)
     for other, format in ((Magnitude(), BlockSparse(32, 48, mask)), (TruncatedSvd(), LowRank(32, 48, 4))):
-        worse = other(weight, format, gram=gram).output_error
+        worse = other(weight, format, second_moment=moment).output_error
         assert worse is not None
         assert fit.output_error < 0.95 * worse
 
@@ -230,19 +233,19 @@ LARGER = {
 def test_all_of_the_moment_beats_its_diagonal_blocks_and_those_beat_none(
     start: Method, method: Method, format: Format, seed: int
 ) -> None:
-    weight, gram = randn(48, 64, seed=seed), gram_of(inputs(64, seed=seed))
-    full, blocks = (one(weight, format, gram=gram).output_error for one in (method, start))
+    weight, moment = randn(48, 64, seed=seed), moment_of(inputs(64, seed=seed))
+    full, blocks = (one(weight, format, second_moment=moment).output_error for one in (method, start))
     assert full is not None
     assert blocks is not None
     assert full < 0.95 * blocks
-    assert blocks < 0.95 * output_error(dense(method(weight, format)), weight, gram)
+    assert blocks < 0.95 * output_error(dense(method(weight, format)), weight, moment)
 
 
 @pytest.mark.parametrize("name", ["monarch", "monarch permuted", "blast"])
 def test_gradient_descent_is_hardly_better(name: str) -> None:
     method, format = WIDE[name]
-    weight, gram = randn(12, 18), gram_of(inputs(18))
-    errors = [one(weight, format, gram=gram).output_error for one in (method, GradientFit(1000, 0.1))]
+    weight, moment = randn(12, 18), moment_of(inputs(18))
+    errors = [one(weight, format, second_moment=moment).output_error for one in (method, GradientFit(1000, 0.1))]
     assert None not in errors
     assert errors[0] < 1.05 * errors[1]  # pyright: ignore[reportOptionalOperand]
 
@@ -250,14 +253,14 @@ def test_gradient_descent_is_hardly_better(name: str) -> None:
 @pytest.mark.parametrize("name", ["monarch", "monarch permuted", "blast"])
 def test_more_sweeps_are_never_worse_and_take_the_gradient_down(name: str) -> None:
     _, format = WIDE[name]
-    weight, gram = randn(12, 18).double(), gram_of(inputs(18))
+    weight, moment = randn(12, 18).double(), moment_of(inputs(18))
     errors, slopes = [], []
     for sweeps in (0, 1, 5, 400):
         method = Lee2024Blast(metric_sweeps=sweeps) if name == "blast" else Dao2022Monarch(sweeps=sweeps)
-        fit = method(weight, format, gram=gram)
+        fit = method(weight, format, second_moment=moment)
         factors = {n: f.clone().requires_grad_() for n, f in fit.factors.items()}
         E = weight - format.to_dense(factors)
-        loss = torch.trace(E @ gram @ E.mT) / torch.trace(weight @ gram @ weight.mT)
+        loss = torch.trace(E @ moment @ E.mT) / torch.trace(weight @ moment @ weight.mT)
         grads = torch.autograd.grad(loss, list(factors.values()))
         slopes.append(float(sum((g * f.detach().norm()).norm() for g, f in zip(grads, factors.values(), strict=True))))
         errors.append(fit.output_error)
@@ -267,8 +270,8 @@ def test_more_sweeps_are_never_worse_and_take_the_gradient_down(name: str) -> No
 
 @pytest.mark.parametrize("step", [0.5, 1.0])
 def test_monarch_sweeps_that_do_not_overrelax_never_get_worse(step: float) -> None:
-    weight, gram = randn(12, 18).double(), gram_of(inputs(18))
-    history = Dao2022Monarch(sweeps=20, step=step)(weight, Monarch(12, 18, (2, 3), 2), gram=gram).history
+    weight, moment = randn(12, 18).double(), moment_of(inputs(18))
+    history = Dao2022Monarch(sweeps=20, step=step)(weight, Monarch(12, 18, (2, 3), 2), second_moment=moment).history
     assert len(history) == 20
     assert all(after <= before * (1 + 1e-7) for before, after in pairwise(history))
     assert history[-1] < 0.99 * history[0]
@@ -276,12 +279,12 @@ def test_monarch_sweeps_that_do_not_overrelax_never_get_worse(step: float) -> No
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_blast_matrix_is_all_but_recovered(seed: int) -> None:
-    format, gram = Blast(48, 48, 3, rank=4), gram_of(inputs(48))
+    format, moment = Blast(48, 48, 3, rank=4), moment_of(inputs(48))
     weight = format.to_dense(format.init(generator=torch.Generator().manual_seed(seed)))
-    fit = Lee2024Blast(sweeps=100)(weight, format, gram=gram)
+    fit = Lee2024Blast(sweeps=100)(weight, format, second_moment=moment)
     assert fit.output_error is not None
     assert fit.output_error < 0.04
-    best_low_rank = TruncatedSvd()(weight, LowRank(48, 48, 4), gram=gram).output_error
+    best_low_rank = TruncatedSvd()(weight, LowRank(48, 48, 4), second_moment=moment).output_error
     assert best_low_rank is not None
     assert fit.output_error < 0.2 * best_low_rank
 
@@ -290,7 +293,7 @@ def test_a_blast_matrix_is_all_but_recovered(seed: int) -> None:
 def test_a_monarch_matrix_is_recovered(permute: bool) -> None:
     format = Monarch(24, 36, (3, 4), 2, permute_output=permute)
     weight = format.to_dense(format.init(generator=torch.Generator().manual_seed(0)))
-    fit = Dao2022Monarch()(weight, format, gram=gram_of(inputs(36)))
+    fit = Dao2022Monarch()(weight, format, second_moment=moment_of(inputs(36)))
     assert fit.output_error is not None
     assert fit.output_error < 1e-4
     torch.testing.assert_close(dense(fit).float(), weight, rtol=0, atol=1e-3 * float(weight.abs().max()))
@@ -302,7 +305,7 @@ def test_a_monarch_matrix_is_recovered(permute: bool) -> None:
 def sweeper(seed: int = 0) -> MetricSweeper:
     """Two weights in whitened coordinates, with ``I, J, P, Q, R = 2, 3, 5, 4, 3``."""
     I, J, P, Q, R = 2, 3, 5, 4, 3
-    metric = prepared(torch.stack([gram_of(inputs(J * Q, seed=k)) for k in range(2)]))
+    metric = prepared(torch.stack([moment_of(inputs(J * Q, seed=k)) for k in range(2)]))
     metric = whitened_metric(metric, roots(metric, J)[1])
     shapes = (2, I * P, J * Q), (2, I, P, R), (2, I, J, R), (2, J, R, Q)
     weights, left, diag, right = (randn(*shape, seed=seed + k).double() for k, shape in enumerate(shapes))
@@ -362,15 +365,15 @@ def test_sweeps_converge_to_an_exact_fit_that_is_near() -> None:
 def test_progress_counts_the_sweeps_under_the_metric_too() -> None:
     calls: list[tuple[int, int, tuple[float, ...]]] = []
     method = Lee2024Blast(sweeps=4, metric_sweeps=3)
-    weight, gram = randn(12, 18), gram_of(inputs(18))
-    fit = method(weight, Blast(12, 18, (2, 3), 4), gram=gram, progress=lambda *call: calls.append(call))
+    weight, moment = randn(12, 18), moment_of(inputs(18))
+    fit = method(weight, Blast(12, 18, (2, 3), 4), second_moment=moment, progress=lambda *call: calls.append(call))
     assert calls == [(k + 1, 7, (error,)) for k, error in enumerate(fit.history)]
     assert len(fit.history) == 7
     assert fit.output_error == pytest.approx(min(fit.history[4:]), rel=1e-4)
 
     calls.clear()
     monarch = Dao2022Monarch(sweeps=5)(
-        weight, Monarch(12, 18, (2, 3), 2), gram=gram, progress=lambda *call: calls.append(call)
+        weight, Monarch(12, 18, (2, 3), 2), second_moment=moment, progress=lambda *call: calls.append(call)
     )
     assert calls == [(k + 1, 5, (error,)) for k, error in enumerate(monarch.history)]
     assert monarch.output_error == pytest.approx(min(monarch.history), rel=1e-4)
@@ -401,7 +404,7 @@ def hard(kind: str, N: int = 18) -> Tensor:
         x[:, 13] = x[:, 4]
     elif kind == "nothing":
         x = torch.zeros_like(x)
-    return gram_of(x)
+    return moment_of(x)
 
 
 HARD = (
@@ -412,15 +415,15 @@ HARD = (
 @every(WIDE)
 @pytest.mark.parametrize("kind", HARD)
 def test_hard_moments(method: Method, format: Format, kind: str) -> None:
-    weight, gram = randn(12, 18).to(torch.bfloat16 if kind in ("twins", "dead inputs") else torch.float32), hard(kind)
-    fit = method(weight, format, gram=gram)
+    weight, moment = randn(12, 18).to(torch.bfloat16 if kind in ("twins", "dead inputs") else torch.float32), hard(kind)
+    fit = method(weight, format, second_moment=moment)
     assert all(torch.isfinite(factor).all() for factor in fit.factors.values())
     assert fit.output_error is not None
     assert 0 <= fit.output_error <= 1.01  # the zero matrix has 1
     if kind != "nothing":
-        plain = output_error(dense(method(weight, format)), weight, gram)
-        assert output_error(dense(fit), weight, gram) < 1.05 * plain + 0.01
-    dead = gram.diagonal() == 0
+        plain = output_error(dense(method(weight, format)), weight, moment)
+        assert output_error(dense(fit), weight, moment) < 1.05 * plain + 0.01
+    dead = moment.diagonal() == 0
     if dead.any():
         assert float(dense(fit)[:, dead].norm()) < 2 * float(weight[:, dead].float().norm())
 
@@ -428,14 +431,14 @@ def test_hard_moments(method: Method, format: Format, kind: str) -> None:
 @pytest.mark.parametrize("name", [name for name in WIDE if "block" not in name])
 def test_few_tokens_are_fitted_almost_exactly(name: str) -> None:
     method, format = WIDE[name]
-    fit = method(randn(12, 18), format, gram=hard("one token"))
+    fit = method(randn(12, 18), format, second_moment=hard("one token"))
     assert fit.output_error is not None
     assert fit.output_error < 0.05
 
 
 @every(WIDE)
 def test_a_zero_weight(method: Method, format: Format) -> None:
-    fit = method(torch.zeros(12, 18), format, gram=gram_of(inputs(18)))
+    fit = method(torch.zeros(12, 18), format, second_moment=moment_of(inputs(18)))
     assert fit.output_error == fit.error == 0
     assert not dense(fit).any()
 
@@ -443,41 +446,43 @@ def test_a_zero_weight(method: Method, format: Format) -> None:
 # What is refused
 
 
-def nan_gram() -> Tensor:
-    gram = torch.eye(18)
-    gram[2, 3] = torch.nan
-    return gram
+def nan_moment() -> Tensor:
+    moment = torch.eye(18)
+    moment[2, 3] = torch.nan
+    return moment
 
 
 @pytest.mark.parametrize(
-    ("gram", "error", "message"),
+    ("moment", "error", "message"),
     [
-        (torch.eye(12), ValueError, "expected the gram of shape (18, 18), got (12, 12)"),
-        (torch.ones(18), ValueError, "expected the gram of shape (18, 18), got (18,)"),
-        (nan_gram(), ValueError, "expected the gram to be finite, got 1 NaN or infinite of 324 entries"),
+        (torch.eye(12), ValueError, "expected the second moment of shape (18, 18), got (12, 12)"),
+        (torch.ones(18), ValueError, "expected the second moment of shape (18, 18), got (18,)"),
+        (nan_moment(), ValueError, "expected the second moment to be finite, got 1 NaN or infinite of 324 entries"),
         (
             torch.eye(18, dtype=torch.int64),
             TypeError,
-            "expected the gram to be a floating-point tensor, got torch.int64",
+            "expected the second moment to be a floating-point tensor, got torch.int64",
         ),
     ],
 )
 @every(WIDE)
-def test_bad_grams_are_refused(method: Method, format: Format, gram: Any, error: type[Exception], message: str) -> None:
+def test_bad_second_moments_are_refused(
+    method: Method, format: Format, moment: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        method(randn(12, 18), format, gram=gram)
+        method(randn(12, 18), format, second_moment=moment)
 
 
 def test_the_refusal_names_the_gram() -> None:
-    weights, grams = [randn(12, 18)] * 2, [torch.eye(18), nan_gram()]
-    with pytest.raises(ValueError, match="the gram of 'b' to be finite"):
-        TruncatedSvd().fit_many(weights, LowRank(12, 18, 1), grams=grams, names=["a", "b"])
+    weights, moments = [randn(12, 18)] * 2, [torch.eye(18), nan_moment()]
+    with pytest.raises(ValueError, match="the second moment of 'b' to be finite"):
+        TruncatedSvd().fit_many(weights, LowRank(12, 18, 1), second_moments=moments, names=["a", "b"])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_as_many_grams_as_weights(count: int) -> None:
-    with pytest.raises(ValueError, match=f"expected one gram for each of 2 weights, got {count}"):
-        TruncatedSvd().fit_many([randn(12, 18)] * 2, LowRank(12, 18, 1), grams=[torch.eye(18)] * count)
+    with pytest.raises(ValueError, match=f"expected one second moment for each of 2 weights, got {count}"):
+        TruncatedSvd().fit_many([randn(12, 18)] * 2, LowRank(12, 18, 1), second_moments=[torch.eye(18)] * count)
 
 
 @pytest.mark.parametrize(
@@ -500,7 +505,7 @@ def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
 
 
 def test_whitened_coordinates_are_undone() -> None:
-    metric = prepared(gram_of(inputs(18))[None])
+    metric = prepared(moment_of(inputs(18))[None])
     root, inverse = roots(metric, 3)
     weight = randn(1, 12, 18).double()
     torch.testing.assert_close(times_blocks(times_blocks(weight, root), inverse), weight, rtol=0, atol=1e-8)

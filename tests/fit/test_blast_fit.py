@@ -16,6 +16,7 @@ from structmat import Blast
 from structmat.fit import Lee2024Blast
 from structmat.fit import blast_systems as systems
 from structmat.fit.lee2024blast import balancing
+from structmat.fit.linalg import factorize
 
 GRIDS = {"I < J": (2, 3, 5, 4, 3), "I > J": (3, 2, 4, 5, 3), "I == J": (3, 3, 4, 5, 2)}
 """``I, J, P, Q, R``: no two sizes that a swap could confuse are equal, but for the counts in the last."""
@@ -181,17 +182,17 @@ def test_one_exact_step_takes_each_gradient_to_zero(grid: tuple[int, ...]) -> No
     none = torch.zeros(2, 1, dtype=torch.float64)
 
     gram, target = left_system(weights, diag, right)
-    solved = torch.cholesky_solve(target.mT, systems.factorize(gram, none)).mT.requires_grad_()
+    solved = torch.cholesky_solve(target.mT, factorize(gram, none)).mT.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(weights, solved, diag, right), solved)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-9, rtol=0)
 
     gram, target = right_system(weights, left, diag)
-    solved = torch.cholesky_solve(target, systems.factorize(gram, none)).requires_grad_()
+    solved = torch.cholesky_solve(target, factorize(gram, none)).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(weights, left, diag, solved), solved)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-9, rtol=0)
 
     gram, target = diag_system(weights, left, right)
-    factors = systems.factorize(gram, none[..., None])
+    factors = factorize(gram, none[..., None])
     solved = torch.cholesky_solve(target[..., None], factors)[..., 0].requires_grad_()
     (gradient,) = torch.autograd.grad(loss(weights, left, solved, right), solved)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-9, rtol=0)
@@ -223,8 +224,8 @@ def test_conjugate_gradients_solve_to_precision_in_as_many_steps_as_unknowns() -
     grams, damping = spd(2, 3, 6), torch.tensor([0.0, 0.5], dtype=torch.float64)[:, None]
     rhs = torch.randn(2, 3, 6, generator=generator(1), dtype=torch.float64)
     expected = torch.linalg.solve(grams + damping[..., None, None] * torch.eye(6, dtype=torch.float64), rhs)
-    torch.testing.assert_close(systems.conjugate_gradients(grams, damping, rhs, 6), expected, rtol=1e-8, atol=1e-10)
-    early = systems.conjugate_gradients(grams, damping, rhs, 2)
+    torch.testing.assert_close(systems.approximately_solved(grams, damping, rhs, 6), expected, rtol=1e-8, atol=1e-10)
+    early = systems.approximately_solved(grams, damping, rhs, 2)
     assert float((early - expected).norm()) > 1e-4 * float(expected.norm())
 
 
@@ -232,7 +233,7 @@ def test_conjugate_gradients_stay_finite_past_the_solution() -> None:
     grams, rhs = spd(3, 4), torch.ones(3, 4, dtype=torch.float64)
     rhs[1] = 0
     grams[2] = 0  # nothing to solve
-    x = systems.conjugate_gradients(grams, torch.zeros(1, dtype=torch.float64), rhs, 50)
+    x = systems.approximately_solved(grams, torch.zeros(1, dtype=torch.float64), rhs, 50)
     torch.testing.assert_close(x[0], torch.linalg.solve(grams[0], rhs[0]))
     assert not x[1:].any()
 
@@ -246,7 +247,7 @@ def test_factorize_copes_with_systems_that_are_not_definite(kind: str, dtype: to
         gram -= 10 * torch.finfo(dtype).eps * torch.eye(6, dtype=dtype)
     if kind in ("zero", "tiny"):
         gram *= 0 if kind == "zero" else 1e-30
-    factors = systems.factorize(gram.clone(), torch.zeros(4, dtype=dtype))
+    factors = factorize(gram.clone(), torch.zeros(4, dtype=dtype))
     assert torch.isfinite(factors).all()
     assert (factors.diagonal(dim1=-2, dim2=-1) > 0).all()
     slack = 1e-4 if dtype == torch.float32 else 1e-11
@@ -255,7 +256,7 @@ def test_factorize_copes_with_systems_that_are_not_definite(kind: str, dtype: to
 
 def test_factorize_adds_the_damping() -> None:
     gram, damping = spd(2, 3, 4), torch.tensor([[0.5], [2.0]], dtype=torch.float64)
-    factors = systems.factorize(gram.clone(), damping)
+    factors = factorize(gram.clone(), damping)
     expected = gram + damping[..., None, None] * torch.eye(4, dtype=torch.float64)
     torch.testing.assert_close(factors @ factors.mT, expected)
 
@@ -285,7 +286,7 @@ def test_factorize_refuses_non_finite_systems(value: float, place: tuple[int, in
         time_limit(5),
         pytest.raises(FloatingPointError, match=r"not finite, for weights \[1\] of its batch; lower its step"),
     ):
-        systems.factorize(gram, torch.zeros(2))
+        factorize(gram, torch.zeros(2))
 
 
 def balanced(left: Tensor, diag: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,11 +76,11 @@ def random_segments(metric: bool, seed: int = 0) -> Segments:
     generator = seeded(seed)
     weights = torch.randn(2, 10, 12, generator=generator, dtype=torch.float64)
     samples = torch.randn(2, 12, 30, generator=generator, dtype=torch.float64)
-    gram = samples @ samples.mT / 30 if metric else None
+    moment = samples @ samples.mT / 30 if metric else None
     out, inn = (runs(torch.randn(2, 5, n, generator=generator)) for n in (10, 12))
     left = torch.randn(2, 10, 5, generator=generator, dtype=torch.float64) * out.mT
     right = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64) * inn
-    return Segments(weights, gram, left, right, out, inn)
+    return Segments(weights, moment, left, right, out, inn)
 
 
 def least_squares(segments: Segments, b: int, axis: int) -> Tensor:
@@ -158,9 +158,9 @@ def test_the_fit_keeps_the_budget_and_beats_low_rank(shape: tuple[int, int], mul
     M, N = shape
     weight = torch.randn(M, N, generator=seeded(1))
     samples = torch.randn(N, 3 * N, generator=seeded(2)) * torch.logspace(-1, 1, N)[:, None]
-    gram = samples @ samples.T if aware else None
+    moment = samples @ samples.T if aware else None
     format = sm.GaudiGblr.for_budget(M, N, keep=0.6, multiple=multiple, components=min(M, N) // 2)
-    fit = Lee2024Gblr()(weight, format, gram=gram)
+    fit = Lee2024Gblr()(weight, format, second_moment=moment)
     format.check_factors(fit.factors)
     assert format.num_parameters(fit.factors) <= format.num_parameters() <= 0.6 * M * N
     hard, hardened = sm.formats.harden(format, fit.factors)
@@ -169,8 +169,8 @@ def test_the_fit_keeps_the_budget_and_beats_low_rank(shape: tuple[int, int], mul
     for n, start, width in zip(shape, starts, widths, strict=True):
         assert ((start % multiple == 0) & (width % multiple == 0) & (start < n)).all()
     rank = sm.LowRank(M, N, format.num_parameters() // (M + N))
-    low_rank = sm.fit.TruncatedSvd()(weight, rank, gram=gram)
-    ours, theirs = (f.error if gram is None else f.output_error for f in (fit, low_rank))
+    low_rank = sm.fit.TruncatedSvd()(weight, rank, second_moment=moment)
+    ours, theirs = (f.error if moment is None else f.output_error for f in (fit, low_rank))
     assert ours is not None
     assert theirs is not None
     assert ours <= theirs * (1 + 1e-4)
@@ -201,9 +201,11 @@ def test_published_keeps_the_budget_and_learns() -> None:
     assert fit.history[-1] < fit.history[0]
     assert len(progress) == 150
     samples = torch.randn(30, 90, generator=seeded(2)) * torch.logspace(-1, 1, 30)[:, None]
-    aware = Lee2024Gblr.published(steps=150)(weight, format, gram=samples @ samples.T)
+    aware = Lee2024Gblr.published(steps=150)(weight, format, second_moment=samples @ samples.T)
     assert aware.output_error is not None
-    plain_output = Lee2024Gblr.published(steps=150)(weight, format, gram=samples @ samples.T * 0 + torch.eye(30))
+    plain_output = Lee2024Gblr.published(steps=150)(
+        weight, format, second_moment=samples @ samples.T * 0 + torch.eye(30)
+    )
     assert plain_output.error == pytest.approx(fit.error, rel=0.1)  # Adam is chaotic
 
 

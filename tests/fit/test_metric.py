@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from structmat.fit.linalg import conjugate_gradients
 from structmat.fit.metric import (
     FLOOR,
     SHRINKAGE,
-    conjugate_gradients,
     diagonal_blocks,
     prepared,
     quiet,

@@ -20,7 +20,7 @@ from structmat import (
     make_plan,
     report,
 )
-from structmat.inspect.reports import share, table
+from structmat._tables import share, table_text
 
 
 def network() -> nn.Sequential:
@@ -196,7 +196,8 @@ def test_a_plan_without_skipped_layers_adds_no_notes() -> None:
 
 
 def test_tables_are_aligned() -> None:
-    assert table([("a", "b"), ("long", "1")], right=(1,)) == "a     b\n----  -\nlong  1"
+    text = table_text(("a", "b"), [("long", "1"), ("", ""), ("", "[10]")], right=(1,))
+    assert text == "a         b\n-----------\nlong      1\n\n       [10]"
     assert (share(1, 4), share(0, 3), share(1, 0)) == ("0.250", "0.000", "")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from structmat import Blast, LowRank, Rule, StructuredLinear, apply_plan_, compress_, densify_, make_plan, plan_of
-from structmat.integrations import diffusers as integration
+from structmat.integrations.diffusers import quantizer as integration
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 

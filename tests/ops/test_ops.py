@@ -1,5 +1,7 @@
 """The operators: every algorithm against the dense definition, beyond the sizes at which it works in parts."""
 
+import re
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -7,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conformance import CASES, LARGE
 from structmat import Blast, BlockSparse, Format, LowRank, Monarch, StructuredLinear
-from structmat.formats import TiledGblr
-from structmat.ops import blast, common, monarch, tiling
+from structmat.formats import FORMATS, TiledGblr
+from structmat.ops import blast, blast_algorithms, common, monarch, tiling
 
 WITH_ALGORITHMS = {
     "blast": Blast(60, 84, blocks=(4, 6), rank=37),
@@ -35,9 +37,9 @@ KEEPING = ("monarch 3x7 blocks, I > J", "monarch permuted, I < J", "blast 3x7 bl
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch):
     """So that few tokens and components already go in several parts."""
-    monkeypatch.setattr(blast, "TOKENS", 24)
-    monkeypatch.setattr(blast, "HALF_TOKENS", 20)
-    monkeypatch.setattr(blast, "BUFFER", 6 * 8 * 9 * 24 / 2**20)
+    monkeypatch.setattr(blast_algorithms, "TOKENS", 24)
+    monkeypatch.setattr(blast_algorithms, "HALF_TOKENS", 20)
+    monkeypatch.setattr(blast_algorithms, "BUFFER", 6 * 8 * 9 * 24 / 2**20)
     monkeypatch.setattr(blast, "BACKWARD_BUFFER", 0.05)
     monkeypatch.setattr(monarch, "BUFFER", 0.001)
     monkeypatch.setattr(monarch, "MANY_TOKENS", 40)
@@ -78,11 +80,11 @@ def test_every_algorithm_loses_a_few_roundings_in_16_bits(name: str, tokens: int
 
 def test_the_automatic_choice_depends_on_tokens_and_dtype():
     few, some, many = (torch.empty(n, 8) for n in (1, 20, 200))
-    assert [blast._automatic(x, 16) for x in (few, some, many)] == ["vectors", "vectors first", "components"]
-    assert blast._automatic(many.bfloat16(), 16) == "tokens"
-    assert [blast._automatic(many, side) for side in (32, 31)] == ["vectors", "components"]
-    assert [blast._automatic(many.bfloat16(), side) for side in (128, 127)] == ["vectors", "tokens"]
-    assert blast._automatic(torch.empty(200, 8, device="meta"), 200) == "whole"
+    assert [blast_algorithms.automatic(x, 16) for x in (few, some, many)] == ["vectors", "vectors_first", "components"]
+    assert blast_algorithms.automatic(many.bfloat16(), 16) == "tokens"
+    assert [blast_algorithms.automatic(many, side) for side in (32, 31)] == ["vectors", "components"]
+    assert [blast_algorithms.automatic(many.bfloat16(), side) for side in (128, 127)] == ["vectors", "tokens"]
+    assert blast_algorithms.automatic(torch.empty(200, 8, device="meta"), 200) == "whole"
     low, high = (torch.empty(4, 4, 4, t) for t in (64, 65))
     many = torch.empty(256, 8)
     assert [monarch._automatic(x, low) for x in (few, many, many.bfloat16())] == ["whole", "rows", "tokens"]
@@ -91,6 +93,11 @@ def test_the_automatic_choice_depends_on_tokens_and_dtype():
     weight = torch.empty(64, 8)
     assert [common._automatic(x, weight) for x in (few, some, many)] == ["split", "transposed", "linear"]
     assert common._automatic(some.bfloat16(), weight) == "linear"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_algorithms_have_names_in_snake_case(name: str):
+    assert [way for way in FORMATS[name].algorithms if not re.fullmatch("[a-z]+(_[a-z]+)*", way)] == []
 
 
 def leaf(tensor: torch.Tensor, learns: bool) -> torch.Tensor:

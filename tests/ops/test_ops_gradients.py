@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from structmat import Blast, Format, Monarch
-from structmat.ops import blast, monarch
+from structmat.ops import blast, blast_algorithms, monarch
 
 FORMATS = {
     "blast": Blast(60, 84, blocks=(4, 6), rank=37),
@@ -25,7 +25,7 @@ TOKENS = (1, 17, 50, 300)
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch):
     """So that few tokens and components already go in several parts, the last of them shorter."""
-    monkeypatch.setattr(blast, "BUFFER", 6 * 8 * 9 * 24 / 2**20)
+    monkeypatch.setattr(blast_algorithms, "BUFFER", 6 * 8 * 9 * 24 / 2**20)
     monkeypatch.setattr(blast, "BACKWARD_BUFFER", 0.05)
     monkeypatch.setattr(monarch, "BUFFER", 0.001)
 

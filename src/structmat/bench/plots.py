@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from structmat.bench.layers import LayerBench
+from structmat.bench.models import GenerationBench
 from structmat.inspect.plots import COLORS, MARKERS, _figure
-from structmat.integrations.transformers.generation import GenerationBench
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """The command line; ``main`` is what the program ``structmat`` runs.
 
-Importing this package is lean: typer, rich and transformers come in when a command runs.
+Importing this package is lean: typer and rich come in when a command runs, torch and transformers when it needs them.
 """
 
 from __future__ import annotations

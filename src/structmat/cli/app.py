@@ -1,77 +1,119 @@
-"""The commands together, and what becomes of their errors."""
+"""The program: its commands, and what it says when one of them ends with an error."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from safetensors import SafetensorError
 
 from structmat._version import __version__
 from structmat.cli import show
-from structmat.cli.bench import bench
-from structmat.cli.compress import compress
-from structmat.cli.demo import demo
-from structmat.cli.evaluate import evaluate
-from structmat.cli.plan import plan
-from structmat.cli.report import report
-from structmat.cli.retrain import retrain
-from structmat.cli.tools import densify, generate, harden, import_blast
+from structmat.cli.errors import REPORT, explained
+from structmat.cli.options import DebugOption
+from structmat.cli.parser import Commands, Entry
 
-EXPLAINED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, RuntimeError, SafetensorError)
-"""Errors that a user can cause; they are shown as one line. Others are faults of the program, with a traceback."""
-
-EXAMPLES: dict[Any, tuple[str, ...]] = {
-    plan: (
-        "structmat plan stories260K",
-        "structmat plan meta-llama/Llama-3.2-1B --keep 0.6 --exclude '.*layers.0.*' -o plan.json",
-        "structmat plan gpt2 --format low_rank --rule '.*mlp.*=blast:keep=0.4:blocks=16x16'",
+COMMANDS = {
+    "plan": Entry(
+        "plan:plan",
+        "Show which layers would get which format; no weights are read.",
+        (
+            "structmat plan stories260K",
+            "structmat plan meta-llama/Llama-3.2-1B --keep 0.6 --exclude '.*layers.0.*' -o plan.json",
+            "structmat plan gpt2 --format low_rank --rule '.*mlp.*=blast:keep=0.4:blocks=8x16'",
+            "structmat plan --layers '.*up_proj' --layers '.*down_proj' --format monarch:permute_output=true MODEL",
+        ),
     ),
-    compress: (
-        "structmat compress stories260K -o small --blocks 4 --calibrate 'stories.txt.xz[:500]'",
-        "structmat compress MODEL -o small --plan plan.json --calibrate texts.jsonl --refine",
-        "structmat compress google/vit-base-patch16-224 -o small --keep 0.5 --calibrate images/",
-        "structmat compress MODEL -o learning --format gaudi_gblr --keep 0.6 --calibrate texts.txt --learn",
+    "compress": Entry(
+        "compress:compress",
+        "Replace the layers of a pretrained model by structured ones; an interrupted run resumes when it is run again.",
+        (
+            "structmat compress stories260K -o small --blocks 4 --calibrate 'stories.txt.xz[:500]'",
+            "structmat compress MODEL -o small --plan plan.json --calibrate texts.jsonl --refine",
+            "structmat compress google/vit-base-patch16-224 -o small --keep 0.5 --calibrate images/",
+            "structmat compress MODEL -o learning --format gaudi_gblr --keep 0.6 --calibrate texts.txt --learn",
+        ),
     ),
-    retrain: (
-        "structmat retrain small -o better --data 'stories.txt.xz[:2000]' --eval 'stories.txt.xz[-300:]'",
-        "structmat retrain small -o better --data texts.txt --teacher MODEL --steps 1000 --set warmup_steps=50",
-        "structmat retrain learning -o learned --data texts.txt --set structure_target=0.4 structure_shrinkage=0.1",
+    "retrain": Entry(
+        "retrain:retrain",
+        "Train a structured model further; an interrupted run resumes from its last checkpoint when it is run again.",
+        (
+            "structmat retrain small -o better --data 'stories.txt.xz[:2000]' --eval 'stories.txt.xz[-300:]'",
+            "structmat retrain small -o better --data texts.txt --teacher MODEL --steps 1000 --set optim=adafactor",
+            "structmat retrain learning -o learned --data texts.txt --set structure_target=0.4 "
+            "--set structure_shrinkage=0.1",
+        ),
     ),
-    evaluate: (
-        "structmat evaluate small --dense MODEL --data 'stories.txt.xz[-300:]'",
-        "structmat evaluate small better --dense MODEL --data texts.txt --tasks arc_easy piqa --json found.json",
-        "structmat evaluate small-vit --dense google/vit-base-patch16-224 --data images/",
+    "evaluate": Entry(
+        "evaluate:evaluate",
+        "Measure models side by side: perplexity or accuracy, operations and parameters.",
+        (
+            "structmat evaluate small --dense MODEL --data 'stories.txt.xz[-300:]'",
+            "structmat evaluate small better --dense MODEL --tasks arc_easy --tasks piqa --json found.json",
+            "structmat evaluate small-vit --dense google/vit-base-patch16-224 --data images/",
+        ),
     ),
-    report: (
-        "structmat report small",
-        "structmat report small --json",
-        "structmat report learned --plot pictures",
+    "report": Entry(
+        "report:report",
+        "Show what each layer of a model is and costs, and its error if compress made it.",
+        ("structmat report small", "structmat report small --json", "structmat report learned --plot pictures"),
     ),
-    bench: (
-        "structmat bench --formats blast low_rank --blocks 4 16 --shapes 4096x4096 4096x11008 --tokens 1 128",
-        "structmat bench --formats blast:keep=0.3 --dtypes float32 bfloat16 --backward --optimize",
-        "structmat bench MODEL small --prefill 512 --generate 100",
-        "structmat bench small",
-        "structmat bench --shape llama-7b --formats blast --blocks 16 --device cuda --mode graphs",
+    "bench": Entry(
+        "bench:bench",
+        "Time structured layers or whole language models against dense ones, once they are checked to be right.",
+        (
+            "structmat bench --formats blast --formats low_rank --blocks 4 --blocks 16 --shapes 4096x11008 --tokens 1",
+            "structmat bench --formats blast:keep=0.3 --dtypes float32 --dtypes bfloat16 --backward --autotune",
+            "structmat bench MODEL small --prefill 512 --generate 100",
+            "structmat bench small",
+            "structmat bench --shape llama-7b --formats blast --blocks 16 --device cuda --mode graphs",
+        ),
     ),
-    generate: ("structmat generate small 'Once upon a time' --tokens 100 --seed 1",),
-    densify: ("structmat densify small -o plain",),
-    harden: ("structmat harden learned -o small",),
-    import_blast: ("structmat import-blast blast-llama -o small",),
-    demo: ("structmat demo --quick", "structmat demo --formats blast low_rank --keep 0.3 --seeds 3"),
+    "generate": Entry(
+        "tools:generate",
+        "Let a language model continue a text.",
+        ("structmat generate small 'Once upon a time' --tokens 100 --seed 1",),
+    ),
+    "densify": Entry(
+        "tools:densify",
+        "Write a structured model as a plain dense one, which any program loads.",
+        ("structmat densify small -o plain",),
+    ),
+    "harden": Entry(
+        "tools:harden",
+        "Write a model that has learned its structure with what the structure keeps alone: Gaudi-GBLR becomes GBLR.",
+        ("structmat harden learned -o small",),
+    ),
+    "import-blast": Entry(
+        "tools:import_blast",
+        "Convert a Llama that the authors of BLAST compressed.",
+        ("structmat import-blast blast-llama -o small",),
+    ),
+    "demo": Entry(
+        "demo:demo",
+        "Train a small Vision Transformer on digits and compress it with every structure.",
+        ("structmat demo --quick", "structmat demo --formats blast --formats low_rank --keep 0.3 --seeds 3"),
+    ),
 }
-"""Every command, and what its help shows."""
+"""Every command by name. Their modules are imported when they run, so the texts of the list stand here."""
+
+
+class Program(Commands):
+    """The commands of the program."""
+
+    entries = COMMANDS
+
 
 app = typer.Typer(
+    cls=Program,
     help="Structured matrices for efficient deep learning: compress a network, retrain it, see what it costs.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 
 
-def _version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"structmat {__version__}")
         raise typer.Exit
@@ -80,16 +122,11 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere.")] = False,
+    debug: DebugOption = False,
 ) -> None:
-    """The options before the command; ``run`` takes ``--debug`` away before they are read."""
-
-
-for command, examples in EXAMPLES.items():
-    name = command.__name__.replace("_", "-")
-    app.command(name, epilog="\n\n".join(("Examples:", *(f"$ {example}" for example in examples))))(command)
+    """The options before the name of a command."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -101,55 +138,34 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit status, as ``main`` says.
     """
-    words = [word for word in arguments if word != "--debug"]
-    debug = len(words) < len(arguments)
+    told: dict[str, Any] = {}
     commands: Any = typer.main.get_command(app)
     try:
-        status = commands.main(spread(commands, words), prog_name="structmat", standalone_mode=False)
+        status = commands.main(list(arguments), prog_name="structmat", standalone_mode=False, obj=told)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:
-        told = explained(error)
-        if debug or told is None:
+        line = explained(error)
+        if line is None:
+            show.error(REPORT)
+        if line is None or told.get("debug"):
             raise
-        show.error(told)
+        show.error(line + hint(line, told.get("loose", {})))
         return getattr(error, "exit_code", 1)
     if status == 130:
         show.error("interrupted")
     return status if isinstance(status, int) else 0
 
 
-def explained(error: Exception) -> str | None:
-    """One line that tells the user about an error; None for one that is no fault of theirs."""
-    usage: Any = getattr(error, "format_message", None)  # typer's own, whichever click it brings
-    if usage is not None:
-        path = getattr(getattr(error, "ctx", None), "command_path", "structmat")
-        hint = ", which goes before the options" if usage().startswith("Missing argument") else ""
-        return f"{usage().rstrip('.')}{hint}; see {path} --help"
-    return " ".join(str(error).split()) or type(error).__name__ if isinstance(error, EXPLAINED) else None
-
-
-def spread(commands: Any, words: Sequence[str]) -> list[str]:
-    """Repeat an option that takes several values before each of them: ``--layers A B`` is ``--layers A --layers B``.
+def hint(line: str, loose: dict[str, str]) -> str:
+    """A remedy where an error names a word that was meant as a further value of an option.
 
     Args:
-        commands: The group of commands.
-        words: The command line.
+        line: The error.
+        loose: Such words, and how they are spelled as values.
 
     Returns:
-        The words as typer reads them.
+        What to add to the line; mostly nothing.
     """
-    chosen = next((commands.commands[word] for word in words if word in commands.commands), None)
-    parameters = [] if chosen is None else chosen.params
-    several = {option for parameter in parameters if getattr(parameter, "multiple", False) for option in parameter.opts}
-    result: list[str] = []
-    option, values = "", 0
-    for word in words:
-        if word.startswith("-"):
-            option, values = (word if word in several else ""), 0
-        elif option:
-            values += 1
-            if values > 1:
-                result.append(option)
-        result.append(word)
-    return result
+    meant = [spelled for word, spelled in loose.items() if re.search(rf"(?<![\w./-]){re.escape(word)}(?!\w)", line)]
+    return f"; an option is repeated for each of its values: {' '.join(meant)}" if meant else ""

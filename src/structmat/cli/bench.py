@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,21 +14,193 @@ import typer
 from torch import nn
 
 from structmat import _checks
-from structmat._files import write_atomically
-from structmat.bench import LayerBench, bench_layers
+from structmat.bench import bench_layers
 from structmat.bench.autotune import autotune_
-from structmat.cli import models, options
-from structmat.cli.selection import read_blocks, read_rule, usual_layers
-from structmat.cli.show import say, table
+from structmat.bench.timing import MODES
+from structmat.cli import models
+from structmat.cli.formats import METAVAR, NAMES, options_text, read_blocks, read_format
+from structmat.cli.models import DeviceOption, Placement
+from structmat.cli.options import Options
+from structmat.cli.selection import usual_layers
+from structmat.cli.times import show_layers, show_models, write
 from structmat.integrations.transformers.generation import GenerationBench, bench_generation
 from structmat.integrations.transformers.llamas import SHAPES, random_llama
 from structmat.network.surgery import apply_plan_, densify_
 from structmat.plan import Rule, make_plan, plan_of
 
 LAYERS, MODELS = "Layers", "Models"
-FORMATS = ("blast", "low_rank", "monarch")
+
 MOST_TOKENS = 32
-"""So many are generated on a CPU unless the option says something else; longer texts are extrapolated."""
+"""The number of tokens that are generated on a CPU by default; the times of longer texts are extrapolated."""
+
+
+@dataclass(frozen=True)
+class FormatsOptions(Options):
+    """Which formats are timed.
+
+    Attributes:
+        formats: The formats, with their options.
+        keep: The share of the dense parameters, for formats that do not say their own.
+        blocks: The block counts, each for every format that has blocks and does not say its own.
+    """
+
+    formats: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--formats",
+            metavar=METAVAR,
+            help=f"A format to time, repeated for several: {NAMES}. Some have options ({options_text()}).",
+        ),
+    ] = ("blast", "low_rank", "monarch")
+    keep: Annotated[
+        float, typer.Option(help="The share of the dense parameters, for formats without a keep of their own.")
+    ] = 0.5
+    blocks: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--blocks",
+            metavar="COUNT",
+            help="A block count such as 16 or 8x16 for every format that has blocks, repeated for several counts.",
+        ),
+    ] = ("16",)
+
+    def rules(self) -> dict[str, Rule]:
+        """Complete rules for the formats, by the labels that the table shows."""
+        _checks.fraction(self.keep, "--keep")
+        found: dict[str, Rule] = {}
+        for text in self.formats:
+            rule = read_format(text, "--formats")
+            keep = self.keep if rule.keep is None else rule.keep
+            counts: Sequence[Any] = [rule.blocks]
+            if rule.format.takes_blocks and rule.blocks is None:
+                counts = [read_blocks(count) for count in self.blocks]
+            for count in counts:
+                found[label(rule, keep, count)] = Rule(rule.format, keep, count, rule.options)
+        return found
+
+
+@dataclass(frozen=True)
+class TimingOptions(Options):
+    """How is timed.
+
+    Attributes:
+        dtypes: The dtypes; none for the usual one of the device.
+        mode: The mode, one of ``MODES``.
+        backward: Whether to time the backward pass and the training step.
+        autotune: Whether to choose algorithms first.
+        rounds: The number of times that each is timed.
+        out: The folder for results.
+        device: The device.
+    """
+
+    dtypes: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--dtypes",
+            metavar="DTYPE",
+            help=f"A dtype, repeated for several, but one alone for models: {', '.join(models.DTYPES[1:])}; by default "
+            "float32 on a CPU and bfloat16 on a GPU.",
+        ),
+    ] = ()
+    mode: Annotated[
+        str,
+        typer.Option(
+            help=f"How dense and structured alike run: {', '.join(MODES)}, which are plain PyTorch, CUDA graphs and "
+            "torch.compile."
+        ),
+    ] = "eager"
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Time the backward pass and the training step too.")
+    ] = False
+    autotune: Annotated[
+        bool, typer.Option("--autotune", help="Choose the fastest algorithms for this machine first.")
+    ] = False
+    rounds: Annotated[int, typer.Option(help="The number of times that each is timed.")] = 20
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for bench.json and bench.png.")] = Path(
+        "structmat-bench"
+    )
+    device: DeviceOption = "auto"
+
+    def dtypes_on(self, device: torch.device) -> list[torch.dtype]:
+        """The dtypes to time on a device."""
+        return [dtype_for(name) for name in self.dtypes or ["float32" if device.type == "cpu" else "bfloat16"]]
+
+
+@dataclass(frozen=True)
+class LayerOptions(Options):
+    """Which layers are timed, where no model is.
+
+    Attributes:
+        shapes: The shapes, ``OUTxIN`` each.
+        tokens: The numbers of input vectors.
+    """
+
+    shapes: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--shapes",
+            metavar="OUTxIN",
+            help="The out features and in features of a layer, repeated for several layers.",
+            rich_help_panel=LAYERS,
+        ),
+    ] = ("4096x4096",)
+    tokens: Annotated[
+        tuple[int, ...],
+        typer.Option(
+            "--tokens",
+            metavar="COUNT",
+            help="A number of input vectors, repeated for several numbers.",
+            rich_help_panel=LAYERS,
+        ),
+    ] = (1, 16, 128)
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Which models are timed, and doing what.
+
+    Attributes:
+        shape: The shape of a model with random weights, a key of ``SHAPES``; None for models that are named.
+        prefill: The lengths of prompts.
+        generate: The lengths of texts.
+        most_tokens: The number of tokens after which the time of a text is extrapolated; None for the usual one.
+    """
+
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            help=f"The shape of a model with random weights, which is timed in place of named models: "
+            f"{' or '.join(SHAPES)}.",
+            rich_help_panel=MODELS,
+        ),
+    ] = None
+    prefill: Annotated[
+        tuple[int, ...],
+        typer.Option(
+            "--prefill",
+            metavar="COUNT",
+            help="The number of tokens in a prompt, repeated for several.",
+            rich_help_panel=MODELS,
+        ),
+    ] = (512,)
+    generate: Annotated[
+        tuple[int, ...],
+        typer.Option(
+            "--generate",
+            metavar="COUNT",
+            help="The number of tokens in a text, repeated for several.",
+            rich_help_panel=MODELS,
+        ),
+    ] = (10, 100, 1000)
+    most_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="The number of tokens that are generated at most, beyond which the time of a text is extrapolated; by "
+            f"default {MOST_TOKENS} on a CPU.",
+            rich_help_panel=MODELS,
+        ),
+    ] = None
 
 
 def bench(
@@ -37,120 +208,70 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="Models to time, folders or names on the Hub, the first one the reference; one alone is compared with "
-            "itself made dense, or compressed with random factors. Without a model or --shape, layers are timed.",
+            help="Models to time, folders or names on the Hugging Face Hub, the first one the reference; one alone is "
+            "compared with itself made dense, or compressed with random factors. Layers are timed where neither a "
+            "model nor --shape is given.",
         ),
-    ] = None,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--formats", metavar="FORMAT[:keep=0.3][:blocks=8x16] ...", help="By default blast low_rank monarch."
-        ),
-    ] = None,
-    keep: Annotated[float, typer.Option(help="Share of the dense parameters, where --formats does not say.")] = 0.5,
-    blocks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--blocks",
-            metavar="COUNT ...",
-            help="Block counts such as 16 or 8x16, each for every format that has blocks; by default 16.",
-        ),
-    ] = None,
-    dtypes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dtypes", metavar="DTYPE ...", help="By default float32 on a CPU, bfloat16 on a GPU; one for models."
-        ),
-    ] = None,
-    device: options.Device = "auto",
-    mode: Annotated[
-        str,
-        typer.Option(help="eager, graphs (CUDA graphs) or compile (torch.compile), for dense and structured alike."),
-    ] = "eager",
-    backward: Annotated[bool, typer.Option("--backward", help="Time the backward and the training step too.")] = False,
-    optimize: Annotated[
-        bool, typer.Option("--optimize", help="Choose algorithms for this machine first, with autotune_.")
-    ] = False,
-    rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 20,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for bench.json and bench.png.")] = Path(
-        "structmat-bench"
-    ),
-    shapes: Annotated[
-        list[str] | None,
-        typer.Option("--shapes", metavar="OUTxIN ...", help="By default 4096x4096.", rich_help_panel=LAYERS),
-    ] = None,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--tokens", metavar="COUNT ...", help="Input vectors; by default 1 16 128.", rich_help_panel=LAYERS
-        ),
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            "--shape", help=f"A model with random weights instead: {' or '.join(SHAPES)}.", rich_help_panel=MODELS
-        ),
-    ] = None,
-    prefill: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--prefill", metavar="COUNT ...", help="Lengths of prompts; by default 512.", rich_help_panel=MODELS
-        ),
-    ] = None,
-    generate: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--generate", metavar="COUNT ...", help="Lengths of texts; by default 10 100 1000.", rich_help_panel=MODELS
-        ),
-    ] = None,
-    most_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Scale the time of so many tokens up for longer texts; by default {MOST_TOKENS} on a CPU.",
-            rich_help_panel=MODELS,
-        ),
-    ] = None,
+    ],
+    formats: FormatsOptions,
+    timing: TimingOptions,
+    layers: LayerOptions,
+    whole: ModelOptions,
 ) -> None:
-    """Time structured layers or whole language models against dense ones, once it is checked that they are right.
+    """Run ``structmat bench``.
 
-    Layers are timed as stacks of copies with weights of their own that no cache holds. bench.json has every number.
+    Layers are timed as stacks of copies with weights of their own that no cache holds.
     """
-    place = models.device_named(device)
-    rules = rules_for(formats or FORMATS, keep, blocks or ["16"])
-    kinds = [dtype_for(name) for name in dtypes or ["float32" if place.type == "cpu" else "bfloat16"]]
-    _checks.positive_int(rounds, "--rounds")
-    folder_for(out)
-    if not names and shape is None:
+    device = models.device_named(timing.device)
+    rules, dtypes = formats.rules(), timing.dtypes_on(device)
+    _checks.positive_int(timing.rounds, "--rounds")
+    check_folder(timing.out)
+    if names or whole.shape is not None:
+        found = time_models(models_for(names or [], whole.shape, rules, dtypes, device), timing, whole, device)
+        show_models(found)
+    else:
         found = bench_layers(
             rules,
-            shapes=[read_shape(text) for text in shapes or ["4096x4096"]],
-            tokens=tokens or (1, 16, 128),
-            dtypes=kinds,
-            device=place,
-            steps=("forward", "backward", "training") if backward else ("forward",),
-            rounds=rounds,
-            mode=mode,
-            choose=choose if optimize else None,
+            shapes=[read_shape(text) for text in layers.shapes],
+            tokens=layers.tokens,
+            dtypes=dtypes,
+            device=device,
+            steps=("forward", "backward", "training") if timing.backward else ("forward",),
+            rounds=timing.rounds,
+            mode=timing.mode,
+            choose=choose if timing.autotune else None,
         )
         show_layers(found)
-    else:
-        prompts = tuple(prefill or (512,))
-        compared = models_for(names or [], shape, rules, kinds, place)
-        if optimize:
-            for model in compared.values():
-                if plan_of(model):
-                    choose(model, (1, *prompts))
-        found = bench_generation(
-            compared,
-            prefill=prompts,
-            generate=tuple(generate or (10, 100, 1000)),
-            training=prompts if backward else (),
-            most_tokens=most_tokens or (MOST_TOKENS if place.type == "cpu" else None),
-            rounds=rounds,
-            mode=mode,
-        )
-        show_models(found)
-    write(found, out)
+    write(found, timing.out)
+
+
+def time_models(
+    compared: Mapping[str, nn.Module], timing: TimingOptions, whole: ModelOptions, device: torch.device
+) -> GenerationBench:
+    """Time language models.
+
+    Args:
+        compared: The models by name, the reference first.
+        timing: How is timed.
+        whole: What the models do.
+        device: Where the models are.
+
+    Returns:
+        The times.
+    """
+    if timing.autotune:
+        for model in compared.values():
+            if plan_of(model):
+                choose(model, (1, *whole.prefill))
+    return bench_generation(
+        compared,
+        prefill=whole.prefill,
+        generate=whole.generate,
+        training=whole.prefill if timing.backward else (),
+        most_tokens=whole.most_tokens or (MOST_TOKENS if device.type == "cpu" else None),
+        rounds=timing.rounds,
+        mode=timing.mode,
+    )
 
 
 def choose(model: nn.Module, tokens: Sequence[int]) -> None:
@@ -158,30 +279,12 @@ def choose(model: nn.Module, tokens: Sequence[int]) -> None:
     autotune_(model, tokens=tokens, allow_dense=False)
 
 
-def rules_for(formats: Sequence[str], keep: float, blocks: Sequence[str]) -> dict[str, Rule]:
-    """The formats to time, by a label.
-
-    Args:
-        formats: ``FORMAT[:keep=0.3][:blocks=8x16]`` each.
-        keep: Where a format does not say.
-        blocks: Counts, one of which each format with blocks gets that does not say.
-
-    Returns:
-        Complete rules.
-    """
-    _checks.fraction(keep, "--keep")
-    found: dict[str, Rule] = {}
-    for text in formats:
-        _, rule = read_rule(f".*={text}")
-        share = keep if rule.keep is None else rule.keep
-        counts: Sequence[Any] = [None]
-        if rule.format.takes_blocks:
-            counts = [read_blocks(count) for count in blocks] if rule.blocks is None else [rule.blocks]
-        for count in counts:
-            pair = (count, count) if isinstance(count, int) else count
-            label = " ".join([rule.format.name, *([] if pair is None else [f"{pair[0]}x{pair[1]}"]), f"keep {share:g}"])
-            found[label] = Rule(rule.format, share, count)
-    return found
+def label(rule: Rule, keep: float, blocks: int | tuple[int, int] | None) -> str:
+    """What the table calls a format with its options."""
+    pair = (blocks, blocks) if isinstance(blocks, int) else blocks
+    counts = [] if pair is None else [f"{pair[0]}x{pair[1]}"]
+    others = [f"{name} {value}" for name, value in rule.options.items()]
+    return " ".join([rule.format.name, *counts, f"keep {keep:g}", *others])
 
 
 def dtype_for(name: str) -> torch.dtype:
@@ -194,10 +297,10 @@ def read_shape(text: str) -> tuple[int, int]:
     """Read ``4096x11008``.
 
     Args:
-        text: Out features and in features.
+        text: The out features and the in features.
 
     Returns:
-        Both.
+        The out features and the in features.
 
     Raises:
         ValueError: If it does not read.
@@ -208,11 +311,11 @@ def read_shape(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def folder_for(out: Path) -> None:
+def check_folder(out: Path) -> None:
     """Check that a folder can be written before anything is measured.
 
     Args:
-        out: The folder.
+        out: The folder for results.
 
     Raises:
         FileExistsError: If there is a file of that name.
@@ -232,10 +335,10 @@ def models_for(
 
     Args:
         names: Folders, or names on the Hub.
-        shape: Of a model with random weights instead.
-        rules: For a dense model that is alone.
-        dtypes: One.
-        device: Where to put them.
+        shape: The shape of a model with random weights instead; None for named models.
+        rules: What becomes of a dense model that is alone.
+        dtypes: The dtype of the weights, one alone.
+        device: Where to put the models.
 
     Returns:
         The models by name, the reference first.
@@ -265,13 +368,13 @@ def random_models(
 def named_models(
     names: Sequence[str], rules: Mapping[str, Rule], dtype: torch.dtype, device: torch.device
 ) -> dict[str, nn.Module]:
-    """The models of these names; one alone with what it is to be compared with.
+    """Load the models of these names; one alone comes with what it is to be compared with.
 
     Args:
         names: Folders, or names on the Hub.
-        rules: For a dense model that is alone.
-        dtype: Of the weights.
-        device: Where to put them.
+        rules: What becomes of a dense model that is alone.
+        dtype: The dtype of the weights.
+        device: Where to put the models.
 
     Returns:
         The models by name, the reference first.
@@ -279,10 +382,10 @@ def named_models(
     Raises:
         ValueError: If one generates no text.
     """
-    kind = str(dtype).removeprefix("torch.")
+    placement = Placement(str(dtype).removeprefix("torch."), str(device))
     found: dict[str, Any] = {}
     for name in dict.fromkeys(names):
-        found[name] = models.load(name, dtype=kind, device=str(device))
+        found[name] = models.load(name, placement)
         if not found[name].can_generate():
             raise ValueError(f"expected a language model that generates, got a {type(found[name]).__name__}")
     if len(found) > 1:
@@ -295,60 +398,3 @@ def named_models(
         small = copy.deepcopy(model)
         found[label] = apply_plan_(small, make_plan(small, {layers: rule}))
     return found
-
-
-def show_layers(found: LayerBench) -> None:
-    """Print times of layers as a table."""
-    rows = [
-        (
-            f"{time.shape[0]} x {time.shape[1]}", time.dtype, time.step, str(time.tokens), time.format, time.algorithm,
-            seconds(time.seconds.median), f"{time.seconds.spread:.0%}", f"{time.speedup:.2f}x",
-            f"{time.flop_share:.2f}", f"{time.byte_share:.2f}", f"{time.limit_share:.2f}",
-            f"{time.dense_limit_share:.2f}",
-        )
-        for time in found.times
-    ]  # fmt: skip
-    head = (
-        "shape", "dtype", "step", "tokens", "format", "algorithm", "time", "spread", "speed-up", "of peak flops",
-        "of peak bytes", "of limit", "dense of limit",
-    )  # fmt: skip
-    table(head, rows, right=range(6, 13))
-    for dtype, peak in found.peaks.items():
-        say(f"measured peaks, {dtype}: {peak.flops / 1e9:,.0f} GFLOP/s, {peak.bytes / 1e9:,.1f} GB/s")
-
-
-def show_models(found: GenerationBench) -> None:
-    """Print times of models as a table."""
-    rows = [
-        (
-            time.model, time.step, str(time.tokens), seconds(time.seconds.median), f"{time.seconds.spread:.0%}",
-            f"{time.tokens_per_second:,.1f}", f"{time.speedup:.2f}x", "extrapolated" if time.extrapolated else "",
-        )
-        for time in found.times
-    ]  # fmt: skip
-    table(("model", "step", "tokens", "time", "spread", "tokens/s", "speed-up", ""), rows, right=(2, 3, 4, 5, 6))
-    for name, size in found.sizes.items():
-        peak = "" if size.peak_bytes is None else f", peak {size.peak_bytes / 2**30:.2f} GiB"
-        say(f"{name}: {size.parameters / 1e6:,.1f} M parameters, {size.bytes / 2**30:.2f} GiB{peak}")
-    if any(size.peak_bytes is None for size in found.sizes.values()):
-        say("the peak memory is measured on a GPU alone; on a CPU, the weights are what is known")
-
-
-def seconds(value: float) -> str:
-    """A time in a unit that suits it."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def write(found: LayerBench | GenerationBench, folder: Path) -> None:
-    """Write everything as JSON, and a picture."""
-    text = json.dumps(found.to_dict(), indent=1) + "\n"
-    write_atomically(folder / "bench.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    say(f"wrote {folder / 'bench.json'}")
-    if importlib.util.find_spec("matplotlib") is None:
-        say("no bench.png, which needs matplotlib: pip install 'structmat[plot]'")
-        return
-    from structmat.bench.plots import layer_speeds, model_speeds  # noqa: PLC0415 - the extra ``plot``
-
-    figure = layer_speeds(found) if isinstance(found, LayerBench) else model_speeds(found)
-    write_atomically(folder / "bench.png", lambda temporary: figure.savefig(temporary, format="png"))
-    say(f"wrote {folder / 'bench.png'}")

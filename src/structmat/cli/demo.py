@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from structmat import _checks
+from structmat.cli.options import Options
 
 
-def demo(
-    keep: Annotated[float, typer.Option(help="Share of the linear layers' parameters to keep, at most.")] = 0.3,
+@dataclass(frozen=True)
+class DemoOptions(Options):
+    """What the demo does.
+
+    Attributes:
+        keep: The share of the parameters to keep.
+        formats: The structures to compare; none for all.
+        seeds: The number of seeds.
+        out: The folder for pictures and results.
+        quick: Whether to train for fewer epochs with one budget.
+    """
+
+    keep: Annotated[
+        float, typer.Option(help="The largest share of the linear layers' parameters to keep.")
+    ] = 0.3
     formats: Annotated[
-        list[str] | None, typer.Option("--formats", metavar="NAME ...", help="Structures to compare; all by default.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds to average over.")] = 1,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for pictures and results.")] = Path("structmat-demo"),
+        tuple[str, ...],
+        typer.Option(
+            "--formats", metavar="NAME", help="A structure to compare, repeated for several; by default all of them."
+        ),
+    ] = ()
+    seeds: Annotated[int, typer.Option(help="The number of seeds to average over.")] = 1
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder for pictures and results.")
+    ] = Path("structmat-demo")
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer epochs and one budget: a look, not a comparison.")
-    ] = False,
-) -> None:
-    """Train a small Vision Transformer on digits and compress it with every structure."""
+        bool, typer.Option("--quick", help="Train for fewer epochs with one budget: a look, not a comparison.")
+    ] = False
+
+
+def demo(options: DemoOptions) -> None:
+    """Run ``structmat demo``."""
     from structmat.demo import STRUCTURES, Settings, run_demo  # noqa: PLC0415 - the demo's own dependencies
 
-    names = tuple(dict.fromkeys(formats or STRUCTURES))
+    names = tuple(dict.fromkeys(options.formats or STRUCTURES))
     for name in names:
         _checks.one_of(name, STRUCTURES, "--formats")
-    checked = _checks.fraction(keep, "--keep")
-    run_demo(Settings(checked, names, _checks.positive_int(seeds, "--seeds"), out, quick))
+    keep = _checks.fraction(options.keep, "--keep")
+    run_demo(Settings(keep, names, _checks.positive_int(options.seeds, "--seeds"), options.out, options.quick))

@@ -12,10 +12,13 @@ import typer
 from torch.utils.data import DataLoader
 
 from structmat import _checks
-from structmat.cli import models, options
+from structmat._tables import print_table
+from structmat.cli import models
 from structmat.cli.calibration import length_for
+from structmat.cli.models import Placement
+from structmat.cli.options import DATA, Options
 from structmat.cli.output import SCHEMA, versions, write_json
-from structmat.cli.show import count, say, table
+from structmat.cli.show import count, say
 from structmat.data import read_images, read_labelled_texts, read_texts
 from structmat.evaluate import accuracy, perplexity, relative_flops
 from structmat.inspect.reports import report
@@ -29,37 +32,65 @@ SHOWN = {
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Options):
     """What to measure, and how.
 
     Attributes:
-        data: Source; None for tasks alone.
-        split: Of the source.
-        tasks: Of lm-eval.
-        task_folder: With own tasks.
-        limit: Examples of each task, or their share below 1.
-        length: Tokens that a language model sees at once.
-        stride: Tokens by which it moves on.
+        data: The data to measure on; None for tasks alone.
+        split: The split of the data; None where it has only one.
+        tasks: The names of tasks of lm-eval.
+        task_folder: A folder with the user's tasks; None for those of lm-eval.
+        limit: The number of examples of each task, or their share below 1; None for all.
+        length: The number of tokens that a language model sees at once.
+        stride: The number of tokens by which the window of a language model moves.
         truncate: Whether to score the beginning of each document alone.
-        batch_size: Rows or images of a batch.
+        batch_size: The number of rows or images in a batch.
     """
 
-    data: str | None
-    split: str | None
-    tasks: tuple[str, ...]
-    task_folder: Path | None
-    limit: float | None
-    length: int | None
-    stride: int | None
-    truncate: bool
-    batch_size: int
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Texts for a language model, texts or images with classes for a classifier: a file such as "
+            "stories.txt.xz[-300:], a folder, or a data set on the Hub.",
+        ),
+    ] = None
+    split: Annotated[
+        str | None, typer.Option(help="The split of the data, where it has several.", rich_help_panel=DATA)
+    ] = None
+    tasks: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--tasks", metavar="TASK", help="A task of lm-eval such as arc_easy, repeated for several tasks."
+        ),
+    ] = ()
+    task_folder: Annotated[
+        Path | None, typer.Option(help="A folder with tasks for lm-eval, as YAML, in place of those it brings.")
+    ] = None
+    limit: Annotated[
+        float | None, typer.Option(help="The number of examples of each task, or their share where it is below 1.")
+    ] = None
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="The number of tokens that the model sees at once; by default 512, or as many as the model takes."
+        ),
+    ] = None
+    stride: Annotated[
+        int | None,
+        typer.Option(help="The number of tokens by which the window advances; by default half of the window."),
+    ] = None
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Score the first --length tokens of each document alone.")
+    ] = False
+    batch_size: Annotated[int, typer.Option(help="The number of rows or images in a batch.")] = 8
 
     def of(self, model: Any, processor: Any) -> dict[str, float]:
         """Measure one model.
 
         Args:
-            model: Of transformers.
-            processor: Its tokenizer or image processor.
+            model: A model of transformers.
+            processor: The model's tokenizer or image processor.
 
         Returns:
             The figures by name.
@@ -93,10 +124,8 @@ class Measurement:
 
     def _perplexity(self, model: Any, tokenizer: Any, length: int) -> dict[str, float]:
         texts = read_texts(str(self.data), split=self.split)
-        found = perplexity(
-            model, tokenizer, texts, length=length, stride=self.stride, batch_size=self.batch_size,
-            truncate=self.truncate,
-        )  # fmt: skip
+        sizes = {"length": length, "stride": self.stride, "batch_size": self.batch_size}
+        found = perplexity(model, tokenizer, texts, truncate=self.truncate, **sizes)
         return {"token_perplexity": found.token, "word_perplexity": found.word, "bits_per_byte": found.bits_per_byte}
 
     def _examples(self, task: str, model: Any, processor: Any, length: int) -> Any:
@@ -118,10 +147,8 @@ class Measurement:
             from structmat.integrations.lm_eval import lm_eval_tasks  # noqa: PLC0415 - an optional dependency
         except ImportError as error:
             raise ImportError("--tasks needs lm-eval: pip install 'structmat[evaluate]'") from error
-        found = lm_eval_tasks(
-            model, tokenizer, self.tasks, include_path=self.task_folder, limit=self.limit,
-            batch_size=self.batch_size, length=length,
-        )  # fmt: skip
+        sizes = {"limit": self.limit, "batch_size": self.batch_size, "length": length}
+        found = lm_eval_tasks(model, tokenizer, self.tasks, include_path=self.task_folder, **sizes)
         return {
             f"{task} {metric.partition(',')[0]}": float(value)
             for task, metrics in found.items()
@@ -134,9 +161,9 @@ def check_classes(config: Any, labels: list[int], classes: tuple[str, ...]) -> N
     """Check that the classes of the data are those of the model.
 
     Args:
-        config: Of the model.
-        labels: Of the data.
-        classes: Their names, where the data has them.
+        config: The configuration of the model.
+        labels: The class of each example.
+        classes: The names of the classes, where the data has them.
 
     Raises:
         ValueError: If there are too many, or they have the model's names in another order.
@@ -152,57 +179,48 @@ def check_classes(config: Any, labels: list[int], classes: tuple[str, ...]) -> N
         )
 
 
+@dataclass(frozen=True)
+class Comparison(Options):
+    """What the models are compared with, and where the figures go.
+
+    Attributes:
+        dense: The models to compare with.
+        json_file: The file for the figures; None for none.
+    """
+
+    dense: Annotated[
+        tuple[str, ...],
+        typer.Option("--dense", metavar="MODEL", help="A model to compare with, repeated for several models."),
+    ] = ()
+    json_file: Annotated[Path | None, typer.Option("--json", help="The file for the figures, as JSON.")] = None
+
+
 def evaluate(
     model: Annotated[
-        list[str], typer.Argument(help="Models to measure: folders, or names on the Hub.", metavar="MODEL...")
+        list[str],
+        typer.Argument(help="The models to measure: folders, or names on the Hugging Face Hub.", metavar="MODEL..."),
     ],
-    dense: Annotated[
-        list[str] | None, typer.Option("--dense", metavar="MODEL ...", help="Models to compare with.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Texts for a language model, texts or images with classes for a classifier: a file such as "
-            "stories.txt.xz[-300:], a folder, or a data set on the Hub.",
-        ),
-    ] = None,
-    split: options.Split = None,
-    tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", metavar="TASK ...", help="Tasks of lm-eval, such as arc_easy.")
-    ] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="Folder with own tasks of lm-eval, as YAML.")] = None,
-    limit: Annotated[float | None, typer.Option(help="Examples of each task; below 1 their share.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens seen at once; 512 or as many as the model takes.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens by which the window advances; half of it.")] = None,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Score the first --length tokens of each document.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(help="Rows or images of a batch.")] = 8,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures as JSON.")] = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
+    comparison: Comparison,
+    measurement: Measurement,
+    placement: Placement,
 ) -> None:
-    """Measure models side by side: perplexity or accuracy, operations and parameters."""
-    if data is None and not tasks:
+    """Run ``structmat evaluate``."""
+    if measurement.data is None and not measurement.tasks:
         raise ValueError("expected something to measure on, got neither --data nor --tasks")
-    _checks.positive_int(batch_size, "--batch-size")
-    names = list(dict.fromkeys((*(dense or ()), *model)))
+    _checks.positive_int(measurement.batch_size, "--batch-size")
+    names = list(dict.fromkeys((*comparison.dense, *model)))
     for name in names:
         models.check_name(name)
-    measurement = Measurement(data, split, tuple(tasks or ()), task_folder, limit, length, stride, truncate, batch_size)
     found: dict[str, dict[str, float]] = {}
     for name in names:
         say(name)
-        found[name] = measurement.of(models.load(name, dtype=dtype, device=device), models.processor_of(name))
+        found[name] = measurement.of(models.load(name, placement), models.processor_of(name))
     show_figures(found)
-    if json_file is not None:
-        how = {"data": data, "split": split, "length": length, "stride": stride, "truncate": truncate, "limit": limit}
-        write_json(
-            json_file,
-            {"schema": SCHEMA, "command": "evaluate", "options": how, "versions": versions(), "models": found},
-        )
-        say(f"wrote {json_file}")
+    file = comparison.json_file
+    if file is not None:
+        facts = {"schema": SCHEMA, "command": "evaluate", "options": measurement.record(), "versions": versions()}
+        write_json(file, {**facts, "models": found})
+        say(f"wrote {file}")
 
 
 def show_figures(found: dict[str, dict[str, float]]) -> None:
@@ -213,4 +231,4 @@ def show_figures(found: dict[str, dict[str, float]]) -> None:
         cells = [SHOWN.get(name, "{:.4f}".format)(figures.get(name, math.nan)) for name in columns]
         rows.append((model, *cells))
     head = [name.replace("_", " ") for name in columns]
-    table(["model", *head], rows, right=range(1, len(head) + 1))
+    print_table(["model", *head], rows, right=range(1, len(head) + 1))

@@ -5,18 +5,45 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from structmat import _checks
+from structmat.cli.errors import door
+from structmat.cli.options import Options
 from structmat.integrations.hub import load_pretrained
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 IMAGE_FILES = ("preprocessor_config.json",)
+
+
+DtypeOption = Annotated[
+    str, typer.Option(help=f"The dtype of the weights: {', '.join(DTYPES)}; auto is that of the checkpoint.")
+]
+
+
+DeviceOption = Annotated[
+    str, typer.Option(help="The device that computes: cpu, cuda, cuda:1, …; auto is a GPU if there is one.")
+]
+
+
+@dataclass(frozen=True)
+class Placement(Options):
+    """How a model is held while a command works with it.
+
+    Attributes:
+        dtype: The dtype of the weights.
+        device: The device.
+    """
+
+    dtype: DtypeOption = "auto"
+    device: DeviceOption = "auto"
 
 
 def library() -> Any:
@@ -38,7 +65,7 @@ def check_name(model: str) -> str:
     """Check the name of a model before anything is imported or looked up.
 
     Args:
-        model: Folder, or name on the Hub.
+        model: A folder, or a name on the Hub.
 
     Returns:
         The same.
@@ -63,56 +90,39 @@ def check_name(model: str) -> str:
 
 def configuration(model: str) -> Any:
     """The configuration of a model."""
-    return library().AutoConfig.from_pretrained(check_name(model))
+    with door("transformers", f"a model that transformers knows, got {model!r}"):
+        return library().AutoConfig.from_pretrained(check_name(model))
 
 
 def skeleton(model: str) -> Any:
     """A model without its weights, structured if it is saved so.
 
     Args:
-        model: Folder, or name on the Hub.
+        model: A folder, or a name on the Hub.
 
     Returns:
-        The model on the meta device.
-
-    Raises:
-        ValueError: If its configuration names no class of transformers.
+        The model, with its parameters on the meta device.
     """
-    config = configuration(model)
-    named = (config.architectures or [None])[0]
-    kind = getattr(library(), str(named), None)
-    if kind is None:
-        raise ValueError(
-            f"expected the configuration of {model!r} to name a class of transformers under 'architectures', "
-            f"got {named!r}"
-        )
-    facts = config.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        empty = kind._from_config(config, dtype=config.dtype or torch.float32).eval()
-    if facts is not None:
-        integration = importlib.import_module("structmat.integrations.transformers.quantizer")
-        if not integration.is_ours(facts):
-            raise ValueError(f"expected a model with dense weights, got {model!r}, which is quantized; dequantize it")
-        facts = facts if isinstance(facts, dict) else facts.to_dict()
-        quantizer = integration.StructmatQuantizer(integration.StructmatConfig(**facts))
-        quantizer._process_model_before_weight_loading(empty)
-    return empty
+    configuration(model)
+    skeletons = importlib.import_module("structmat.integrations.transformers.skeletons")
+    return skeletons.skeleton(model)
 
 
-def load(model: str, *, dtype: str = "auto", device: str = "auto") -> Any:
-    """A model with its weights.
+def load(model: str, placement: Placement = Placement()) -> Any:  # noqa: B008 - a frozen object
+    """Load a model with its weights.
 
     Args:
-        model: Folder, or name on the Hub.
-        dtype: Of the weights.
-        device: Where to put it.
+        model: A folder, or a name on the Hub.
+        placement: The dtype and the device.
 
     Returns:
         The model, in evaluation mode.
     """
     library()
-    loaded = load_pretrained(check_name(model), dtype=dtype_named(dtype))
-    return loaded.to(device_named(device)).eval()
+    dtype, device = dtype_named(placement.dtype), device_named(placement.device)
+    with door("transformers", f"a model that transformers loads, got {model!r}"):
+        loaded = load_pretrained(check_name(model), dtype=dtype)
+    return loaded.to(device).eval()
 
 
 def folder_of(model: str) -> Path:
@@ -124,7 +134,7 @@ def folder_of(model: str) -> Path:
 
 
 def dtype_named(name: str) -> Any:
-    """The dtype that ``--dtype`` means, ``"auto"`` as it is."""
+    """The dtype that ``--dtype`` means; ``"auto"`` stays ``"auto"``."""
     _checks.one_of(name, DTYPES, "--dtype")
     return name if name == "auto" else getattr(torch, name)
 
@@ -133,7 +143,7 @@ def device_named(name: str) -> torch.device:
     """The device that ``--device`` means.
 
     Args:
-        name: ``"auto"``, or a name as in PyTorch.
+        name: ``"auto"``, or a name that PyTorch knows.
 
     Returns:
         The device.
@@ -152,24 +162,22 @@ def device_named(name: str) -> torch.device:
 
 
 def processors(model: str) -> dict[str, Any]:
-    """What makes inputs of a model.
+    """Load what makes the inputs of a model.
 
     Args:
-        model: Folder, or name on the Hub.
+        model: A folder, or a name on the Hub.
 
     Returns:
-        Its ``"tokenizer"`` and ``"image processor"``, those that it has.
+        The model's ``"tokenizer"`` and ``"image processor"``, of which it may have both, one or none.
     """
     transformers = library()
     kinds = {
         "tokenizer": (TOKENIZER_FILES, transformers.AutoTokenizer),
         "image processor": (IMAGE_FILES, transformers.AutoImageProcessor),
     }
-    return {
-        name: kind.from_pretrained(model)
-        for name, (files, kind) in kinds.items()
-        if any(has_file(model, file) for file in files)
-    }
+    there = {name: kind for name, (files, kind) in kinds.items() if any(has_file(model, file) for file in files)}
+    with door("transformers", f"a {' and an '.join(there)} that transformers loads, got {model!r}"):
+        return {name: kind.from_pretrained(model) for name, kind in there.items()}
 
 
 def has_file(model: str, file: str) -> bool:
@@ -182,10 +190,10 @@ def has_file(model: str, file: str) -> bool:
 
 
 def processor_of(model: str) -> Any:
-    """The one that makes the model's inputs from data: its tokenizer, or else its image processor.
+    """Load what makes the model's inputs from data: its tokenizer, or else its image processor.
 
     Args:
-        model: Folder, or name on the Hub.
+        model: A folder, or a name on the Hub.
 
     Returns:
         The processor.

@@ -1,54 +1,133 @@
-"""Options that several commands have."""
+"""Options: frozen classes whose fields are options of commands, and what makes a signature of them.
+
+A class of options is written once. From its fields come the options that the parser knows and the help shows, the
+object that a command works with, and the record by which an interrupted run is recognised.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-PLAN, DATA, OUTPUT = "Plan", "Data", "Output"
+DATA = "Data"
 
 Model = Annotated[
-    str, typer.Argument(help="Folder with the model, or its name on the Hugging Face Hub.", metavar="MODEL")
+    str, typer.Argument(help="The folder with the model, or its name on the Hugging Face Hub.", metavar="MODEL")
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it appears when it is complete.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result of structmat that is there already.")]
-Dtype = Annotated[
-    str, typer.Option(help="Of the weights: float32, bfloat16, float16, or auto for that of the checkpoint.")
-]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, …; auto for a GPU if there is one.")]
-Split = Annotated[str | None, typer.Option(help="Of the data, where it has several splits.", rich_help_panel=DATA)]
 
-FormatName = Annotated[
-    str,
-    typer.Option("--format", help="blast, low_rank, monarch, block_diagonal or block_sparse.", rich_help_panel=PLAN),
+
+@dataclass(frozen=True)
+class Options:
+    """A set of options; a field that is a tuple is an option that is repeated for each of its values."""
+
+    def record(self) -> dict[str, Any]:
+        """The options by name as JSON-compatible data: what a result depends on."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True)
+class Target(Options):
+    """Where a command writes.
+
+    Attributes:
+        out: The folder to write.
+        overwrite: Whether to replace a result that is there.
+    """
+
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it appears when it is complete.")]
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a result of structmat that is there already.")
+    ] = False
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def recorded(*groups: Options) -> dict[str, Any]:
+    """The records of several sets of options as one."""
+    return {name: value for group in groups for name, value in group.record().items()}
+
+
+def command_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function that takes sets of options one whose signature lists every option, as typer reads it.
+
+    Args:
+        function: The function of a command. A parameter whose annotation is a class of options stands for the fields
+            of that class.
+
+    Returns:
+        A function with an option ``--debug`` beside those, which it takes by keyword.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, Options)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in groups:
+            parameters += _parameters_of(groups[name])
+        else:
+            parameters.append(_parameter(name, hints[name], parameter.default))
+
+    @functools.wraps(function)
+    def command(**values: Any) -> Any:
+        values.pop("debug", None)
+        given = {name: _given(kind, values) for name, kind in groups.items()}
+        return function(**given, **{name: _tuple(hints[name], value) for name, value in values.items()})
+
+    setattr(command, "__signature__", inspect.Signature([*parameters, DEBUG]))  # noqa: B010 - no attribute of functions
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameters_of(kind: type[Options]) -> Iterator[inspect.Parameter]:
+    """A parameter for every field of a class of options."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        missing = field.default is dataclasses.MISSING
+        yield _parameter(field.name, hints[field.name], inspect.Parameter.empty if missing else field.default)
+
+
+def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    """A parameter as typer wants it: a list where there are several values."""
+    if _is_repeated(hint):
+        several, info = get_args(hint)
+        hint = Annotated[list[get_args(several)[0]] | None, info]
+        default = list(default) if default and default is not inspect.Parameter.empty else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _is_repeated(hint: Any) -> bool:
+    return get_origin(hint) is Annotated and get_origin(get_args(hint)[0]) is tuple
+
+
+def _given(kind: type[Options], values: dict[str, Any]) -> Options:
+    """The set of options that the values mean; they are taken out of the values."""
+    hints = get_type_hints(kind, include_extras=True)
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: _tuple(hints[name], values.pop(name)) for name in names})
+
+
+def _tuple(hint: Any, value: Any) -> Any:
+    return tuple(value or ()) if _is_repeated(hint) else value
+
+
+def _set_debug(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        context.ensure_object(dict)["debug"] = True
+
+
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug, is_eager=True)
 ]
-Keep = Annotated[float, typer.Option(help="Share of each layer's parameters to keep, at most.", rich_help_panel=PLAN)]
-Blocks = Annotated[str, typer.Option(help="Block counts: 16, or 8x16 for rows x columns.", rich_help_panel=PLAN)]
-Layers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--layers",
-        metavar="REGEX ...",
-        help="Layers to compress, by whole names; by default every linear layer but the output head and classifiers.",
-        rich_help_panel=PLAN,
-    ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option("--exclude", metavar="REGEX ...", help="Layers to leave alone.", rich_help_panel=PLAN),
-]
-Rules = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--rule",
-        metavar="REGEX=FORMAT[:keep=0.3][:blocks=8x16] ...",
-        help="Layers that are to differ from --format, --keep and --blocks; the first rule that matches decides.",
-        rich_help_panel=PLAN,
-    ),
-]
-SkipMisfits = Annotated[
-    bool,
-    typer.Option("--skip-misfits", help="Leave layers dense that the format does not fit.", rich_help_panel=PLAN),
-]
+
+DEBUG = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
+"""The option that every command has."""

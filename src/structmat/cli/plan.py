@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from structmat._files import write_atomically
-from structmat.cli import models, options
-from structmat.cli.selection import PlanOptions, plan_for
-from structmat.cli.show import count, say, table
-from structmat.inspect.reports import share
+from structmat._tables import print_table, share
+from structmat.cli import models
+from structmat.cli.options import Model, Options
+from structmat.cli.selection import PlanOptions
+from structmat.cli.show import count, say
 from structmat.plan import Plan
 
 
-def plan(
-    model: options.Model,
-    format: options.FormatName = "blast",
-    keep: options.Keep = 0.5,
-    blocks: options.Blocks = "16",
-    layers: options.Layers = None,
-    exclude: options.Exclude = None,
-    rules: options.Rules = None,
-    skip_misfits: options.SkipMisfits = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File for the plan as JSON.")] = None,
-) -> None:
-    """Show which layers would get which format; reads no weights."""
-    wanted = PlanOptions(
-        format, keep, blocks, tuple(layers or ()), tuple(exclude or ()), tuple(rules or ()), skip_misfits
-    )
-    made = plan_for(models.skeleton(model), wanted)
+@dataclass(frozen=True)
+class PlanFile(Options):
+    """Where the plan is written.
+
+    Attributes:
+        out: The file; None for none.
+    """
+
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file for the plan, as JSON.")] = None
+
+
+def plan(model: Model, options: PlanOptions, file: PlanFile) -> None:
+    """Run ``structmat plan``."""
+    made = options.plan_for(models.skeleton(model))
     show_plan(made)
-    if out is not None:
-        text = made.to_json() + "\n"
-        write_atomically(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        say(f"wrote {out}")
+    if file.out is not None:
+        made.save(file.out)
+        say(f"wrote {file.out}")
 
 
 def show_plan(made: Plan) -> None:
@@ -46,15 +44,11 @@ def show_plan(made: Plan) -> None:
     ]
     rows += [(name, f"skipped: {reason}", "", "") for name, reason in made.skipped.items()]
     before, after = weigh(made)
-    total = f"{len(made)} layers, {count(before)} parameters dense"
-    table(
-        ("layer", "format", "parameters", "keep"),
-        [*rows, ("", "", "", ""), ("all", total, count(after), share(after, before))],
-        right=(2, 3),
-    )
+    total = ("all", f"{len(made)} layers, {count(before)} parameters dense", count(after), share(after, before))
+    print_table(("layer", "format", "parameters", "keep"), [*rows, ("", "", "", ""), total], right=(2, 3))
 
 
 def weigh(made: Plan) -> tuple[int, int]:
-    """Parameters of the planned layers, dense and structured."""
+    """The numbers of parameters of the planned layers, dense and structured."""
     formats = made.values()
     return sum(format.M * format.N for format in formats), sum(format.num_parameters() for format in formats)

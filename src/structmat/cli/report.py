@@ -14,11 +14,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from structmat._files import write_atomically
+from structmat._tables import print_table, share
 from structmat.cli import models, options
 from structmat.cli.output import read_record
-from structmat.cli.show import count, say, table
+from structmat.cli.show import count, say
 from structmat.formats import Blast, Format, GaudiGblr, Gblr
-from structmat.inspect.reports import Report, share
+from structmat.inspect.reports import Report
 from structmat.inspect.reports import report as report_on
 from structmat.nn import StructuredModule
 
@@ -89,7 +90,7 @@ def show_report(found: Report) -> None:
         count(found.multiplications), "", f"{share(found.multiplications, found.dense_multiplications)} of dense",
     )  # fmt: skip
     head = ("layer", "format", "shape", "parameters", "keep", "mult. per token", "error", "")
-    table(head, [*rows, ("",) * len(head), total], right=(3, 4, 5, 6))
+    print_table(head, [*rows, ("",) * len(head), total], right=(3, 4, 5, 6))
     for name, what in found.unseen.items():
         say(f"not in any row: {name} ({what})")
 

@@ -2,114 +2,204 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from torch import nn
 
 from structmat import _checks
-from structmat.fit import DEFAULT_METHODS
-from structmat.formats import FORMATS, Dense, Format
+from structmat.cli.formats import METAVAR, NAMES, options_text, read_blocks, read_format, read_rule
+from structmat.cli.options import Options
 from structmat.network.sites import find_sites
-from structmat.plan import Plan, Rule, make_plan
-
-SIZED = tuple(name for name, kind in FORMATS.items() if kind is Dense or kind in DEFAULT_METHODS)
-"""Names of the formats that a budget can size and a method fits; others are made from these."""
+from structmat.plan import Plan, make_plan
 
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 """Names of output layers, beside those that the model itself tells."""
 
+PANEL = "Plan"
+
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What the command line says about the plan.
+class PlanOptions(Options):
+    """The options of a plan.
 
     Attributes:
-        format: Name of the format.
-        keep: Share of the parameters to keep.
-        blocks: Block counts, ``16`` or ``8x16``.
-        layers: Patterns of the layers; none for the usual ones.
-        exclude: Patterns of layers to leave alone.
-        rules: ``REGEX=FORMAT[:keep=0.3][:blocks=8x16]`` each.
+        format: The format, with its options.
+        keep: The share of the parameters to keep.
+        blocks: The block counts, ``16`` or ``8x16``.
+        layers: Patterns of the layers to compress; none for the usual ones.
+        exclude: Patterns of the layers to leave alone.
+        rules: Rules for single layers, ``REGEX=FORMAT`` each.
         skip_misfits: Whether to leave layers dense that their format does not fit.
-        file: A plan to read instead of all that.
     """
 
-    format: str = "blast"
-    keep: float = 0.5
-    blocks: str = "16"
-    layers: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    rules: tuple[str, ...] = ()
-    skip_misfits: bool = False
-    file: Path | None = None
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar=METAVAR,
+            help=f"The format of the layers: {NAMES}. Some have options ({options_text()}), as in "
+            "monarch:permute_output=true.",
+            rich_help_panel=PANEL,
+        ),
+    ] = "blast"
+    keep: Annotated[
+        float, typer.Option(help="The largest share of each layer's parameters to keep.", rich_help_panel=PANEL)
+    ] = 0.5
+    blocks: Annotated[
+        str,
+        typer.Option(
+            help="The block counts of formats with blocks: 16, or 8x16 for rows x columns.", rich_help_panel=PANEL
+        ),
+    ] = "16"
+    layers: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--layers",
+            metavar="REGEX",
+            help="A pattern of whole names of layers to compress, repeated for several patterns; by default every "
+            "linear layer but the output head and classifiers.",
+            rich_help_panel=PANEL,
+        ),
+    ] = ()
+    exclude: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--exclude",
+            metavar="REGEX",
+            help="A pattern of layers to leave alone, repeated for several patterns.",
+            rich_help_panel=PANEL,
+        ),
+    ] = ()
+    rules: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--rule",
+            metavar=f"REGEX={METAVAR}",
+            help="The format of layers that are to differ from --format, --keep and --blocks, repeated for several "
+            "rules; the first rule that matches a layer decides.",
+            rich_help_panel=PANEL,
+        ),
+    ] = ()
+    skip_misfits: Annotated[
+        bool,
+        typer.Option("--skip-misfits", help="Leave layers dense that their format does not fit.", rich_help_panel=PANEL),
+    ] = False
+
+    def plan_for(self, model: nn.Module) -> Plan:
+        """Make the plan that the options mean for a model.
+
+        Args:
+            model: The model, which may live on the meta device.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: If an option does not read or does not fit the model, or there is nothing to compress.
+        """
+        chosen = read_format(self.format, "--format")
+        rules = {checked_pattern(pattern, "--rule"): rule for pattern, rule in map(read_rule, self.rules)}
+        exclude = [checked_pattern(pattern, "--exclude") for pattern in self.exclude]
+        layers = [checked_pattern(pattern, "--layers") for pattern in self.layers]
+        keep, blocks = _checks.fraction(self.keep, "--keep"), read_blocks(self.blocks)
+        check_picks(model, {"--rule": rules, "--exclude": exclude, "--layers": layers})
+        if not layers:
+            taken = (*rules, *exclude)
+            names = [name for name in usual_layers(model) if not any(re.fullmatch(one, name) for one in taken)]
+            layers = ["|".join(re.escape(name) for name in names)] if names else []
+        rules |= {pattern: chosen for pattern in layers if pattern not in rules}
+        if not rules:
+            raise ValueError(
+                "expected dense linear layers to compress, found none that is not excluded; is the model compressed "
+                "already?"
+            )
+        misfits = "skip" if self.skip_misfits else "error"
+        try:
+            return make_plan(model, rules, keep=keep, blocks=blocks, exclude=exclude, misfits=misfits)
+        except ValueError as error:
+            raise ValueError(in_options(str(error))) from error
+
+
+@dataclass(frozen=True)
+class PlanOrFile(PlanOptions):
+    """The options of a plan, or a file with a plan.
+
+    Attributes:
+        plan: The file to read in place of all other options.
+    """
+
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="A plan that structmat plan wrote, in place of all of these.", rich_help_panel=PANEL),
+    ] = None
 
     def record(self) -> dict[str, Any]:
         """What the plan depends on, as JSON-compatible data."""
-        if self.file is None:
-            return {name: value for name, value in dataclasses.asdict(self).items() if name != "file"}
-        return {"plan": str(self.file), "plan_content": hashlib.sha256(self.file.read_bytes()).hexdigest()[:16]}
+        if self.plan is None:
+            return {name: value for name, value in super().record().items() if name != "plan"}
+        return {"plan": str(self.plan), "plan_content": hashlib.sha256(self.plan.read_bytes()).hexdigest()[:16]}
+
+    def plan_for(self, model: nn.Module) -> Plan:
+        """Make the plan for a model, or read it.
+
+        Args:
+            model: The model, which may live on the meta device.
+
+        Returns:
+            The plan.
+
+        Raises:
+            FileNotFoundError: If there is no file with the plan.
+        """
+        if self.plan is None:
+            return super().plan_for(model)
+        if not self.plan.is_file():
+            raise FileNotFoundError(f"expected a plan in {str(self.plan)!r}; make one with structmat plan … -o")
+        return Plan.load(self.plan)
 
 
-def plan_for(model: nn.Module, options: PlanOptions) -> Plan:
-    """The plan that the options mean for a model.
+def check_picks(model: nn.Module, patterns: dict[str, Any]) -> None:
+    """Check that every pattern picks a layer.
 
     Args:
-        model: It may live on the meta device.
-        options: The options.
-
-    Returns:
-        The plan.
+        model: The model.
+        patterns: The patterns by the option that they come from.
 
     Raises:
-        ValueError: If an option does not read or does not fit the model, or there is nothing to compress.
-        FileNotFoundError: If there is no file with the plan.
+        ValueError: If one picks none; the message names its option.
     """
-    if options.file is not None:
-        if not options.file.is_file():
-            raise FileNotFoundError(f"expected a plan in {str(options.file)!r}; make one with structmat plan … -o")
-        return Plan.from_json(options.file.read_text(encoding="utf-8"))
-    rules: dict[Any, type[Format] | Rule] = {}
-    for text in options.rules:
-        pattern, rule = read_rule(text)
-        rules[checked_pattern(pattern, "--rule")] = rule
-    ruled = tuple(rules)
-    exclude = [checked_pattern(pattern, "--exclude") for pattern in options.exclude]
-    kind = format_named(options.format)
-    if options.layers:
-        rules |= {checked_pattern(pattern, "--layers"): kind for pattern in options.layers if pattern not in rules}
-    else:
-        taken = (*ruled, *exclude)
-        names = [name for name in usual_layers(model) if not any(re.fullmatch(pattern, name) for pattern in taken)]
-        if names:
-            rules["|".join(re.escape(name) for name in names)] = kind
-    if not rules:
-        raise ValueError(
-            "expected dense linear layers to compress, found none that is not excluded; is the model compressed "
-            "already?"
-        )
-    return make_plan(
-        model,
-        rules,
-        keep=_checks.fraction(options.keep, "--keep"),
-        blocks=read_blocks(options.blocks),
-        exclude=exclude,
-        misfits="skip" if options.skip_misfits else "error",
-    )
+    sites = find_sites(model)
+    names = [name for site in sites.values() for name in site.names]
+    for option, own in patterns.items():
+        for pattern in own:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise ValueError(
+                    f"expected {option} {pattern!r} to pick a dense linear layer or convolution, but it picks none; "
+                    f"there are: {', '.join(sites) or 'none'}"
+                )
+
+
+def in_options(message: str) -> str:
+    """What ``make_plan`` says, with the options of the command line in place of its arguments."""
+    return message.replace("Give it another rule, exclude it, or pass misfits='skip'", REMEDY)
+
+
+REMEDY = "Give it another format with --rule, leave it alone with --exclude, or pass --skip-misfits"
 
 
 def usual_layers(model: Any) -> list[str]:
     """The linear layers of a model without those that turn its states into answers.
 
     Args:
-        model: Of transformers, or any other.
+        model: A model of transformers, or any other network.
 
     Returns:
-        Their names: all that is inside the base model, and is no output layer.
+        The names of all linear layers that are inside the base model and are no output layer.
     """
     base = getattr(model, "base_model", model)
     inside = {id(module) for module in base.modules()}
@@ -124,70 +214,18 @@ def usual_layers(model: Any) -> list[str]:
     ]
 
 
-def format_named(name: str) -> type[Format]:
-    """The format of this name, which may have hyphens."""
-    name = name.strip().lower().replace("-", "_")
-    _checks.one_of(name, SIZED, "a format")
-    return FORMATS[name]
-
-
-def read_blocks(text: str) -> int | tuple[int, int]:
-    """Read block counts.
-
-    Args:
-        text: ``16`` or ``8x16``.
-
-    Returns:
-        One count or two.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
-    if found is None:
-        raise ValueError(f"expected blocks such as 16, or 8x16 for rows x columns, got {text!r}")
-    rows, columns = found.groups()
-    return int(rows) if columns is None else (int(rows), int(columns))
-
-
-def read_rule(text: str) -> tuple[str, Rule]:
-    """Read a rule.
-
-    Args:
-        text: ``REGEX=FORMAT``, and behind it any of ``:keep=0.3`` and ``:blocks=8x16``.
-
-    Returns:
-        The pattern and the rule.
-
-    Raises:
-        ValueError: If it does not read.
-    """
-    found = re.fullmatch(r"(?P<pattern>.+?)=(?P<name>[a-zA-Z_-]+)(?P<rest>(?::\w+=[^:]*)*)", text)
-    if found is None:
-        raise ValueError(f"expected a rule such as '.*mlp.*=blast:keep=0.3:blocks=8x16', got {text!r}")
-    settings: dict[str, Any] = {}
-    for part in found["rest"].split(":")[1:]:
-        key, _, value = part.partition("=")
-        _checks.one_of(key, ("keep", "blocks"), f"what a rule sets ({text!r})")
-        try:
-            settings[key] = float(value) if key == "keep" else read_blocks(value)
-        except ValueError as error:
-            raise ValueError(f"expected a number for {key} in the rule {text!r}, got {value!r}") from error
-    return found["pattern"], Rule(format_named(found["name"]), **settings)
-
-
 def checked_pattern(pattern: str, option: str) -> str:
     """The pattern, if it is a regular expression.
 
     Args:
         pattern: The text.
-        option: Where it comes from.
+        option: The option that the text comes from.
 
     Returns:
         The same.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the text is no regular expression.
     """
     try:
         re.compile(pattern)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,9 @@ import torch
 import typer
 
 from structmat import _checks
-from structmat.cli import models, options
+from structmat.cli import models
+from structmat.cli.models import DtypeOption, Placement
+from structmat.cli.options import Model, Options, Target, recorded
 from structmat.cli.output import Output, fingerprint
 from structmat.cli.show import count, say
 from structmat.inspect.reports import report as report_on
@@ -17,22 +21,39 @@ from structmat.network.surgery import densify_, harden_
 from structmat.plan import plan_of
 
 
+@dataclass(frozen=True)
+class Sampling(Options):
+    """How a text is continued.
+
+    Attributes:
+        tokens: The largest number of tokens to add.
+        temperature: The temperature of the random choices; 0 for none.
+        seed: The seed of the random choices.
+    """
+
+    tokens: Annotated[int, typer.Option(help="The largest number of tokens to add.")] = 100
+    temperature: Annotated[
+        float, typer.Option(help="The temperature of the random choices; 0 takes the most probable token each time.")
+    ] = 0.8
+    seed: Annotated[int, typer.Option(help="The seed of the random choices.")] = 0
+
+    def __post_init__(self) -> None:
+        _checks.positive_int(self.tokens, "--tokens")
+        if not self.temperature >= 0:
+            raise ValueError(f"expected --temperature of at least 0, got {self.temperature}")
+
+
 def generate(
-    model: options.Model,
-    prompt: Annotated[str, typer.Argument(help="How the text begins.", metavar="PROMPT")],
-    tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 for the most probable token each time.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The beginning of the text.", metavar="PROMPT")],
+    sampling: Sampling,
+    placement: Placement,
 ) -> None:
-    """Let a language model continue a text."""
-    _checks.positive_int(tokens, "--tokens")
-    if not temperature >= 0:
-        raise ValueError(f"expected --temperature of at least 0, got {temperature}")
+    """Run ``structmat generate``."""
+    tokens, temperature = sampling.tokens, sampling.temperature
     transformers = models.library()
     tokenizer = transformers.AutoTokenizer.from_pretrained(models.check_name(model))
-    loaded = models.load(model, dtype=dtype, device=device)
+    loaded = models.load(model, placement)
     if not loaded.can_generate():
         raise ValueError(f"expected a language model that generates, got a {type(loaded).__name__}")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
@@ -42,7 +63,7 @@ def generate(
             name: torch.nn.functional.pad(tensor, (1, 0), value=bos if name == "input_ids" else 1)
             for name, tensor in inputs.items()
         }
-    torch.manual_seed(seed)
+    torch.manual_seed(sampling.seed)
     choice: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         choice["temperature"] = temperature
@@ -51,38 +72,44 @@ def generate(
     loaded.generate(**inputs, **choice, max_new_tokens=tokens, streamer=streamer, pad_token_id=padding)
 
 
-def densify(
-    model: options.Model,
-    out: options.Out,
-    dtype: options.Dtype = "auto",
-    overwrite: options.Overwrite = False,
-) -> None:
-    """Write a structured model as a plain dense one, which any program loads."""
-    record = {"model": model, "dtype": dtype, "model_files": fingerprint(models.check_name(model))}
-    output = Output(out, "densify", record, overwrite=overwrite)
+@dataclass(frozen=True)
+class Weights(Options):
+    """How the weights of a model are written.
+
+    Attributes:
+        dtype: The dtype of the weights.
+    """
+
+    dtype: DtypeOption = "auto"
+
+    @property
+    def placement(self) -> Placement:
+        """Where the model is while it is changed: on the CPU."""
+        return Placement(self.dtype, "cpu")
+
+
+def densify(model: Model, target: Target, weights: Weights) -> None:
+    """Run ``structmat densify``."""
+    record = {"model": model, **recorded(weights), "model_files": fingerprint(models.check_name(model))}
+    output = Output(target.out, "densify", record, overwrite=target.overwrite)
     if output.said_finished():
         return
     with output:
-        loaded = models.load(model, dtype=dtype, device="cpu")
+        loaded = models.load(model, weights.placement)
         layers = len(plan_of(loaded))
         densify_(loaded)
         save(loaded, models.processors(model), output, {"layers": layers})
     say(f"{layers} layers were structured and are dense now")
 
 
-def harden(
-    model: options.Model,
-    out: options.Out,
-    dtype: options.Dtype = "auto",
-    overwrite: options.Overwrite = False,
-) -> None:
-    """Write a model that has learned its structure (Gaudi-GBLR) with what is inside the segments alone (GBLR)."""
-    record = {"model": model, "dtype": dtype, "model_files": fingerprint(models.check_name(model))}
-    output = Output(out, "harden", record, overwrite=overwrite)
+def harden(model: Model, target: Target, weights: Weights) -> None:
+    """Run ``structmat harden``."""
+    record = {"model": model, **recorded(weights), "model_files": fingerprint(models.check_name(model))}
+    output = Output(target.out, "harden", record, overwrite=target.overwrite)
     if output.said_finished():
         return
     with output:
-        loaded = models.load(model, dtype=dtype, device="cpu")
+        loaded = models.load(model, weights.placement)
         stored = sum(parameter.numel() for parameter in loaded.parameters())
         gaps = harden_(loaded)
         after = report_on(loaded)
@@ -95,21 +122,20 @@ def harden(
 
 
 def import_blast(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint of the authors of BLAST.", metavar="FOLDER")],
-    out: options.Out,
-    overwrite: options.Overwrite = False,
+    folder: Annotated[
+        Path, typer.Argument(help="The folder with the checkpoint of the authors of BLAST.", metavar="FOLDER")
+    ],
+    target: Target,
 ) -> None:
-    """Convert a Llama that the authors of BLAST compressed."""
-    output = Output(
-        out, "import-blast", {"model": str(folder), "model_files": fingerprint(folder)}, overwrite=overwrite
-    )
+    """Run ``structmat import-blast``."""
+    record = {"model": str(folder), "model_files": fingerprint(folder)}
+    output = Output(target.out, "import-blast", record, overwrite=target.overwrite)
     if output.said_finished():
         return
     models.library()
-    from structmat.integrations.transformers.blast_llama import import_blast_checkpoint  # noqa: PLC0415 - imports transformers
-
+    blast_llama = importlib.import_module("structmat.integrations.transformers.blast_llama")
     with output:
-        loaded = import_blast_checkpoint(folder)
+        loaded = blast_llama.import_blast_checkpoint(folder)
         save(loaded, models.processors(str(folder)), output, {"layers": len(plan_of(loaded))})
 
 
@@ -117,10 +143,10 @@ def save(model: Any, processors: dict[str, Any], output: Output, facts: dict[str
     """Write a model with its processors, and finish the output.
 
     Args:
-        model: Of transformers.
-        processors: As ``models.processors`` finds them.
-        output: Entered.
-        facts: For the record.
+        model: A model of transformers.
+        processors: The model's tokenizer and image processor, as ``models.processors`` finds them.
+        output: The output, which is entered.
+        facts: What came out, for the record.
     """
     folder = output.new_folder()
     model.save_pretrained(folder)

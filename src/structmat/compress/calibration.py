@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structmat._progress import progress_bar
 from structmat.fit.moments import Moments, MomentSums
-from structmat.formats import Dense, Format
+from structmat.formats import Format
 from structmat.network.calls import call, device_of, evaluating, moved
 from structmat.network.capture import capturing, mask_of, shared_inputs
-from structmat.network.sites import find_sites
+from structmat.network.sites import Site, find_sites
 
 
 class Calibration(Mapping[str, Moments]):
     """The moments of every planned layer by name; layers that read the same input share them.
 
     Args:
-        moments: By layer.
+        moments: The moments of each layer by its name.
     """
 
     def __init__(self, moments: Mapping[str, Moments]) -> None:
@@ -37,7 +38,7 @@ class Calibration(Mapping[str, Moments]):
 
     @property
     def nbytes(self) -> int:
-        """Memory of all moments together, in bytes."""
+        """The memory of all moments together, in bytes."""
         return sum(moments.nbytes for moments in {id(m): m for m in self._moments.values()}.values())
 
 
@@ -50,10 +51,10 @@ def calibrate(
     them block by block, which also sees what compressing the earlier blocks changes.
 
     Args:
-        model: The network, dense.
-        batches: Inputs of one call each: a tensor, a tuple of arguments, or a mapping of keyword arguments, whose
+        model: The dense network.
+        batches: The inputs of one call each: a tensor, a tuple of arguments, or a mapping of keyword arguments, whose
             ``attention_mask`` says which tokens count.
-        plan: Format of each layer by name; layers planned as ``Dense`` are not looked at.
+        plan: The format of each layer by name; layers planned as ``Dense`` are not looked at.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -64,22 +65,17 @@ def calibrate(
             named by layer.
         FloatingPointError: If a layer's input is not finite.
     """
-    by_name = {name: site for site in find_sites(model).values() for name in site.names}
-    wanted = [name for name, format in plan.items() if not isinstance(format, Dense)]
-    unknown = [name for name in wanted if name not in by_name]
-    if unknown:
-        raise ValueError(f"expected names of dense layers of the model, got {unknown}")
-    sites = {name: by_name[name] for name in wanted}
+    sites = _planned(model, plan)
     leaders: dict[str, str] = {}
     sums: dict[str, MomentSums] = {}
+    device = device_of(model)
     with evaluating(model), progress_bar(desc="calibrate", unit="batch", show=progress) as bar:
-        for batch in batches:
-            batch = moved(batch, device_of(model))
+        for given in batches:
+            batch = moved(given, device)
             if not leaders:
-                leaders = shared_inputs(sites, lambda batch=batch: call(model, batch))[0]
+                leaders = shared_inputs(sites, functools.partial(call, model, batch))[0]
                 sums = {leader: MomentSums() for leader in leaders.values()}
-            captured: dict[str, list[Tensor]] = {}
-            with capturing({leader: sites[leader] for leader in sums}, captured, mask_of(batch)):
+            with capturing({leader: sites[leader] for leader in sums}, mask_of(batch)) as captured:
                 call(model, batch)
             for leader, vectors in captured.items():
                 sums[leader].add(torch.cat(vectors))
@@ -89,3 +85,13 @@ def calibrate(
         raise ValueError("expected at least one batch of calibration data, got none")
     moments = {leader: one.moments() for leader, one in sums.items()}
     return Calibration({name: moments[leaders[name]] for name in sites})
+
+
+def _planned(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Site]:
+    """The layers that the plan wants replaced, by name."""
+    by_name = {name: site for site in find_sites(model).values() for name in site.names}
+    wanted = [name for name, format in plan.items() if format.replaces]
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown:
+        raise ValueError(f"expected names of dense layers of the model, got {unknown}")
+    return {name: by_name[name] for name in wanted}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structmat import _checks
-from structmat.compress.tasks import FitBar, FitStore, digest
+from structmat.compress.states import Block
+from structmat.compress.store import FitStore
+from structmat.compress.tasks import FitBar
 from structmat.fit import Fit
-from structmat.network.calls import tensor_of, widened
+from structmat.network.calls import moved, tensor_of, widened
 
 EVALUATIONS = 10
 """How often the held-out error is measured on the way."""
@@ -26,13 +27,14 @@ class Refinement:
 
     The loss is the squared error of the compressed block's output, which reads what the compressed blocks before it
     give it, relative to the energy of the dense block's. The best factors by held-out error are kept, the start being
-    among the candidates. Batches are what a step sees: about 2,000 tokens are a good size.
+    among the candidates. Batches are what a step sees: about 2,000 tokens are a good size. The defaults were chosen
+    with ``benchmarks/compress_llm.py``, on stories that no reported figure uses.
 
     Attributes:
-        steps: For each block.
-        learning_rate: At the start of the cosine schedule, relative to the root mean square of each factor.
-        held_out: Share of the batches that are held out, at least one.
-        seed: Of the batches' order.
+        steps: The number of steps for each block.
+        learning_rate: The rate at the start of the cosine schedule, relative to the root mean square of each factor.
+        held_out: The share of the batches that are held out, at least one.
+        seed: The seed of the batches' order.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -63,19 +65,16 @@ class Refinement:
             raise ValueError(f"expected at least 2 batches to refine on, one of them held out, got {count}")
 
     def split(self, count: int) -> tuple[list[int], list[int]]:
-        """Numbers of the batches to learn from, and of those held out, spread evenly."""
+        """The numbers of the batches to learn from, and of those held out, spread evenly."""
         held = min(count - 1, max(1, round(self.held_out * count)))
         chosen = {(2 * k + 1) * count // (2 * held) for k in range(held)}
         return [k for k in range(count) if k not in chosen], sorted(chosen)
 
 
 def refined(
-    compressed: nn.Module,
+    block: Block,
     fits: Mapping[str, Fit],
-    inputs: Sequence[Any],
     targets: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    forward: Callable[[nn.Module, Any, int], Any],
     settings: Refinement,
     store: FitStore | None,
     bar: FitBar,
@@ -83,96 +82,116 @@ def refined(
     """Tune the fits of one block.
 
     Args:
-        compressed: The block with the fits in place; left alone.
-        fits: By name within the block.
-        inputs: What it reads, batch by batch.
-        targets: What the dense block returns, likewise.
-        masks: Which tokens count, likewise.
-        forward: Calls a block on the input of a batch, given with the batch's number.
-        settings: How.
+        block: The block; its working copy has the fits in place and is left alone.
+        fits: The fits by the layers' names within the block.
+        targets: The outputs of the dense block, batch by batch.
+        settings: How to tune.
         store: Where finished fits are kept; None for nowhere.
         bar: The progress bar.
 
     Returns:
         The fits, at least as good on the held-out batches; their errors are those that they had.
     """
-    keys: dict[str, str] = {}
+    keys = _keys(block, fits, targets, settings) if store else {}
     if store:
-        tensors = [*(i for i in inputs if isinstance(i, Tensor)), *targets, *(m for m in masks if m is not None)]
-        key = digest(f"refined|{settings!r}|{sorted(fits)}", *compressed.state_dict().values(), *tensors)
-        keys = {name: digest(f"{key}|{name}") for name in fits}
         found = {
             name: store.read(keys[name], fit.format, next(iter(fit.factors.values())).device)
             for name, fit in fits.items()
         }
-        if all(fit is not None for fit in found.values()):
-            return {name: fit for name, fit in found.items() if fit is not None}
-
-    double = any(factor.dtype == torch.float64 for fit in fits.values() for factor in fit.factors.values())
-    compute = torch.float64 if double else torch.float32
-    student = copy.deepcopy(compressed).to(compute)
-    factors = _trainable(student, fits)
-    best = {name: tensor.detach().clone() for name, tensor in factors.items()}
-    learn, held = settings.split(len(inputs))
-
-    def loss_of(i: int) -> Tensor:
-        output = tensor_of(forward(student, widened(inputs[i], compute), i))
-        return _relative(output.to(compute), targets[i].to(compute), masks[i])
-
-    def held_out_error() -> float:
-        return float(torch.stack([loss_of(i) for i in held]).mean().sqrt())
-
-    least = start = held_out_error()
-    optimizer = torch.optim.Adam(
-        [{"params": [t], "lr": settings.learning_rate * _size(t)} for t in factors.values()], betas=(0.9, 0.95)
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    generator = torch.Generator().manual_seed(settings.seed)
-    order: list[int] = []
-    for step in range(settings.steps):
-        order = order or [learn[k] for k in torch.randperm(len(learn), generator=generator).tolist()]
-        with torch.enable_grad():
-            grads = torch.autograd.grad(loss_of(order.pop()), list(factors.values()))
-        for tensor, grad in zip(factors.values(), grads, strict=True):
-            tensor.grad = grad
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % max(1, settings.steps // EVALUATIONS) == 0 or step + 1 == settings.steps:
-            error = held_out_error()
-            if error < least:
-                least, best = error, {name: tensor.detach().clone() for name, tensor in factors.items()}
-        bar.say(f"refining, {step + 1}/{settings.steps}, held-out error {start:.4f} -> {least:.4f}")
-
-    new = {name: _updated(name, fit, best) if least < start else fit for name, fit in fits.items()}
+        kept = {name: fit for name, fit in found.items() if fit is not None}
+        if len(kept) == len(fits):
+            return kept
+    best = _Tuning(block, fits, targets, settings).run(bar)
+    new = {name: fit if best is None else _updated(name, fit, best) for name, fit in fits.items()}
     if store:
         for name, fit in new.items():
             store.write(keys[name], fit)
     return new
 
 
+def _keys(block: Block, fits: Mapping[str, Fit], targets: Sequence[Tensor], settings: Refinement) -> dict[str, str]:
+    """The hash of everything that each refined fit depends on."""
+    states = block.states
+    inputs = [state for state in states.compressed if isinstance(state, Tensor)]
+    masks = [mask for mask in states.masks if mask is not None]
+    own = block.working.state_dict().values()
+    key = FitStore.digest(f"refined|{settings!r}|{sorted(fits)}", *own, *inputs, *targets, *masks)
+    return {name: FitStore.digest(f"{key}|{name}") for name in fits}
+
+
+class _Tuning:
+    """The tuning of one block: a student in float32 (or float64) that learns from the dense block's outputs."""
+
+    def __init__(self, block: Block, fits: Mapping[str, Fit], targets: Sequence[Tensor], settings: Refinement) -> None:
+        self.block, self.targets, self.settings = block, targets, settings
+        double = any(factor.dtype == torch.float64 for fit in fits.values() for factor in fit.factors.values())
+        self.compute = torch.float64 if double else torch.float32
+        self.student = copy.deepcopy(block.working).to(self.compute)
+        self.tuned = _trainable(self.student, fits)
+        self.learn, self.held = settings.split(len(targets))
+
+    def run(self, bar: FitBar) -> dict[str, Tensor] | None:
+        """Tune, and return the best factors and biases by name; None where the start is the best."""
+        settings, tensors = self.settings, list(self.tuned.values())
+        best: dict[str, Tensor] | None = None
+        least = start = self._held_out_error()
+        groups = [{"params": [t], "lr": settings.learning_rate * _size(t)} for t in tensors]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+        generator = torch.Generator().manual_seed(settings.seed)
+        order: list[int] = []
+        for step in range(1, settings.steps + 1):
+            order = order or [self.learn[k] for k in torch.randperm(len(self.learn), generator=generator).tolist()]
+            with torch.enable_grad():
+                grads = torch.autograd.grad(self._loss(order.pop()), tensors)
+            for tensor, grad in zip(tensors, grads, strict=True):
+                tensor.grad = grad
+            optimizer.step()
+            schedule.step()
+            if step % max(1, settings.steps // EVALUATIONS) == 0 or step == settings.steps:
+                error = self._held_out_error()
+                if error < least:
+                    least, best = error, {name: tensor.detach().clone() for name, tensor in self.tuned.items()}
+            bar.say(f"refining, {step}/{settings.steps}, held-out error {start:.4f} -> {least:.4f}")
+        return best
+
+    def _loss(self, i: int) -> Tensor:
+        """The relative squared error on batch ``i``."""
+        state = widened(self.block.states.compressed[i], self.compute)
+        output = tensor_of(self.block.forward(self.student, state, i)).to(self.compute)
+        target = moved(self.targets[i], output.device).to(self.compute)
+        return _relative(output, target, moved(self.block.states.masks[i], output.device))
+
+    def _held_out_error(self) -> float:
+        """The relative error on the held-out batches, the root of a mean of squares."""
+        return float(torch.stack([self._loss(i) for i in self.held]).mean().sqrt())
+
+
 def _trainable(student: nn.Module, fits: Mapping[str, Fit]) -> dict[str, Tensor]:
-    """The factors and biases to tune, by name, alone with gradients."""
+    """The factors and biases to tune by name; they alone have gradients."""
     student.requires_grad_(False)
-    factors: dict[str, Tensor] = {}
+    tuned: dict[str, Tensor] = {}
     for name, fit in fits.items():
         module = student.get_submodule(name)
         own = [*fit.factors, *(["bias"] if fit.bias is not None else [])]
-        factors |= {f"{name}.{key}": p.requires_grad_() for key, p in module.named_parameters() if key in own}
-    return factors
+        tuned |= {f"{name}.{key}": p.requires_grad_() for key, p in module.named_parameters() if key in own}
+    return tuned
 
 
 def _updated(name: str, fit: Fit, best: Mapping[str, Tensor]) -> Fit:
+    """A fit with the tuned factors and bias."""
     factors = {key: best.get(f"{name}.{key}", factor).to(factor.dtype) for key, factor in fit.factors.items()}
     bias = None if fit.bias is None else best[f"{name}.bias"].to(fit.bias.dtype)
     return dataclasses.replace(fit, factors=factors, bias=bias)
 
 
 def _size(tensor: Tensor) -> float:
+    """The root mean square of a tensor, not quite 0."""
     return max(float(tensor.detach().square().mean().sqrt()), 1e-8)
 
 
 def _relative(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Squared error over energy, of the tokens that count."""
+    """The squared error over the energy, on the tokens that count."""
     if mask is not None and mask.shape == target.shape[: mask.ndim]:
         output, target = output[mask], target[mask]
     energy = target.square().mean()

@@ -1,27 +1,28 @@
-"""Fits of many layers: in batches of one shape, with a cache of finished ones and a time estimate."""
+"""The work list: which layers are to be fitted and how, fits in batches of one shape, and the progress bar."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from structmat._files import read_tensors, write_tensors
+from structmat import _checks
 from structmat._progress import progress_bar
-from structmat._version import __version__
-from structmat.fit.base import Fit, Method
+from structmat.compress.store import FitStore
+from structmat.fit import Fit, Method, default_method
+from structmat.fit.moments import Moments
 from structmat.formats import Format
+from structmat.network.sites import Site
+from structmat.network.surgery import planned_sites
 
 BATCH_BYTES = 64 * 2**20
 """Weights of one shape are fitted together up to this much memory for a copy of them."""
+
+MethodChoice = Method[Any] | Callable[[Format], Method[Any] | None] | None
+"""One method for all formats, or a function of the format; None, also from that function, for ``default_method``."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Task:
     """One weight to fit.
 
     Attributes:
-        name: Of the layer.
-        weight: ``(M, N)``.
-        format: What to fit.
-        method: How.
-        target: What to fit it to; ``weight`` where earlier layers do not change the inputs.
-        gram: Second moment ``(N, N)`` of the inputs; None for the Frobenius norm.
+        name: The layer's name.
+        weight: The dense weight ``(M, N)``.
+        format: The format to fit.
+        method: The method that fits it.
+        target: The matrix to approximate; it is ``weight`` where earlier layers do not change the inputs.
+        second_moment: The second moment ``(N, N)`` of the inputs; None for the Frobenius norm.
     """
 
     name: str
@@ -42,19 +43,101 @@ class Task:
     format: Format
     method: Method[Any]
     target: Tensor
-    gram: Tensor | None = None
+    second_moment: Tensor | None = None
 
     @property
     def cost(self) -> float:
         """About how many multiplications the fit takes."""
-        return self.method.cost(self.format, aware=self.gram is not None)
+        return self.method.cost(self.format, aware=self.second_moment is not None)
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """The layers of a network that are to be fitted, by name.
+
+    Attributes:
+        sites: The layers.
+        formats: The format of each layer.
+        methods: The method for each layer.
+    """
+
+    sites: Mapping[str, Site]
+    formats: Mapping[str, Format]
+    methods: Mapping[str, Method[Any]]
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: Mapping[str, Format], method: MethodChoice) -> WorkList:
+        """Make the list for a network, after checking all of the plan.
+
+        Args:
+            model: The network; it may live on the meta device.
+            plan: The format of each layer by name.
+            method: The caller's choice of methods.
+
+        Returns:
+            The list.
+        """
+        sites = planned_sites(model, plan)
+        formats = {name: plan[name] for name in sites}
+        return cls(sites, formats, {name: method_for(format, method) for name, format in formats.items()})
+
+    def check_weights(self) -> None:
+        """Check that every weight is finite; a layer that is not is named."""
+        for name, site in self.sites.items():
+            _checks.matrix(site.matrix, self.formats[name].shape, f"the weight of layer {name!r}")
+
+    def cost(self, name: str, *, aware: bool) -> float:
+        """About how many multiplications the fit of one layer takes, with a second moment or without."""
+        return self.methods[name].cost(self.formats[name], aware=aware)
+
+    def task(self, name: str, site: Site | None = None, moments: Moments | None = None) -> Task:
+        """Make the task of one layer.
+
+        Args:
+            name: The layer's name.
+            site: The layer, where it is not the one in the list but a copy; None for the one in the list.
+            moments: The moments of the layer's inputs; None to approximate the weight itself.
+
+        Returns:
+            The task.
+        """
+        site = self.sites[name] if site is None else site
+        weight = site.matrix.detach()
+        target, second_moment = weight, None
+        if moments is not None:
+            target, second_moment = moments.problem(weight, centred=site.own_bias is not None)
+        return Task(name, weight, self.formats[name], self.methods[name], target, second_moment)
+
+
+def method_for(format: Format, method: MethodChoice) -> Method[Any]:
+    """Find the method that the caller means for a format.
+
+    Args:
+        format: The format.
+        method: The caller's choice.
+
+    Returns:
+        The method.
+
+    Raises:
+        TypeError: If the choice is no method and gives none.
+    """
+    if callable(method) and not isinstance(method, (Method, type)):
+        method = method(format)
+    if method is None:
+        return default_method(format)
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"expected a method such as TruncatedSvd(), or a function that gives one for a format, got {method!r}"
+        )
+    return method
 
 
 class FitBar:
-    """A progress bar over the multiplications of all fits, whose time estimate so weighs large layers more.
+    """A progress bar over the multiplications of all fits, so that its time estimate weighs large layers more.
 
     Args:
-        total: Multiplications of everything.
+        total: The multiplications of everything.
         show: Whether to draw it.
     """
 
@@ -90,7 +173,7 @@ def fit_tasks(tasks: Sequence[Task], bar: FitBar, store: FitStore | None) -> dic
     A batch is taken from the store only as a whole, so that a fit does not depend on what an earlier run finished.
 
     Args:
-        tasks: What to fit.
+        tasks: The weights to fit.
         bar: The progress bar.
         store: Where finished fits are kept; None for nowhere.
 
@@ -99,18 +182,26 @@ def fit_tasks(tasks: Sequence[Task], bar: FitBar, store: FitStore | None) -> dic
     """
     fits: dict[str, Fit] = {}
     for batch in _batches(tasks):
-        found = [store.get(task) for task in batch] if store else [None]
-        if any(fit is None for fit in found):
+        keys = [_key(task) for task in batch] if store else []
+        found = [store.read(k, t.format, t.weight.device) for k, t in zip(keys, batch, strict=True)] if store else []
+        if not found or any(fit is None for fit in found):
             found = _fit_batch(batch, bar)
-            for task, fit in zip(batch, found, strict=True):
-                if store:
-                    store.put(task, fit)
+            if store:
+                for key, fit in zip(keys, found, strict=True):
+                    store.write(key, fit)
         fits.update((task.name, fit) for task, fit in zip(batch, found, strict=True) if fit is not None)
         bar.advance(sum(task.cost for task in batch))
     return {task.name: fits[task.name] for task in tasks}
 
 
+def _key(task: Task) -> str:
+    """The hash of everything that a fit depends on."""
+    tensors = (task.weight, task.target, task.second_moment)
+    return FitStore.digest(f"{task.format!r}|{task.method!r}", *(t for t in tensors if t is not None))
+
+
 def _fit_batch(batch: Sequence[Task], bar: FitBar) -> list[Fit]:
+    """Fit the weights of tasks that are alike in one computation."""
     names = [task.name for task in batch]
     cost = sum(task.cost for task in batch)
     bar.say(names[0])
@@ -119,9 +210,13 @@ def _fit_batch(batch: Sequence[Task], bar: FitBar) -> list[Fit]:
         bar.say(f"{names[0]}, {step}/{steps}, error {max(errors):.3f}")
         bar.advance_within(cost, step / steps)
 
-    grams = [task.gram for task in batch if task.gram is not None]
+    second_moments = [task.second_moment for task in batch if task.second_moment is not None]
     fitted = batch[0].method.fit_many(
-        [task.target for task in batch], batch[0].format, grams=grams or None, names=names, progress=show
+        [task.target for task in batch],
+        batch[0].format,
+        second_moments=second_moments or None,
+        names=names,
+        progress=show,
     )
     return [
         fit if task.target is task.weight else with_error(fit, task.weight)
@@ -130,83 +225,28 @@ def _fit_batch(batch: Sequence[Task], bar: FitBar) -> list[Fit]:
 
 
 def with_error(fit: Fit, weight: Tensor) -> Fit:
-    """The fit with its error against this weight ``(M, N)``."""
+    """Give a fit its error against this weight ``(M, N)``."""
     dense = weight.detach().double()
     norm = torch.linalg.vector_norm(dense)
     rest = torch.linalg.vector_norm(dense - fit.format.to_dense(fit.factors).double())
     return replace(fit, error=float(rest / norm) if norm > 0 else 0.0)
 
 
+def with_bias(fit: Fit, site: Site, moments: Moments) -> Fit:
+    """Give a fit the bias that makes the mean of the layer's output right, where the layer has a bias of its own."""
+    bias = site.own_bias
+    if bias is None:
+        return fit
+    return replace(fit, bias=moments.bias(bias, site.matrix, fit.format.to_dense(fit.factors)).detach())
+
+
 def _batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
-    """Tasks with one format, method, dtype and device, in groups of bounded memory."""
+    """Group the tasks with one format, method, dtype and device, up to a bounded memory for each group."""
     groups: dict[tuple[Any, ...], list[Task]] = {}
     for task in tasks:
-        key = (task.format, task.method, task.weight.dtype, task.weight.device, task.gram is None)
+        key = (task.format, task.method, task.weight.dtype, task.weight.device, task.second_moment is None)
         groups.setdefault(key, []).append(task)
     for group in groups.values():
         M, N = group[0].format.shape
-        size = max(1, BATCH_BYTES // (4 * M * N + (0 if group[0].gram is None else 16 * N * N)))
+        size = max(1, BATCH_BYTES // (4 * M * N + (0 if group[0].second_moment is None else 16 * N * N)))
         yield from (group[k : k + size] for k in range(0, len(group), size))
-
-
-class FitStore:
-    """Finished fits in a folder, each under the hash of everything that it depends on.
-
-    Args:
-        folder: Made if it is not there.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def get(self, task: Task) -> Fit | None:
-        """The fit of this task, if it is there.
-
-        Args:
-            task: What was to be fitted.
-
-        Returns:
-            The fit, or None.
-        """
-        return self.read(self._key(task), task.format, task.weight.device)
-
-    def put(self, task: Task, fit: Fit) -> None:
-        """Keep the fit of this task."""
-        self.write(self._key(task), fit)
-
-    def _key(self, task: Task) -> str:
-        tensors = (task.weight, task.target, task.gram)
-        return digest(f"{task.format!r}|{task.method!r}", *(t for t in tensors if t is not None))
-
-    def read(self, key: str, format: Format, device: torch.device) -> Fit | None:
-        """What ``write`` kept under this key, on this device, or None."""
-        path = self.folder / f"{key}.safetensors"
-        if not path.exists():
-            return None
-        tensors, metadata = read_tensors(path)
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        bias = tensors.pop("bias", None)
-        format.check_factors(tensors)
-        facts = json.loads(metadata["fit"])
-        return Fit(
-            format, tensors, facts["error"], tuple(facts["history"]), facts["seconds"], facts["output_error"], bias
-        )
-
-    def write(self, key: str, fit: Fit) -> None:
-        """Keep a fit under a key."""
-        facts = {
-            "error": fit.error, "history": fit.history, "seconds": fit.seconds, "output_error": fit.output_error,
-            "saved": time.time(),
-        }  # fmt: skip
-        tensors = dict(fit.factors) if fit.bias is None else {**fit.factors, "bias": fit.bias}
-        write_tensors(self.folder / f"{key}.safetensors", tensors, {"fit": json.dumps(facts)})
-
-
-def digest(text: str, *tensors: Tensor) -> str:
-    """A hash of a text, of tensors, and of the library's version."""
-    total = hashlib.sha256(f"{__version__}|{text}|".encode())
-    for tensor in tensors:
-        total.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        total.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()[:32]

@@ -18,6 +18,7 @@ from torch import nn
 
 from structmat._files import write_atomically
 from structmat._progress import progress_bar
+from structmat._tables import share, table_text
 from structmat._version import __version__
 from structmat.bench import time_side_by_side
 from structmat.compress.api import compress_
@@ -25,7 +26,7 @@ from structmat.fit import Fit
 from structmat.formats import FORMATS, Blast, GaudiGblr
 from structmat.formats import Format as Format
 from structmat.inspect.plots import couplings, structure_maps, trade_off
-from structmat.inspect.reports import report, share, table
+from structmat.inspect.reports import report
 from structmat.network.surgery import apply_plan_, harden_, tile_
 from structmat.nn import StructuredModule
 from structmat.plan import Plan, Rule, make_plan, plan_of
@@ -294,7 +295,7 @@ def _table(results: Sequence[Result]) -> str:
         "structure", "keep", "parameters", "mult./image", "of dense", "weight error",
         "acc. compressed", "retrained", "from scratch", "time / dense",
     )  # fmt: skip
-    lines: list[tuple[str, ...]] = [head]
+    lines: list[tuple[str, ...]] = []
     for r in results:
         dense = r.name == "dense"
         lines.append(
@@ -305,7 +306,7 @@ def _table(results: Sequence[Result]) -> str:
                 _spread(r.before if dense else r.scratch), f"{r.relative_time:.2f}",
             )
         )  # fmt: skip
-    return table(lines, right=tuple(range(1, 10)))
+    return table_text(head, lines, right=tuple(range(1, 10)))
 
 
 def _spread(values: Sequence[float], form: str = "{:.1%}") -> str:

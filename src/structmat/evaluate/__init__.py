@@ -1,4 +1,4 @@
-"""What a network is worth and what it costs."""
+"""How good a network is, and how many operations it takes."""
 
 from structmat.evaluate.classification import Accuracy, accuracy
 from structmat.evaluate.flops import Flops, relative_flops

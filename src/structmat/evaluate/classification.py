@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from structmat.evaluate.outputs import logits_of
-from structmat.network.calls import call, device_of, evaluating, moved
+from structmat.network.calls import call, device_of, evaluating, moved, tensor_of
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Accuracy:
     """How often the most probable class is the right one.
 
     Attributes:
-        correct: How often.
-        examples: Of how many.
+        correct: The number of examples whose most probable class is the right one.
+        examples: The number of all examples.
     """
 
     correct: int
@@ -26,7 +25,7 @@ class Accuracy:
 
     @property
     def top1(self) -> float:
-        """The share."""
+        """The share of right answers."""
         return self.correct / self.examples
 
     def __str__(self) -> str:
@@ -37,7 +36,7 @@ def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Any] | tuple[Any, 
     """Count the right answers of a classifier of images or texts.
 
     Args:
-        model: Returns logits ``(B, classes)``, or an object that has them.
+        model: A network that returns logits ``(B, classes)``, or an object that has them.
         batches: Mappings of keyword arguments with the classes ``(B,)`` under ``"labels"``, or pairs
             ``(inputs, classes)``; a ``DataLoader``, say.
 
@@ -52,16 +51,8 @@ def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Any] | tuple[Any, 
     device = device_of(model)
     with evaluating(model):
         for batch in batches:
-            if isinstance(batch, Mapping):
-                if "labels" not in batch:
-                    raise ValueError(f"expected a batch with 'labels', got {', '.join(map(repr, batch))}")
-                labels = batch["labels"]
-                inputs = {name: value for name, value in batch.items() if name != "labels"}
-            elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-                inputs, labels = batch
-            else:
-                raise TypeError(f"expected a mapping or a pair (inputs, labels) as batch, got {type(batch).__name__}")
-            logits = logits_of(call(model, moved(inputs, device)))
+            inputs, labels = _split(batch)
+            logits = tensor_of(call(model, moved(inputs, device)))
             if logits.shape[:-1] != labels.shape:
                 raise ValueError(f"expected logits ({len(labels)}, classes), got shape {tuple(logits.shape)}")
             correct += int((logits.argmax(-1) == labels.to(logits.device)).sum())
@@ -69,3 +60,14 @@ def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Any] | tuple[Any, 
     if not examples:
         raise ValueError("expected at least one example, got none")
     return Accuracy(correct, examples)
+
+
+def _split(batch: Any) -> tuple[Any, Tensor]:
+    """The inputs and the labels of a batch."""
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise ValueError(f"expected a batch with 'labels', got {', '.join(map(repr, batch))}")
+        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise TypeError(f"expected a mapping or a pair (inputs, labels) as batch, got {type(batch).__name__}")

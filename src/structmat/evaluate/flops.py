@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from structmat.network.calls import call, evaluating
-from structmat.nn import StructuredConv2d, StructuredModule
+from structmat.network.capture import hooked, vectors_in
+from structmat.nn import StructuredModule
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Flops:
     """Floating-point operations of one call, a multiplication and its addition being two.
 
     Attributes:
-        compressed: Of the network as it is.
-        dense: Of the network with every structured layer dense.
+        compressed: The operations of the network with its structured layers.
+        dense: The operations of the same network with every structured layer dense.
     """
 
     compressed: int
@@ -28,7 +29,7 @@ class Flops:
 
     @property
     def relative(self) -> float:
-        """What is left of the dense network's operations."""
+        """The operations of the network relative to those of the dense one."""
         return self.compressed / self.dense if self.dense else math.nan
 
     def __str__(self) -> str:
@@ -44,7 +45,7 @@ def relative_flops(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | 
 
     Args:
         model: The network; it may live on the meta device, with inputs there.
-        example_inputs: Input or inputs of the call, a mapping for keyword arguments.
+        example_inputs: The input or inputs of the call, a mapping for keyword arguments.
 
     Returns:
         Both counts.
@@ -56,27 +57,25 @@ def relative_flops(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | 
     starts: list[int] = []
     saved: list[int] = []
 
-    def begin(layer: StructuredModule, inputs: tuple[Tensor, ...]) -> None:
+    def begin(name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         starts.append(counter.get_total_flops())
 
-    def end(layer: StructuredModule, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        own = counter.get_total_flops() - starts.pop()
-        vectors = output.numel() // output.shape[-3 if isinstance(layer, StructuredConv2d) else -1]
-        if own == 0 and layer.format.multiplications(vectors, layer.factors) > 0:
-            raise ValueError(
-                f"expected the counter to see the operations of {layer.format}, got none; give their operator "
-                "a formula with torch.utils.flop_counter.register_flop_formula"
-            )
-        saved.append(2 * vectors * layer.format.M * layer.format.N - own)
+    def end(name: str, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        saved.append(_saved(layers[name], output, counter.get_total_flops() - starts.pop()))
 
-    layers = [module for module in model.modules() if isinstance(module, StructuredModule)]
-    handles = [layer.register_forward_pre_hook(begin) for layer in layers]
-    handles += [layer.register_forward_hook(end) for layer in layers]
-    try:
-        with evaluating(model), counter:
-            call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
+    with evaluating(model), hooked(layers, before=begin, after=end), counter:
+        call(model, example_inputs)
     compressed = counter.get_total_flops()
     return Flops(compressed, compressed + sum(saved))
+
+
+def _saved(layer: StructuredModule, output: Tensor, own: int) -> int:
+    """The operations that a layer saves against the dense product, given its own."""
+    vectors = vectors_in(layer, output)
+    if own == 0 and layer.format.multiplications(vectors, layer.factors) > 0:
+        raise ValueError(
+            f"expected the counter to see the operations of {layer.format}, got none; give their operator "
+            "a formula with torch.utils.flop_counter.register_flop_formula"
+        )
+    return 2 * vectors * layer.format.M * layer.format.N - own

@@ -13,8 +13,7 @@ from torch import nn
 from structmat import _checks
 from structmat._progress import progress_bar
 from structmat.data.tokens import pad, padding_id
-from structmat.evaluate.outputs import logits_of
-from structmat.network.calls import device_of, evaluating
+from structmat.network.calls import device_of, evaluating, tensor_of
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,12 @@ class Perplexity:
     """How well a language model predicts texts.
 
     Attributes:
-        nll: Negative log-likelihood of all scored tokens together, in nats.
-        tokens: How many were scored.
-        words: How many words, as white space separates them, the scored texts have.
-        bytes: How many bytes of UTF-8 they have.
-        documents: How many texts.
-        how: How they were scored.
+        nll: The negative log-likelihood of all scored tokens together, in nats.
+        tokens: The number of tokens that were scored.
+        words: The number of words, as white space separates them, in the scored texts.
+        bytes: The number of bytes of UTF-8 in the scored texts.
+        documents: The number of texts.
+        how: A description of how the texts were scored.
     """
 
     nll: float
@@ -39,17 +38,17 @@ class Perplexity:
 
     @property
     def token(self) -> float:
-        """Perplexity per token; it compares models of one tokenizer alone."""
+        """The perplexity per token, which compares models of one tokenizer only."""
         return _exp(self.nll / self.tokens)
 
     @property
     def word(self) -> float:
-        """Perplexity per word: that of the whole text, spread over its words, whatever the tokenizer."""
+        """The perplexity per word: that of the whole text, spread over its words, whatever the tokenizer."""
         return _exp(self.nll / self.words) if self.words else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for a byte of text."""
+        """The number of bits that the model needs for a byte of text."""
         return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
 
     def __str__(self) -> str:
@@ -82,13 +81,14 @@ def perplexity(
     context where they exist; the positions of a window are counted from its own start.
 
     Args:
-        model: Called as ``model(input_ids=…, attention_mask=…)``; returns logits, or an object that has them.
-        tokenizer: Of ``transformers``.
+        model: A network that is called as ``model(input_ids=…, attention_mask=…)`` and returns logits, or an object that
+            has them.
+        tokenizer: A tokenizer of ``transformers``.
         texts: The documents.
-        length: Tokens that the model sees at once, the BOS token included.
-        stride: Tokens by which a window advances, below ``length``; None for half of it.
-        batch_size: Windows that are scored together.
-        truncate: Score nothing but the first ``length`` tokens of each document, the BOS token included.
+        length: The number of tokens that the model sees at once, including the BOS token.
+        stride: The number of tokens by which a window advances, below ``length``; None for half of ``length``.
+        batch_size: The number of windows that are scored together.
+        truncate: Whether only the first ``length`` tokens of each document are scored, including the BOS token.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -102,26 +102,8 @@ def perplexity(
     if isinstance(texts, str):
         raise TypeError("expected a list of texts, got one text; put it into a list")
     _checks.positive_int(batch_size, "batch_size")
-    if _checks.positive_int(length, "length") < 2:
-        raise ValueError(f"expected a length of at least 2, a token and its context, got {length}")
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
-        raise ValueError(f"expected a length of at most the model's {positions} positions, got {length}")
-    stride = length // 2 if stride is None else _checks.positive_int(stride, "stride")
-    if stride >= length:
-        raise ValueError(f"expected a stride below the length {length}, so that each token has context, got {stride}")
-    first = next((i for n in ("bos_token_id", "eos_token_id") if (i := getattr(tokenizer, n, None)) is not None), None)
-    if first is None:
-        raise ValueError("expected a tokenizer with a BOS or an EOS token to begin documents with; set its bos_token")
-    documents = [[first, *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]] for t in texts]
-    seen = list(texts)
-    if truncate:
-        cut = [len(ids) > length for ids in documents]
-        documents = [ids[:length] for ids in documents]
-        seen = [
-            tokenizer.decode(ids[1:]) if shortened else text
-            for text, ids, shortened in zip(texts, documents, cut, strict=True)
-        ]
+    stride = _checked_stride(model, length, stride)
+    documents, seen = _tokenized(tokenizer, texts, length if truncate else None)
     windows = [window for ids in documents for window in _windows(ids, length, stride)]
     if not windows:
         raise ValueError(f"expected texts with at least one token, got {len(seen)} documents without any")
@@ -145,6 +127,33 @@ def perplexity(
     )
 
 
+def _checked_stride(model: nn.Module, length: int, stride: int | None) -> int:
+    """The stride, if it and the length are in range."""
+    if _checks.positive_int(length, "length") < 2:
+        raise ValueError(f"expected a length of at least 2, a token and its context, got {length}")
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise ValueError(f"expected a length of at most the model's {positions} positions, got {length}")
+    stride = length // 2 if stride is None else _checks.positive_int(stride, "stride")
+    if stride >= length:
+        raise ValueError(f"expected a stride below the length {length}, so that each token has context, got {stride}")
+    return stride
+
+
+def _tokenized(tokenizer: Any, texts: Sequence[str], most: int | None) -> tuple[list[list[int]], list[str]]:
+    """The tokens of each document, at most ``most``, behind a first one; and the texts of these tokens."""
+    first = next((i for n in ("bos_token_id", "eos_token_id") if (i := getattr(tokenizer, n, None)) is not None), None)
+    if first is None:
+        raise ValueError("expected a tokenizer with a BOS or an EOS token to begin documents with; set its bos_token")
+    documents = [[first, *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]] for t in texts]
+    if most is None:
+        return documents, list(texts)
+    seen = [
+        tokenizer.decode(ids[1:most]) if len(ids) > most else text for text, ids in zip(texts, documents, strict=True)
+    ]
+    return [ids[:most] for ids in documents], seen
+
+
 def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:
     """The windows over a document, each with the first position in it that is scored."""
     scored = 1
@@ -159,7 +168,7 @@ def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[in
 def _nll(model: nn.Module, windows: Sequence[tuple[list[int], int]], padding: int) -> float:
     """The negative log-likelihood of the scored positions."""
     batch = {name: tensor.to(device_of(model)) for name, tensor in pad([ids for ids, _ in windows], padding).items()}
-    logits = logits_of(model(**batch))[:, :-1]  # (B, T - 1, vocabulary)
+    logits = tensor_of(model(**batch))[:, :-1]  # (B, T - 1, vocabulary)
     positions = torch.arange(1, batch["input_ids"].shape[1], device=logits.device)
     begins = torch.tensor([scored_from for _, scored_from in windows], device=logits.device)[:, None]
     scored = (positions >= begins) & batch["attention_mask"][:, 1:].bool().to(logits.device)

@@ -66,14 +66,14 @@ class Method(abc.ABC, Generic[FormatT]):
     formats: ClassVar[tuple[type[Format], ...]]
 
     def __call__(
-        self, weight: Tensor, format: FormatT, *, gram: Tensor | None = None, progress: Progress | None = None
+        self, weight: Tensor, format: FormatT, *, second_moment: Tensor | None = None, progress: Progress | None = None
     ) -> Fit:
         """Fit one weight.
 
         Args:
             weight: ``(M, N)``, any floating-point dtype, any device; left as it is.
             format: What to fit.
-            gram: Second moment ``C = E[x x^T] (N, N)`` of the inputs, on any scale, possibly singular; None for the
+            second_moment: Second moment ``C = E[x x^T] (N, N)`` of the inputs, on any scale, possibly singular; None for the
                 Frobenius norm.
             progress: Called after every iteration.
 
@@ -82,10 +82,10 @@ class Method(abc.ABC, Generic[FormatT]):
 
         Raises:
             TypeError: If the method cannot fit this format, or the weight is no floating-point tensor.
-            ValueError: If the weight or the gram has another shape, or contains NaN or infinity.
+            ValueError: If the weight or the second_moment has another shape, or contains NaN or infinity.
         """
-        grams = None if gram is None else [gram]
-        return self.fit_many([weight], format, grams=grams, progress=progress)[0]
+        second_moments = None if second_moment is None else [second_moment]
+        return self.fit_many([weight], format, second_moments=second_moments, progress=progress)[0]
 
     def cost(self, format: FormatT, *, aware: bool = False) -> float:
         """About how many multiplications one fit takes: what a time estimate weighs layers by.
@@ -105,7 +105,7 @@ class Method(abc.ABC, Generic[FormatT]):
         weights: Sequence[Tensor],
         format: FormatT,
         *,
-        grams: Sequence[Tensor] | None = None,
+        second_moments: Sequence[Tensor] | None = None,
         names: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> list[Fit]:
@@ -116,7 +116,7 @@ class Method(abc.ABC, Generic[FormatT]):
         Args:
             weights: Each ``(M, N)``, all of one dtype and on one device.
             format: What to fit to each.
-            grams: Second moment ``(N, N)`` of the inputs of each; None for the Frobenius norm.
+            second_moments: Second moment ``(N, N)`` of the inputs of each; None for the Frobenius norm.
             names: What error messages call them.
             progress: Called after every iteration.
 
@@ -125,7 +125,7 @@ class Method(abc.ABC, Generic[FormatT]):
 
         Raises:
             TypeError: If the method cannot fit this format, or a weight is no floating-point tensor.
-            ValueError: If a weight has another shape, dtype or device, a gram another shape, the grams are not as many
+            ValueError: If a weight has another shape, dtype or device, a second_moment another shape, the second_moments are not as many
                 as the weights, or one contains NaN or infinity.
             FloatingPointError: If the computation or its result is not finite.
         """
@@ -139,12 +139,12 @@ class Method(abc.ABC, Generic[FormatT]):
         dtype, device = weights[0].dtype, weights[0].device
         if any(weight.dtype != dtype or weight.device != device for weight in weights):
             raise ValueError("expected weights of one dtype on one device, got several; fit them in separate calls")
-        if grams is not None:
-            if len(grams) != len(weights):
-                raise ValueError(f"expected one gram for each of {len(weights)} weights, got {len(grams)}")
-            for index, gram in enumerate(grams):
-                called = f"the gram of {names[index]!r}" if names else "the gram"
-                _checks.matrix(gram, (format.N, format.N), called)
+        if second_moments is not None:
+            if len(second_moments) != len(weights):
+                raise ValueError(f"expected one second_moment for each of {len(weights)} weights, got {len(second_moments)}")
+            for index, second_moment in enumerate(second_moments):
+                called = f"the second_moment of {names[index]!r}" if names else "the second_moment"
+                _checks.matrix(second_moment, (format.N, format.N), called)
 
         start = time.perf_counter()
         with torch.no_grad():
@@ -152,7 +152,7 @@ class Method(abc.ABC, Generic[FormatT]):
             stack = torch.stack([weight.detach().to(compute) for weight in weights])
             scale = _root_mean_square(stack)
             stack /= scale.where(scale > 0, 1)[:, None, None]
-            metric = None if grams is None else prepared(torch.stack([g.detach().to(device) for g in grams]))
+            metric = None if second_moments is None else prepared(torch.stack([g.detach().to(device) for g in second_moments]))
             try:
                 solved, history = self._solve(stack, metric, format, progress)
             except FloatingPointError as error:

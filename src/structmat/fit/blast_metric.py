@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from structmat.fit import blast_systems as systems
-from structmat.fit.metric import conjugate_gradients
+from structmat.fit.linalg import conjugate_gradients, factorize
 
 DAMPING = 1e-4
 """Of the preconditioners, relative to their mean diagonal."""
@@ -112,4 +112,4 @@ class MetricSweeper:
 
 def _factorized(grams: Tensor) -> Tensor:
     mean = grams.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return systems.factorize(grams, DAMPING * mean)
+    return factorize(grams, DAMPING * mean)

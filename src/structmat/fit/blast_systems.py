@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from structmat.fit.linalg import conjugate_gradients
+
 CHUNK_BYTES = 8 * 2**20
 """Temporaries of many ``R x R`` systems are worked on in chunks of this size, which stay in the cache."""
 
@@ -114,40 +116,7 @@ def diag_chunks(left_grams: Tensor, right_grams: Tensor) -> list[tuple[slice, sl
     return [(rows, some) for rows in chunks(left_grams.shape[1], one_row) for some in columns]
 
 
-def factorize(grams: Tensor, damping: Tensor) -> Tensor:
-    """Cholesky factors of ``grams + damping I``; where that is not definite, the damping grows until it is.
-
-    Args:
-        grams: ``(..., R, R)``, symmetric and, up to rounding, positive semi-definite; changed in place.
-        damping: ``(...)``, broadcast against the leading dimensions; not negative.
-
-    Returns:
-        Lower triangular factors, ``(..., R, R)``.
-
-    Raises:
-        FloatingPointError: If a system has non-finite entries.
-    """
-    diagonal = grams.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)
-    finite = torch.isfinite(grams.sum((-2, -1))).reshape(len(grams), -1).all(1)
-    if not finite.all():
-        which = (~finite).nonzero().flatten().tolist()
-        raise FloatingPointError(
-            f"the normal equations of a BLAST fit are not finite, for weights {which} of its batch; lower its step or "
-            "raise its damping"
-        )
-    diagonal += damping.expand(mean.shape)[..., None]
-    factors, info = torch.linalg.cholesky_ex(grams)
-    growth = torch.finfo(grams.dtype).eps * grams.shape[-1]
-    while bool((info != 0).any()):
-        floor = mean.abs().clamp_min(torch.finfo(grams.dtype).tiny ** 0.5)
-        diagonal += ((info != 0) * growth * floor)[..., None]
-        factors, info = torch.linalg.cholesky_ex(grams)
-        growth *= 10
-    return factors
-
-
-def conjugate_gradients(grams: Tensor, damping: Tensor, rhs: Tensor, iterations: int) -> Tensor:
+def approximately_solved(grams: Tensor, damping: Tensor, rhs: Tensor, iterations: int) -> Tensor:
     """Approximate ``(grams + damping I)^-1 rhs`` by Jacobi-preconditioned conjugate gradients from zero.
 
     Args:
@@ -162,16 +131,10 @@ def conjugate_gradients(grams: Tensor, damping: Tensor, rhs: Tensor, iterations:
     damping = damping[..., None]
     jacobi = grams.diagonal(dim1=-2, dim2=-1) + damping
     jacobi = jacobi.where(jacobi > 0, 1).reciprocal()
-    x, r = torch.zeros_like(rhs), rhs.clone()
-    z = jacobi * r
-    p, rz = z, (r * z).sum(-1, keepdim=True)
-    for _ in range(iterations):
-        Ap = times_vectors(grams, p) + damping * p
-        curvature = (p * Ap).sum(-1, keepdim=True)
-        step = torch.where(curvature > 0, rz / curvature.where(curvature > 0, 1), 0)
-        x, r = x + step * p, r - step * Ap
-        z = jacobi * r
-        rz_next = (r * z).sum(-1, keepdim=True)
-        p = z + torch.where(rz > 0, rz_next / rz.where(rz > 0, 1), 0) * p
-        rz = rz_next
-    return x
+    return conjugate_gradients(
+        lambda vectors: times_vectors(grams, vectors) + damping * vectors,
+        lambda residual: jacobi * residual,
+        rhs,
+        iterations,
+        batch_dimensions=rhs.ndim - 1,
+    )

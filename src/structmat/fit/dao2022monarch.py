@@ -10,8 +10,8 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.fit.base import Method, Progress, no_history
-from structmat.fit.blast_systems import factorize
-from structmat.fit.metric import conjugate_gradients, roots, times_blocks, whitened_metric
+from structmat.fit.linalg import conjugate_gradients, factorize
+from structmat.fit.metric import roots, times_blocks, whitened_metric
 from structmat.fit.svd import balanced, split_svd
 from structmat.formats import Factors, Format, Monarch
 

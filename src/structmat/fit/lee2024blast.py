@@ -13,6 +13,7 @@ from structmat import _checks
 from structmat.fit import blast_systems as systems
 from structmat.fit.base import Method, Progress, no_history
 from structmat.fit.blast_metric import BASIS_ITERATIONS, DIAG_ITERATIONS, MetricSweeper
+from structmat.fit.linalg import factorize
 from structmat.fit.metric import roots, times_blocks, whitened_metric
 from structmat.formats import Blast, Factors, Format
 
@@ -305,7 +306,7 @@ class Sweeper:
         damping = self._damping((target * self.left).sum((1, 2, 3)), (gram * self.left_grams).sum((1, 2, 3)))
         # left - step (left G - B)(G + eps)^-1 = (1 - step) left + step (B + eps left)(G + eps)^-1
         target.add_(damping[..., None, None] * self.left)
-        solved = torch.cholesky_solve(target.mT, systems.factorize(gram, damping)).mT
+        solved = torch.cholesky_solve(target.mT, factorize(gram, damping)).mT
         self.left = torch.lerp(self.left, solved, step[:, None, None, None])
         self.left_grams = systems.gram_of_columns(self.left)
 
@@ -314,7 +315,7 @@ class Sweeper:
         target = systems.right_target(self.projected, self.diag)
         damping = self._damping((target * self.right).sum((1, 2, 3)), (gram * self.right_grams).sum((1, 2, 3)))
         damped = target + damping[..., None, None] * self.right
-        solved = torch.cholesky_solve(damped, systems.factorize(gram.clone(), damping))
+        solved = torch.cholesky_solve(damped, factorize(gram.clone(), damping))
         self.right = torch.lerp(self.right, solved, step[:, None, None, None])
         self.right_grams = systems.gram_of_rows(self.right)
         return self._damping((target * self.right).sum((1, 2, 3)), (gram * self.right_grams).sum((1, 2, 3)))
@@ -330,9 +331,9 @@ class Sweeper:
             diag = self.diag[:, rows, columns]
             residual = systems.times_vectors(gram, diag) - target[:, rows, columns]
             if diag.shape[-1] <= self.method.direct_rank:
-                change = torch.cholesky_solve(residual[..., None], systems.factorize(gram, damping))[..., 0]
+                change = torch.cholesky_solve(residual[..., None], factorize(gram, damping))[..., 0]
             else:
-                change = systems.conjugate_gradients(gram, damping, residual, self.method.cg_iterations)
+                change = systems.approximately_solved(gram, damping, residual, self.method.cg_iterations)
             diag -= step[:, None, None, None] * change
 
 

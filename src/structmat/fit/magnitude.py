@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.fit.base import Method, Progress, no_history
-from structmat.fit.blast_systems import factorize
+from structmat.fit.linalg import factorize
 from structmat.fit.metric import roots, times_blocks
 from structmat.fit.svd import balanced, split_svd
 from structmat.formats import BlockDiagonal, BlockSparse, Factors, Format

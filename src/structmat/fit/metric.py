@@ -6,8 +6,6 @@ directions of the input alike (``methods.md`` section 5; for low-rank matrices C
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -18,27 +16,27 @@ SHRINKAGE = 1e-6
 """How much of the diagonal is added to a metric, so that directions without data cannot run away."""
 
 
-def prepared(grams: Tensor) -> Tensor:
+def prepared(second_moments: Tensor) -> Tensor:
     """Second moments ``(B, N, N)`` as metrics: symmetric, of mean diagonal 1, the diagonal slightly larger.
 
     Inputs that are always zero get the weight of a very quiet one; a moment that is zero everywhere becomes the
     identity.
 
     Args:
-        grams: On any scale.
+        second_moments: On any scale.
 
     Returns:
         ``(B, N, N)``, float64, positive definite up to rounding.
     """
-    grams = grams.double()
-    grams = (grams + grams.mT) / 2
-    diagonal = grams.diagonal(dim1=1, dim2=2)
+    second_moments = second_moments.double()
+    second_moments = (second_moments + second_moments.mT) / 2
+    diagonal = second_moments.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1)
-    eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    eye = torch.eye(second_moments.shape[-1], dtype=second_moments.dtype, device=second_moments.device)
     alive = mean > 0
-    grams = torch.where(alive[:, None, None], grams / mean.where(alive, 1)[:, None, None], eye)
-    diagonal = grams.diagonal(dim1=1, dim2=2)
-    return grams + torch.diag_embed(SHRINKAGE * diagonal + SHRINKAGE * quiet(diagonal)[:, None])
+    second_moments = torch.where(alive[:, None, None], second_moments / mean.where(alive, 1)[:, None, None], eye)
+    diagonal = second_moments.diagonal(dim1=1, dim2=2)
+    return second_moments + torch.diag_embed(SHRINKAGE * diagonal + SHRINKAGE * quiet(diagonal)[:, None])
 
 
 def quiet(diagonal: Tensor) -> Tensor:
@@ -87,38 +85,3 @@ def times_blocks(matrices: Tensor, blocks: Tensor) -> Tensor:
 def whitened_metric(metric: Tensor, inverse_roots: Tensor) -> Tensor:
     """The metric ``S^-1 C S^-1`` in the coordinates in which its diagonal blocks are the identity."""
     return times_blocks(times_blocks(metric, inverse_roots).mT, inverse_roots)
-
-
-def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], rhs: Tensor, iterations: int
-) -> Tensor:
-    """Approximate the solution of ``apply(x) = rhs`` by preconditioned conjugate gradients from zero.
-
-    Args:
-        apply: A symmetric positive semi-definite operator on each entry of the batch.
-        precondition: An approximate inverse of it, likewise.
-        rhs: ``(B, ...)``.
-        iterations: How many; each applies the operator once.
-
-    Returns:
-        ``(B, ...)``.
-    """
-
-    def inner(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).flatten(1).sum(1).view(-1, *[1] * (rhs.ndim - 1))
-
-    x, residual = torch.zeros_like(rhs), rhs
-    z = precondition(residual)
-    direction, rz = z, inner(residual, z)
-    for iteration in range(iterations):
-        applied = apply(direction)
-        curvature = inner(direction, applied)
-        step = torch.where(curvature > 0, rz / curvature.where(curvature > 0, 1), 0)
-        x = x + step * direction
-        if iteration + 1 < iterations:
-            residual = residual - step * applied
-            z = precondition(residual)
-            rz_next = inner(residual, z)
-            direction = z + torch.where(rz > 0, rz_next / rz.where(rz > 0, 1), 0) * direction
-            rz = rz_next
-    return x

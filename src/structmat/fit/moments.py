@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from structmat.fit.linalg import factorize
 from structmat.fit.metric import quiet
 
 HELD_OUT_EVERY = 5
@@ -34,15 +35,15 @@ class Moments:
 
     Attributes:
         tokens: How many vectors went in.
-        second: ``E[x x^T] (N, N)``, float64.
+        second_moment: ``E[x x^T] (N, N)``, float64.
         mean: ``E[x] (N,)``, float64.
         cross: ``E[t x^T] (N, N)``, float64; None where ``t`` is ``x``.
         target_mean: ``E[t] (N,)``, float64; None where ``t`` is ``x``.
-        ridge: Share of each input's own energy to add to ``second`` (and to ``cross``), chosen by held-out error.
+        ridge: Share of each input's own energy to add to ``second_moment`` (and to ``cross``), chosen by held-out error.
     """
 
     tokens: int
-    second: Tensor
+    second_moment: Tensor
     mean: Tensor
     cross: Tensor | None = None
     target_mean: Tensor | None = None
@@ -51,7 +52,7 @@ class Moments:
     @property
     def nbytes(self) -> int:
         """Memory of the tensors, in bytes."""
-        return sum(t.nbytes for t in (self.second, self.mean, self.cross, self.target_mean) if t is not None)
+        return sum(t.nbytes for t in (self.second_moment, self.mean, self.cross, self.target_mean) if t is not None)
 
     def problem(self, weight: Tensor, *, centred: bool = False) -> tuple[Tensor, Tensor]:
         """What to fit, and in which metric, so that ``E|W t - W_hat x|^2`` is least.
@@ -64,16 +65,16 @@ class Moments:
             centred: Whether the layer's bias takes care of the means, so that only deviations from them count.
 
         Returns:
-            The weight to fit ``(M, N)`` in the dtype of ``W``, and the gram ``(N, N)``.
+            The weight to fit ``(M, N)`` in the dtype of ``W``, and the second moment ``(N, N)``.
         """
         second, cross = self._matrices(centred)
         added = _ridge(second, self.ridge)
         if centred:
-            added += torch.diag(ROUNDING * self.second.diagonal())
+            added += torch.diag(ROUNDING * self.second_moment.diagonal())
         second = second + added
         if cross is None:
             return weight, second
-        factor = torch.linalg.cholesky_ex(second).L
+        factor = factorize(second.clone())
         target = torch.cholesky_solve((weight.double() @ (cross + added)).mT, factor).mT
         return target.to(weight.dtype), second
 
@@ -94,8 +95,8 @@ class Moments:
 
     def _matrices(self, centred: bool) -> tuple[Tensor, Tensor | None]:
         if not centred:
-            return self.second, self.cross
-        second = self.second - torch.outer(self.mean, self.mean)
+            return self.second_moment, self.cross
+        second = self.second_moment - torch.outer(self.mean, self.mean)
         if self.cross is None or self.target_mean is None:
             return second, None
         return second, self.cross - torch.outer(self.target_mean, self.mean)
@@ -129,7 +130,7 @@ class MomentSums:
         sums = self._sums[self.batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         self.batches += 1
         x = inputs.double()
-        new = {"tokens": x.new_tensor(len(x)), "second": x.mT @ x, "mean": x.sum(0)}
+        new = {"tokens": x.new_tensor(len(x)), "second_moment": x.mT @ x, "mean": x.sum(0)}
         if targets is not None:
             t = targets.double()
             new |= {"cross": t.mT @ x, "target_mean": t.sum(0)}
@@ -151,11 +152,10 @@ class MomentSums:
             raise ValueError("expected at least one input vector, got none; every token is masked out")
         ridge = DEFAULT_RIDGE
         if held_out and int(learnt["tokens"]) and int(held_out["tokens"]):
-            ridge = _best_ridge(*(sums["second"] / sums["tokens"] for sums in (learnt, held_out)))
-        total = {name: (learnt[name] + held_out[name] if held_out else learnt[name]) / tokens for name in learnt}
-        return Moments(
-            tokens, total["second"], total["mean"], total.get("cross"), total.get("target_mean"), ridge
-        )  # fmt: skip
+            ridge = _best_ridge(*(sums["second_moment"] / sums["tokens"] for sums in (learnt, held_out)))
+        means = [name for name in learnt if name != "tokens"]
+        total = {name: (learnt[name] + held_out[name] if held_out else learnt[name]) / tokens for name in means}
+        return Moments(tokens, ridge=ridge, **total)
 
 
 def _best_ridge(learnt: Tensor, held_out: Tensor) -> float:
@@ -179,8 +179,8 @@ def _best_ridge(learnt: Tensor, held_out: Tensor) -> float:
     weights = torch.where(scale > 0, 1 / scale.where(scale > 0, 1), 0)  # each input counts alike
     errors = []
     for ridge in RIDGES:
-        gram = (learnt + _ridge(learnt, ridge))[known, known]
-        predictor = torch.cholesky_solve(learnt[known, rest], torch.linalg.cholesky_ex(gram).L).mT  # (rest, known)
+        inputs = (learnt + _ridge(learnt, ridge))[known, known].clone()
+        predictor = torch.cholesky_solve(learnt[known, rest], factorize(inputs)).mT  # (rest, known)
         quadratic = ((predictor @ held_out[known, known]) * predictor).sum(1)
         inner = (predictor * held_out[rest, known]).sum(1)
         errors.append(float((weights * (quadratic - 2 * inner)).sum()))

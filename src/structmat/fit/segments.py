@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from structmat.fit.metric import conjugate_gradients
+from structmat.fit.linalg import conjugate_gradients
 
 SHARES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Into how many parts births cut each axis."""

@@ -26,6 +26,7 @@ class Dense(Format):
     name: ClassVar[str] = "dense"
     scale_exponents: ClassVar[dict[str, float]] = {"weight": 1.0}
     must_save: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
 
     def factor_specs(self) -> dict[str, FactorSpec]:
         """``weight (M, N)``."""

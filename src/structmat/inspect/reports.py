@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from structmat._tables import share, table_text
 from structmat.fit import Fit
 from structmat.formats import GaudiGblr, Gblr
 from structmat.inspect.learned import StructureNumbers, structure_numbers
@@ -110,7 +111,7 @@ class Report:
             for row in self.rows
             if row.name in self.structure
         ]
-        return "\n".join([table([head, *body, total], right=(4, 5, 6, 7)), *notes])
+        return "\n".join([table_text(head, [*body, total], right=(4, 5, 6, 7)), *notes])
 
 
 def report(
@@ -228,29 +229,3 @@ def _count_tokens(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | M
         for handle in handles:
             handle.remove()
     return counts
-
-
-def share(part: float, whole: float) -> str:
-    """``part / whole`` as text, empty where there is no whole."""
-    return f"{part / whole:.3f}" if whole else ""
-
-
-def table(lines: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
-    """Lines of cells as aligned text, the first line being the head.
-
-    Args:
-        lines: The cells.
-        right: Columns that are aligned to the right.
-
-    Returns:
-        The text.
-    """
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    texts = [
-        "  ".join(
-            cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    texts.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(text.rstrip() for text in texts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,38 +13,55 @@ from structmat.network.adapters import output_names, stateless
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """What the network makes of one batch."""
+    """Call the network on one batch, and return what it returns."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """The tensors of a batch on this device; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(one, device) for key, one in value.items()}
-    return tuple(moved(one, device) for one in value) if isinstance(value, (tuple, list)) else value
+HOST = torch.device("cpu")
+"""The device on which hidden states and batches wait for their turn."""
 
 
-def widened(value: Any, dtype: torch.dtype) -> Any:
-    """The floating-point tensors of a batch in this dtype, where theirs is narrower; anything else as it is."""
+def moved(value: Any, device: torch.device, seen: dict[int, Any] | None = None) -> Any:
+    """Move the tensors of a batch to a device and leave everything else alone.
+
+    Args:
+        value: A tensor, a tuple, list or mapping of such values, or anything else.
+        device: The device; tensors on the meta device stay there, since they have no values.
+        seen: The tensors that were moved already, by the ``id`` of the original; it grows. None for no memory.
+
+    Returns:
+        The value with its tensors on the device.
+    """
     if isinstance(value, Tensor):
-        narrow = value.is_floating_point() and torch.promote_types(value.dtype, dtype) == dtype
-        return value.to(dtype) if narrow else value
+        seen = {} if seen is None else seen
+        return seen.setdefault(id(value), value if value.is_meta else value.to(device))
+    return _mapped(value, lambda one: moved(one, device, seen))
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Change every entry of a mapping, tuple or list; where no entry changes, the value itself is returned."""
     if isinstance(value, Mapping):
-        new = {key: widened(one, dtype) for key, one in value.items()}
+        new = {key: change(one) for key, one in value.items()}
         return new if any(new[key] is not one for key, one in value.items()) else value
     if isinstance(value, (tuple, list)):
-        new = tuple(widened(one, dtype) for one in value)
-        return new if any(a is not b for a, b in zip(new, value, strict=True)) else value
+        entries = tuple(change(one) for one in value)
+        return entries if any(a is not b for a, b in zip(entries, value, strict=True)) else value
     return value
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the network's first parameter is."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+def widened(value: Any, dtype: torch.dtype) -> Any:
+    """Cast the floating-point tensors of a batch to a dtype where theirs is narrower, and leave the rest alone."""
+    if isinstance(value, Tensor):
+        narrow = value.is_floating_point() and torch.promote_types(value.dtype, dtype) == dtype
+        return value.to(dtype) if narrow else value
+    return _mapped(value, lambda one: widened(one, dtype))
+
+
+def device_of(model: nn.Module, without: torch.device = HOST) -> torch.device:
+    """The device of the network's first parameter, or ``without`` if there is none."""
+    return next((parameter.device for parameter in model.parameters()), without)
 
 
 @contextmanager
@@ -64,7 +81,8 @@ def tensor_of(output: Any) -> Tensor:
     """The tensor that matters in what a block or a network returns.
 
     Args:
-        output: A tensor, a tuple that begins with one, or a mapping or object that holds one under one of ``output_names``.
+        output: A tensor, a tuple that begins with one, or a mapping or object that holds one under one of the names
+            that ``output_names`` gives.
 
     Returns:
         The tensor.

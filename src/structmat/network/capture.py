@@ -1,28 +1,114 @@
-"""What the layers of a network read while it is called."""
+"""What flows through the layers of a network while it is called: the one owner of hooks, and of ending a call early."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from structmat.network.calls import call, evaluating
 from structmat.network.sites import Site
-from structmat.nn import unfolded
+from structmat.nn import StructuredConv2d, unfolded
+
+Before = Callable[[str, nn.Module, tuple[Any, ...]], object]
+"""A function that is called before a module runs, with the module's name, the module, and its positional arguments."""
+
+After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], object]
+"""A function that is called after a module ran: name, module, positional and keyword arguments, and the output."""
+
+
+class Stop(BaseException):
+    """Ends a call of the network once everything that was wanted is there."""
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Let a ``Stop`` that is raised inside end what is inside, and nothing more."""
+    try:
+        yield
+    except Stop:
+        return
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module], *, before: Before | None = None, after: After | None = None
+) -> Iterator[None]:
+    """Call functions before and after modules run, while the context is entered.
+
+    Args:
+        modules: The modules by the name under which the functions are told of them.
+        before: The function that is called before a module runs; None for none.
+        after: The function that is called after a module ran; None for none.
+    """
+
+    def before_hook(name: str, told: Before) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            told(name, module, args)
+
+        return hook
+
+    def after_hook(name: str, told: After) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            told(name, module, args, kwargs, output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            if before is not None:
+                stack.callback(module.register_forward_pre_hook(before_hook(name, before)).remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(after_hook(name, after), with_kwargs=True).remove)
+        yield
 
 
 def mask_of(batch: Any) -> Tensor | None:
-    """The attention mask of a batch, ``(batch, tokens)`` of booleans, where it has one."""
+    """The attention mask of a batch, ``(batch, tokens)`` of booleans, where the batch has one."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> tuple[dict[str, str], set[str]]:
-    """For each site, in the order in which they are called, the first one that reads the same input.
+def count_vectors(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Any
+) -> dict[str, Counter[tuple[int, torch.dtype]]]:
+    """Count how often each layer multiplies how many vectors, and in which dtype, in one call of the network.
 
     Args:
-        sites: By name.
+        model: The network, which is called in evaluation mode.
+        layers: The linear layers and convolutions to watch, dense or structured, by name.
+        batch: The inputs of the call.
+
+    Returns:
+        For each layer the number of calls by vectors and dtype; calls on no vector are left out.
+    """
+    counts: dict[str, Counter[tuple[int, torch.dtype]]] = {name: Counter() for name in layers}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        vectors = vectors_in(module, output)
+        if vectors:
+            counts[name].update([(vectors, output.dtype)])
+
+    with evaluating(model), hooked(layers, after=note):
+        call(model, batch)
+    return counts
+
+
+def vectors_in(layer: nn.Module, output: Tensor) -> int:
+    """The number of vectors that a layer made: the tokens of a linear layer, the positions of a convolution."""
+    channels = output.shape[-3 if isinstance(layer, (nn.Conv2d, StructuredConv2d)) else -1]
+    return output.numel() // channels if channels else 0
+
+
+def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> tuple[dict[str, str], set[str]]:
+    """For each site, in the order in which they are called, find the first one that reads the same input.
+
+    Args:
+        sites: The sites by name.
         run: Calls the network once.
 
     Returns:
@@ -33,14 +119,12 @@ def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> tuple
     """
     calls: dict[str, list[tuple[Tensor, int]]] = {}  # with how often it had been changed in place
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            version = 0 if inputs[0].is_inference() else inputs[0]._version
-            calls.setdefault(name, []).append((inputs[0], version))
+    def note(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        version = 0 if inputs[0].is_inference() else inputs[0]._version
+        calls.setdefault(name, []).append((inputs[0], version))
 
-        return hook
-
-    _with_hooks(sites, note, run)
+    with _watched(sites, note):
+        run()
     missing = [site.name for name, site in sites.items() if name not in calls]
     if missing:
         raise ValueError(
@@ -59,61 +143,43 @@ def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> tuple
     return leaders, {name for name, tensors in calls.items() if len(tensors) == 1}
 
 
-class Captured(BaseException):
-    """Ends a call once the input that was wanted is there."""
-
-
-class capturing:
-    """While it is entered, the inputs of sites are collected as vectors ``(T, N)``.
+@contextmanager
+def capturing(
+    sites: Mapping[str, Site], mask: Tensor | None, *, stop: bool = False
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the inputs of sites as vectors ``(T, N)``, while the context is entered.
 
     Args:
-        sites: By name.
-        captured: Where to put them, by name.
+        sites: The sites by name.
         mask: Which tokens count ``(batch, tokens)``; None for all.
-        stop: Whether the first input ends the call, by a ``Captured`` that leaving the context catches.
+        stop: Whether the first input ends what is inside.
+
+    Yields:
+        The vectors of each call by the sites' names; those of sites that were not called are missing.
     """
+    captured: dict[str, list[Tensor]] = {}
 
-    def __init__(
-        self, sites: Mapping[str, Site], captured: dict[str, list[Tensor]], mask: Tensor | None, stop: bool = False
-    ) -> None:
-        self._sites, self._captured, self._mask, self._stop = sites, captured, mask, stop
-        self._handles: list[Any] = []
+    def note(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        captured.setdefault(name, []).append(_vectors(sites[name].name, module, inputs[0], mask))
+        if stop:
+            raise Stop
 
-    def __enter__(self) -> None:
-        def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                vectors = _vectors(self._sites[name].name, module, inputs[0], self._mask)
-                self._captured.setdefault(name, []).append(vectors)
-                if self._stop:
-                    raise Captured
-
-            return hook
-
-        self._handles = _hooked(self._sites, note)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        for handle in self._handles:
-            handle.remove()
-        return kind is Captured
+    with stopping(), _watched(sites, note):
+        yield captured
 
 
-def _hooked(sites: Mapping[str, Site], note: Callable[[str], Callable[..., None]]) -> list[Any]:
-    return [module.register_forward_pre_hook(note(name)) for name, site in sites.items() for module in site.modules]
-
-
-def _with_hooks(
-    sites: Mapping[str, Site], note: Callable[[str], Callable[..., None]], run: Callable[[], object]
-) -> None:
-    handles = _hooked(sites, note)
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
+@contextmanager
+def _watched(sites: Mapping[str, Site], note: Before) -> Iterator[None]:
+    """Tell of every call of every module of the sites."""
+    with ExitStack() as stack:
+        for name, site in sites.items():
+            for module in site.modules:
+                stack.enter_context(hooked({name: module}, before=note))
+        yield
 
 
 def _vectors(name: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """What the layer's matrix multiplies, ``(T, N)``, without the tokens that the mask leaves out; a copy."""
+    """A copy of what the layer's matrix multiplies, ``(T, N)``, without the tokens that the mask leaves out."""
     if isinstance(module, nn.Conv2d):
         x = unfolded(module, x if x.ndim == 4 else x[None])[0]
     vectors = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1]).clone()

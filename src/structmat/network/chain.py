@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from structmat.network.calls import call, widened
+from structmat.network.calls import HOST, call, device_of, moved, widened
+from structmat.network.capture import Stop, hooked, stopping
 from structmat.network.surgery import put_module
 
 LEAST_SHARE = 0.8
@@ -29,12 +30,18 @@ class Extras:
     kwargs: Mapping[str, Any]
 
     def call(self, block: nn.Module, state: Tensor) -> Any:
-        """What the block makes of a hidden state (of a copy: some add to it), the rest being as wide as that."""
-        return block(state.clone(), *widened(self.args, state.dtype), **widened(self.kwargs, state.dtype))
+        """Call the block on a copy of a hidden state, since some blocks add to it; the rest becomes as wide as that.
 
+        Args:
+            block: The block, dense or compressed.
+            state: The hidden state; it is moved to the device of the block, and so is everything else.
 
-class _Stop(BaseException):
-    """Ends a call of the network once all that was wanted is there."""
+        Returns:
+            What the block returns.
+        """
+        device = device_of(block, state.device)
+        args, kwargs = widened((self.args, dict(self.kwargs)), state.dtype)
+        return block(state.to(device, copy=True), *moved(args, device), **moved(kwargs, device))
 
 
 class _Pass(nn.Module):
@@ -56,7 +63,7 @@ class _Pass(nn.Module):
             self.notes.entered = state
         self.notes.extras.append(Extras(args, kwargs))
         if self.last and self.notes.stop:
-            raise _Stop
+            raise Stop
         if self.last and self.notes.deliver is not None:
             state = self.notes.deliver
         return (state,) if self.returns_tuple else state
@@ -113,12 +120,13 @@ class Chain:
         extras: list[list[Extras]] = [[] for _ in self.names]
         for batch in batches:
             notes = _Notes(stop=True)
-            with self._standing_in(model, notes):
-                _run_until_stop(model, batch)
+            with self._standing_in(model, notes), stopping():
+                call(model, moved(batch, device_of(model)))
             if notes.entered is not None:
-                hidden.append(notes.entered)
+                hidden.append(moved(notes.entered, HOST))
+            seen: dict[int, Any] = {}  # what all blocks are called with is held once
             for one, new in zip(extras, notes.extras, strict=True):
-                one.append(new)
+                one.append(Extras(moved(new.args, HOST, seen), moved(new.kwargs, HOST, seen)))
         return hidden, extras
 
     @contextmanager
@@ -131,13 +139,6 @@ class Chain:
         finally:
             for name, block in blocks.items():
                 put_module(model, name, block)
-
-
-def _run_until_stop(model: nn.Module, batch: Any) -> None:
-    try:
-        call(model, batch)
-    except _Stop:
-        return
 
 
 class Relay:
@@ -162,9 +163,10 @@ class Relay:
 
     def call(self, model: nn.Module, state: Any, i: int) -> Any:
         """Call the network, or a copy made while the stand-ins hang, on batch ``i``."""
-        self._notes.deliver = state.clone() if self._deliver else None
+        device = device_of(model)
+        self._notes.deliver = state.to(device, copy=True) if self._deliver else None
         self._notes.extras = []
-        return call(model, self._batches[i])
+        return call(model, moved(self._batches[i], device))
 
 
 def find_chain(model: nn.Module, planned: Mapping[str, Sequence[str]], batch: Any) -> Chain | None:
@@ -222,28 +224,24 @@ def _inside(name: str, blocks: Sequence[str]) -> str | None:
 def _observe(
     model: nn.Module, blocks: Sequence[str], outside: Sequence[str], batch: Any
 ) -> tuple[list[tuple[str, tuple[Any, ...], dict[str, Any], Any]], list[str]]:
-    """How each block is called and what it returns, in order; and which outside layers are called before the first."""
+    """Find how each block is called and what it returns, in order, and which other layers are called before them."""
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
     started: list[str] = []
     before: list[str] = []
 
-    def start(name: str):
-        return lambda module, inputs: started.append(name)
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((name, args, kwargs, output))
 
-    def note(name: str):
-        return lambda module, args, kwargs, output: calls.append((name, args, kwargs, output))
+    def early(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not started:
+            before.append(name)
 
-    def early(name: str):
-        return lambda module, inputs: before.append(name) if not started else None
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(start(name)) for name in blocks]
-    handles += [model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in blocks]
-    handles += [model.get_submodule(name).register_forward_pre_hook(early(name)) for name in outside]
-    try:
+    parts = {name: model.get_submodule(name) for name in (*blocks, *outside)}
+    with (
+        hooked({name: parts[name] for name in blocks}, before=lambda name, *_: started.append(name), after=note),
+        hooked({name: parts[name] for name in outside}, before=early),
+    ):
         call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls, before
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from structmat.fit import Fit
 from structmat.formats import Dense, Format, GaudiGblr, Gblr, harden, hardening_gap, tile
 from structmat.network.adapters import record
 from structmat.network.sites import DENSE_KINDS, Site, find_sites
@@ -294,3 +296,41 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
         for ancestor in model.modules():
             if isinstance(ancestor, nn.TransformerEncoder) and parent in ancestor.layers:
                 ancestor.use_nested_tensor = False
+
+
+def put_fits_(model: nn.Module, fits: Mapping[str, Fit], *, own_biases: bool = False) -> None:
+    """Put fits into a network, in place: as new structured layers, or as new values of those that are there.
+
+    Args:
+        model: The network, or a block of one.
+        fits: The fits by the names of the layers.
+        own_biases: Whether layers get new biases where a fit has one, so that those of the dense layers, which may be
+            needed again, keep their values.
+    """
+    present = {name for name in fits if isinstance(model.get_submodule(name), StructuredModule)}
+    new = {name: fit for name, fit in fits.items() if name not in present}
+    formats = {name: fit.format for name, fit in new.items()}
+    apply_plan_(model, formats, factors={name: fit.factors for name, fit in new.items()})
+    for name, fit in fits.items():
+        module = model.get_submodule(name)
+        if name in present:
+            for factor, value in fit.factors.items():
+                getattr(module, factor).data.copy_(value)
+        if fit.bias is not None and own_biases:
+            module.bias = nn.Parameter(fit.bias.clone())
+        elif fit.bias is not None:
+            module.get_parameter("bias").data.copy_(fit.bias)
+
+
+@contextmanager
+def with_fits(model: nn.Module, fits: Mapping[str, Fit]) -> Iterator[None]:
+    """Replace some layers of a network by their fits while the context is entered; then all is as before."""
+    by_name = {name: site for site in find_sites(model).values() for name in site.names}
+    dense = {name: model.get_submodule(name) for fitted in fits for name in by_name[fitted].names}
+    try:
+        put_fits_(model, fits, own_biases=True)
+        yield
+    finally:
+        for name, module in dense.items():
+            put_module(model, name, module)
+        record(model)

@@ -20,17 +20,17 @@ class StructuredConv2d(StructuredModule):
     """A two-dimensional convolution whose weight, unfolded to ``(out, in * kh * kw)``, is structured.
 
     Args:
-        format: ``M`` output channels, ``N = in_channels * kh * kw``.
-        kernel_size: ``(kh, kw)``; here and below one number stands for both axes.
-        stride: Along both axes.
-        padding: Rows and columns added on both sides, or ``"same"`` or ``"valid"``, as in ``nn.Conv2d``.
-        dilation: Along both axes.
+        format: The structured matrix, with ``M`` output channels and ``N = in_channels * kh * kw``.
+        kernel_size: The size of the kernel, ``(kh, kw)``; here and below one number stands for both axes.
+        stride: The stride along both axes.
+        padding: The rows and columns added on both sides, or ``"same"`` or ``"valid"``, as in ``nn.Conv2d``.
+        dilation: The dilation along both axes.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        bias: As in ``StructuredModule``.
-        factors: As in ``StructuredModule``.
-        generator: As in ``StructuredModule``.
-        device: As in ``StructuredModule``.
-        dtype: As in ``StructuredModule``.
+        bias: Whether there is a bias.
+        factors: The factors, copied into new parameters; None for a random init.
+        generator: The source of randomness for the init, on the CPU.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters, except for factors whose format fixes their dtype.
 
     Raises:
         ValueError: If ``N`` is not a multiple of ``kh * kw``, the padding or its mode is unknown, or ``"same"`` meets a
@@ -127,14 +127,14 @@ class StructuredConv2d(StructuredModule):
 
 
 def unfolded(layer: StructuredConv2d | nn.Conv2d, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """What the matrix of a convolution multiplies, and the height and width of its output.
+    """The vectors that the matrix of a convolution multiplies, and the height and width of its output.
 
     Args:
         layer: The convolution, structured or dense with one group.
         images: ``(batch, in, height, width)``.
 
     Returns:
-        Vectors ``(batch, L, N)``, one for each of the ``L`` output positions, and the output's size.
+        The vectors ``(batch, L, N)``, one for each of the ``L`` output positions, and the output's size.
     """
     kernel_size, stride, dilation = _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.dilation)
     margins = _margins(layer)
@@ -153,7 +153,7 @@ def unfolded(layer: StructuredConv2d | nn.Conv2d, images: Tensor) -> tuple[Tenso
 
 
 def _margins(layer: StructuredConv2d | nn.Conv2d) -> tuple[int, int, int, int]:
-    """Columns and rows that the padding adds at ``(left, right, top, bottom)``."""
+    """The columns and rows that the padding adds at ``(left, right, top, bottom)``."""
     if isinstance(layer.padding, str):
         sizes = zip(_pair(layer.dilation), _pair(layer.kernel_size), strict=True)
         totals = [d * (k - 1) if layer.padding == "same" else 0 for d, k in sizes]

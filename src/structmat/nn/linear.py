@@ -26,15 +26,15 @@ class StructuredModule(nn.Module):
         format: The structured matrix.
         bias: Whether there is a bias.
         factors: The factors, copied into new parameters; None for a random init.
-        generator: Source of randomness for the init, on the CPU.
-        device: Of the parameters.
-        dtype: Of the parameters, but for factors whose format fixes their dtype.
+        generator: The source of randomness for the init, on the CPU.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters, except for factors whose format fixes their dtype.
 
     Attributes:
-        format: The structured matrix' shape and hyperparameters.
-        bias: ``(M,)`` or None.
-        algorithms: How to multiply, by number of tokens (``bucket``); what is missing is chosen for each product.
-            ``autotune_`` sets it.
+        format: The shape and hyperparameters of the structured matrix.
+        bias: The bias ``(M,)``, or None.
+        algorithms: The names of the ways to multiply, by number of tokens (``bucket``); for other numbers a way is
+            chosen for each product. ``autotune_`` sets it.
     """
 
     bias: nn.Parameter | None
@@ -83,7 +83,7 @@ class StructuredModule(nn.Module):
         return {name: getattr(self, name) for name in self._factor_names}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredModule:
-        """Move or cast as ``nn.Module`` does, but keep the dtype of factors whose format fixes it."""
+        """Move or cast like ``nn.Module``, but keep the dtype of factors whose format fixes it."""
         specs = self.format.factor_specs()
         fixed = {id(getattr(self, name)) for name, spec in specs.items() if spec.dtype is not None}
 
@@ -128,7 +128,7 @@ class StructuredModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the dense layer, in its layout, to read alone: writing to it is an error."""
+        """The weight of the dense layer, in its layout; it can only be read, and writing to it is an error."""
         if "weight" in self._factor_names:
             return cast("Tensor", self.__getattr__("weight"))
         factor = next(iter(self.factors.values()))
@@ -157,7 +157,7 @@ class StructuredModule(nn.Module):
 class StructuredLinear(StructuredModule):
     """``y = x W^T + b`` with a structured ``W``: the drop-in for ``nn.Linear``.
 
-    Args and attributes are those of ``StructuredModule``.
+    The arguments and attributes are those of ``StructuredModule``.
 
     Example:
         >>> from structmat import Blast

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, side_by_side
+from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side
 
 
 def block_diagonal_matmul(x: Tensor, blocks: Tensor, algorithm: str = "") -> Tensor:
@@ -53,13 +53,13 @@ def _triton(x: Tensor, blocks: Tensor) -> Tensor:
     return kernels.block_diagonal_forward(*side_by_side(x, blocks))
 
 
-ALGORITHMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"in place": _in_place, "whole": _whole, TRITON: _triton}
+ALGORITHMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"in_place": _in_place, "whole": _whole, TRITON: _triton}
 """Ways to compute the product: right for every shape, dtype and device, but for triton's, which are for GPUs."""
 
 
 @torch.library.custom_op("structmat::block_diagonal_matmul", mutates_args=())
 def _matmul(x: Tensor, blocks: Tensor, algorithm: str) -> Tensor:
-    name = "whole" if x.shape[0] == 0 else algorithm or ("in place" if x.device.type == "cpu" else "whole")
+    name = "whole" if x.shape[0] == 0 else algorithm or ("in_place" if x.device.type == "cpu" else "whole")
     return ALGORITHMS[name](x, blocks)
 
 
@@ -80,22 +80,15 @@ def _matmul_backward(upstream: Tensor, x: Tensor, blocks: Tensor, algorithm: str
     return _whole(upstream, blocks.mT), torch.bmm(upstream_segments.mT, segments)
 
 
-@_matmul_backward.register_fake
-def _(upstream: Tensor, x: Tensor, blocks: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), blocks.new_empty(blocks.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.algorithm = inputs
-    ctx.save_for_backward(*tensors)
+_matmul_backward.register_fake(lambda upstream, x, blocks, algorithm: shaped_like(x, blocks))
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.structmat.block_diagonal_matmul_backward(upstream, *ctx.saved_tensors, ctx.algorithm)
+    gradients = torch.ops.structmat.block_diagonal_matmul_backward(upstream, *ctx.saved_tensors, *ctx.options)
     return *gradients, None
 
 
-_matmul.register_autograd(_backward, setup_context=_setup_context)
+_matmul.register_autograd(_backward, setup_context=save_inputs)
 
 
 @register_flop_formula(torch.ops.structmat.block_diagonal_matmul)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, side_by_side
+from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side
 
 
 def block_sparse_matmul(
@@ -26,8 +26,8 @@ def block_sparse_matmul(
     Args:
         x: Input ``(..., J Q)``.
         blocks: ``(n, P, Q)``, the blocks that are on, row by row, each row's from left to right.
-        columns: For each of the ``I`` block rows the columns of its blocks, ascending.
-        block_columns: ``J``.
+        columns: The columns of the blocks of each of the ``I`` block rows, ascending.
+        block_columns: The number of block columns, ``J``.
         algorithm: One of ``ALGORITHMS``; empty for the one that suits the device.
 
     Returns:
@@ -61,7 +61,7 @@ def _equal_rows(counts: Sequence[int]) -> Iterator[tuple[list[int], list[range]]
 
 
 def _gathered(segments: Tensor, columns: Sequence[int], entries: Sequence[range]) -> Tensor:
-    """For each block row the input segments that it reads, side by side: ``(rows, T, count Q)``."""
+    """The input segments that each block row reads, side by side: ``(rows, T, count Q)``."""
     return torch.stack([torch.cat([segments[columns[entry]] for entry in row], -1) for row in entries])
 
 
@@ -102,11 +102,7 @@ def _matmul(
     return ALGORITHMS[name](x, blocks, counts, columns, block_columns)
 
 
-@_matmul.register_fake
-def _(
-    x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int, algorithm: str
-) -> Tensor:
-    return x.new_empty(x.shape[0], len(counts) * blocks.shape[1])
+_matmul.register_fake(lambda x, blocks, counts, *_: x.new_empty(x.shape[0], len(counts) * blocks.shape[1]))
 
 
 @torch.library.custom_op("structmat::block_sparse_matmul_backward", mutates_args=())
@@ -142,30 +138,15 @@ def _matmul_backward(
     return x_gradient.transpose(0, 1).flatten(1).contiguous(), blocks_gradient
 
 
-@_matmul_backward.register_fake
-def _(
-    upstream: Tensor,
-    x: Tensor,
-    blocks: Tensor,
-    counts: Sequence[int],
-    columns: Sequence[int],
-    block_columns: int,
-    algorithm: str,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), blocks.new_empty(blocks.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, blocks, *ctx.pattern = inputs
-    ctx.save_for_backward(x, blocks)
+_matmul_backward.register_fake(lambda upstream, x, blocks, *_: shaped_like(x, blocks))
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.structmat.block_sparse_matmul_backward(upstream, *ctx.saved_tensors, *ctx.pattern)
+    gradients = torch.ops.structmat.block_sparse_matmul_backward(upstream, *ctx.saved_tensors, *ctx.options)
     return *gradients, None, None, None, None
 
 
-_matmul.register_autograd(_backward, setup_context=_setup_context)
+_matmul.register_autograd(_backward, setup_context=save_inputs)
 
 
 @register_flop_formula(torch.ops.structmat.block_sparse_matmul)

@@ -1,4 +1,7 @@
-"""What the operators share: autocast, and how much a CPU works on at a time."""
+"""What the operators share: autocast, gradients, and how much a CPU works on at a time.
+
+The numbers were tuned by measurement on a CPU; ``benchmarks/cpu.py`` times the layers in which a change of them shows.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,23 @@ from torch.autograd import forward_ad
 MIB = 2**20
 
 TRITON = "triton"
-"""Name of the algorithms that are kernels of our own; they run on a GPU, and on a CPU in triton's interpreter."""
+"""The name of the algorithms that are kernels of our own; they run on a GPU, and on a CPU in triton's interpreter."""
 
 MOST_KEPT = 64
-"""MiB that a thread keeps for intermediates, at most, for each dtype."""
+"""The most MiB that a thread keeps for intermediates, for each dtype (tuned with ``benchmarks/cpu.py``)."""
 
 FEWEST_KEPT = 33
-"""Tokens from which on a product on a CPU keeps intermediates for its backward; it has faster ways for fewer."""
+"""From this many tokens on, a product on a CPU keeps intermediates for its backward; it has faster ways for fewer
+(tuned with ``benchmarks/cpu.py``)."""
 
 ROW_SPLITS = 8
-"""Into how many parts the rows of a matrix go for a product with few vectors on a CPU."""
+"""The number of parts into which the rows of a matrix go for a product with few vectors on a CPU."""
+
+SPLIT_TOKENS = 8
+"""Up to this many vectors a CPU multiplies in such parts in float32 (tuned with ``benchmarks/cpu.py``)."""
+
+TRANSPOSED_TOKENS = 64
+"""Up to this many vectors a CPU computes the transposed product in float32 (tuned with ``benchmarks/cpu.py``)."""
 
 
 def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -49,8 +59,8 @@ def workspace(x: Tensor, *counts: int) -> list[Tensor]:
     """Flat uninitialised tensors of these lengths, valid until the next call in this thread.
 
     Args:
-        x: Whose dtype and device they have; on other devices than a CPU the memory is new.
-        counts: Lengths.
+        x: A tensor whose dtype and device they have; on other devices than a CPU the memory is new.
+        counts: The lengths.
 
     Returns:
         The tensors.
@@ -83,11 +93,23 @@ def keeps_intermediates(x: Tensor, *factors: Tensor) -> bool:
     return learning and x.device.type == "cpu" and x.shape[0] >= FEWEST_KEPT
 
 
-def save_with_kept(ctx: Any, kept: Tensor, *tensors: Tensor) -> None:
-    """Save tensors for a backward product, the last of them an output that is kept for it alone and has no gradient."""
-    ctx.mark_non_differentiable(kept)
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save the tensors among an operator's inputs for its backward, and the rest as ``ctx.options``."""
+    ctx.options = [value for value in inputs if not isinstance(value, Tensor)]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+
+
+def save_with_kept(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the same and, last, the second output, which is kept for the backward alone and has no gradient."""
+    ctx.options = [value for value in inputs if not isinstance(value, Tensor)]
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or zeros as large as what is kept would be made for it
-    ctx.save_for_backward(*tensors, kept)
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), output[1])
+
+
+def shaped_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Uninitialised tensors of these shapes and dtypes: what the gradients of an operator look like."""
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
 def is_half(x: Tensor) -> bool:
@@ -114,9 +136,11 @@ def linear(x: Tensor, weight: Tensor, algorithm: str = "") -> Tensor:
 
 def _automatic(x: Tensor, weight: Tensor) -> str:
     T = x.shape[0]
-    if x.device.type == "cpu" and 0 < T <= 8 and not is_half(x) and len(weight) >= 2 * ROW_SPLITS:
-        return "split"
-    return "transposed" if x.device.type == "cpu" and not is_half(x) and 8 < T <= 64 else "linear"
+    if x.device.type != "cpu" or is_half(x) or not 0 < T <= TRANSPOSED_TOKENS:
+        return "linear"
+    if T > SPLIT_TOKENS:
+        return "transposed"
+    return "split" if len(weight) >= 2 * ROW_SPLITS else "linear"
 
 
 def _split(x: Tensor, weight: Tensor) -> Tensor:

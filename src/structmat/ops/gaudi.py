@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from structmat.ops.common import save_inputs, shaped_like
 
 
 def gaudi_mask(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Tensor:
@@ -18,9 +21,9 @@ def gaudi_mask(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Tensor
     Args:
         width: ``(..., K)`` in [0, 1], float32 or float64.
         location: ``(..., K)``, of the same shape and dtype, in turns of the axis: any real number.
-        sigma: ``(1,)``, standard deviation of the Gaussian over frequencies, in cycles per axis; no gradient flows
+        sigma: The standard deviation of the Gaussian over frequencies, ``(1,)``, in cycles per axis; no gradient flows
             into it.
-        n: Entries of the axis.
+        n: The number of entries of the axis.
 
     Returns:
         ``(..., K, n)``, in the dtype of ``width``.
@@ -42,7 +45,7 @@ def _(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Tensor:
 
 @torch.library.custom_op("structmat::gaudi_mask_backward", mutates_args=())
 def _mask_backward(upstream: Tensor, width: Tensor, location: Tensor, sigma: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """By Parseval: a sum over time of two real signals is one over their frequencies."""
+    """The gradients, by Parseval: a sum over time of two real signals is one over their frequencies."""
     if width.numel() == 0:
         return torch.empty_like(width), torch.empty_like(location)
     frequencies = _frequencies(width, n)
@@ -58,9 +61,7 @@ def _mask_backward(upstream: Tensor, width: Tensor, location: Tensor, sigma: Ten
     return (edge * spectrum).real.sum(-1).to(width.dtype), (shift * spectrum).real.sum(-1).to(width.dtype)
 
 
-@_mask_backward.register_fake
-def _(upstream: Tensor, width: Tensor, location: Tensor, sigma: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(width), torch.empty_like(location)
+_mask_backward.register_fake(lambda upstream, width, location, *_: shaped_like(width, location))
 
 
 def _frequencies(width: Tensor, n: int) -> Tensor:
@@ -90,14 +91,8 @@ def _coefficients(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Ten
     return amplitude * _turned(centre, width.dtype)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.n = inputs
-    ctx.save_for_backward(*tensors)
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.structmat.gaudi_mask_backward(upstream, *ctx.saved_tensors, *ctx.options), None, None
 
 
-def _backward(ctx, upstream):
-    width, location, sigma = ctx.saved_tensors
-    return *torch.ops.structmat.gaudi_mask_backward(upstream, width, location, sigma, ctx.n), None, None
-
-
-_mask.register_autograd(_backward, setup_context=_setup_context)
+_mask.register_autograd(_backward, setup_context=save_inputs)

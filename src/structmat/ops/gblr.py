@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import cast
+from structmat.ops.common import cast, save_inputs, shaped_like
 from structmat.ops.tiling import tile_matmul, tile_matmul_in_chunks, tile_project, tile_spread, tiling
 
 
@@ -17,12 +17,12 @@ def gblr_matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Te
 
     Args:
         x: Input ``(..., N)``.
-        left: Contents on the output axis, flat.
-        right: Contents on the input axis, flat.
-        start: ``(2, K)``, of the segments on both axes.
-        width: ``(2, K)``, likewise.
-        order: ``(K,)``, the component on the input axis that each on the output axis goes with.
-        M: Entries of the output axis.
+        left: The contents on the output axis, flat.
+        right: The contents on the input axis, flat.
+        start: The first entries of the segments on both axes, ``(2, K)``.
+        width: The widths of the segments on both axes, ``(2, K)``.
+        order: The component on the input axis that each on the output axis goes with, ``(K,)``.
+        M: The number of entries of the output axis.
 
     Returns:
         Output ``(..., M)``.
@@ -69,16 +69,7 @@ def _matmul_backward(
     return x_gradient.contiguous(), left_gradient, inputs.outer(x, z_gradient)
 
 
-@_matmul_backward.register_fake
-def _(
-    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), left.new_empty(left.shape), right.new_empty(right.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _ = inputs
-    ctx.save_for_backward(*tensors)
+_matmul_backward.register_fake(lambda upstream, x, left, right, *_: shaped_like(x, left, right))
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,7 +77,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, None, None, None, None
 
 
-_matmul.register_autograd(_backward, setup_context=_setup_context)
+_matmul.register_autograd(_backward, setup_context=save_inputs)
 
 
 @register_flop_formula(torch.ops.structmat.gblr_matmul)

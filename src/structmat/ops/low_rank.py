@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import cast, linear, plain
+from structmat.ops.common import cast, linear, plain, save_with_kept, shaped_like
 
 
 def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, algorithm: str = "") -> Tensor:
@@ -52,25 +52,19 @@ def _matmul_backward(
     return z_gradient @ right, upstream.mT @ z, z_gradient.mT @ x
 
 
-@_matmul_backward.register_fake
-def _(upstream: Tensor, x: Tensor, z: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), left.new_empty(left.shape), right.new_empty(right.shape)
+_matmul_backward.register_fake(lambda upstream, x, z, left, right: shaped_like(x, left, right))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, left, right, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], left, right)
-
-
-def _backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 4
+    x, left, right, z = ctx.saved_tensors
     if not any(ctx.needs_input_grad[1:3]):  # frozen factors: the product with the transposed matrix
-        _, _, left, right = ctx.saved_tensors
         return torch.ops.structmat.low_rank_matmul(upstream, right.mT, left.mT, "linear")[0], None, None, None
-    return *torch.ops.structmat.low_rank_matmul_backward(upstream, *ctx.saved_tensors), None
+    return *torch.ops.structmat.low_rank_matmul_backward(upstream, x, z, left, right), None
 
 
-_matmul.register_autograd(_backward, setup_context=_setup_context)
+_matmul.register_autograd(_backward, setup_context=save_with_kept)
 
 
 @register_flop_formula(torch.ops.structmat.low_rank_matmul)

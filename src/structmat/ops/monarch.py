@@ -1,4 +1,7 @@
-"""Product with a Monarch (block low-rank) matrix."""
+"""Product with a Monarch (block low-rank) matrix.
+
+The numbers were tuned by measurement on a CPU; ``benchmarks/cpu.py`` times the layers in which a change of them shows.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,23 @@ from structmat.ops.common import (
     is_half,
     keeps_intermediates,
     plain,
+    save_inputs,
     save_with_kept,
+    shaped_like,
     side_by_side,
     tokens_within,
     workspace,
 )
 
 BUFFER = 48
-"""MiB of an intermediate on a CPU; half as much for dtypes of 16 bits."""
+"""The MiB of an intermediate on a CPU; half as much for dtypes of 16 bits (tuned with ``benchmarks/cpu.py``)."""
 
 MANY_TOKENS = 256
-"""From this many on a CPU works in parts in float32: one block row after the other for ranks up to ``SMALL_RANK``."""
+"""From this many tokens on, a CPU works in parts in float32: one block row after the other for ranks up to
+``SMALL_RANK`` (tuned with ``benchmarks/cpu.py``)."""
 
 SMALL_RANK = 64
-"""Of the blocks."""
+"""The largest rank of blocks for which it goes so (tuned with ``benchmarks/cpu.py``)."""
 
 
 def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool = False, algorithm: str = "") -> Tensor:
@@ -41,7 +47,8 @@ def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool 
         x: Input ``(..., J Q)``.
         left: ``(I, P, J, t)``.
         right: ``(J, I, t, Q)``.
-        permute_output: Emit entry ``p`` of output block ``i`` at ``p I + i`` (Dao et al. 2022) instead of ``i P + p``.
+        permute_output: Whether entry ``p`` of output block ``i`` comes at ``p I + i`` (Dao et al. 2022), not at
+            ``i P + p``.
         algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device.
 
     Returns:
@@ -188,47 +195,32 @@ def _matmul_backward(
     return x_gradient, left_gradient, right_gradient
 
 
-@_matmul_backward.register_fake
-def _(
-    upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, kept: Tensor | None, permute_output: bool, algorithm: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), left.new_empty(left.shape), right.new_empty(right.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.permute_output, ctx.algorithm = inputs
-    ctx.save_for_backward(*tensors)
+_matmul_backward.register_fake(lambda upstream, x, left, right, *_: shaped_like(x, left, right))
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     if not any(ctx.needs_input_grad[1:3]):  # frozen factors: the product with the transposed matrix
         _, left, right = ctx.saved_tensors
-        if ctx.permute_output:
+        permute_output, algorithm = ctx.options
+        if permute_output:
             upstream = upstream.unflatten(1, (-1, left.shape[0])).transpose(1, 2).flatten(1)
         factors = right.permute(0, 3, 1, 2).contiguous(), left.permute(0, 2, 3, 1).contiguous()
-        return torch.ops.structmat.monarch_matmul(upstream, *factors, False, ctx.algorithm), None, None, None, None
-    gradients = torch.ops.structmat.monarch_matmul_backward(
-        upstream, *ctx.saved_tensors, None, ctx.permute_output, ctx.algorithm
-    )
+        return torch.ops.structmat.monarch_matmul(upstream, *factors, False, algorithm), None, None, None, None
+    gradients = torch.ops.structmat.monarch_matmul_backward(upstream, *ctx.saved_tensors, None, *ctx.options)
     return *gradients, None, None
 
 
-_matmul.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _setup_keeping(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.permute_output = inputs
-    save_with_kept(ctx, output[1], *tensors)
+_matmul.register_autograd(_backward, setup_context=save_inputs)
 
 
 def _keeping_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 4
-    gradients = torch.ops.structmat.monarch_matmul_backward(upstream, *ctx.saved_tensors, ctx.permute_output, "")
+    gradients = torch.ops.structmat.monarch_matmul_backward(upstream, *ctx.saved_tensors, *ctx.options, "")
     return *gradients, None
 
 
-_keeping.register_autograd(_keeping_backward, setup_context=_setup_keeping)
+_keeping.register_autograd(_keeping_backward, setup_context=save_with_kept)
 
 
 @register_flop_formula([torch.ops.structmat.monarch_matmul, torch.ops.structmat.monarch_matmul_keeping])

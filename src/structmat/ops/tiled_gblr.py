@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, side_by_side
+from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side
 from structmat.ops.tiling import (
     Inputs,
     Outputs,
@@ -29,10 +29,10 @@ def tiled_gblr_matmul(x: Tensor, inputs: Inputs, outputs: Outputs, M: int, algor
 
     Args:
         x: Input ``(..., N)``.
-        inputs: Of the input axis: tiles ``(rows, B)``, ``S`` and ``H`` of each group of them, their blocks, the rows
-            sorted by component, where each component's begin.
-        outputs: Of the output axis: tiles, groups, blocks, the component of each row.
-        M: Entries of the output axis.
+        inputs: The input axis: tiles ``(rows, B)``, ``S`` and ``H`` of each group of them, their blocks, the rows
+            sorted by component, and where the rows of each component begin.
+        outputs: The output axis: tiles, groups, blocks, and the component of each row.
+        M: The number of entries of the output axis.
         algorithm: One of ``ALGORITHMS``; empty for the one that suits the device.
 
     Returns:
@@ -65,10 +65,19 @@ ALGORITHMS = {"tiles": tile_matmul, "chunks": tile_matmul_in_chunks, TRITON: _ti
 
 @torch.library.custom_op("structmat::tiled_gblr_matmul", mutates_args=())
 def _tiled(
-    x: Tensor, right: Tensor, right_groups: Sequence[int], right_place: Tensor, right_rows: Tensor,
-    right_offsets: Tensor, left: Tensor, left_groups: Sequence[int], left_place: Tensor, left_index: Tensor, M: int,
+    x: Tensor,
+    right: Tensor,
+    right_groups: Sequence[int],
+    right_place: Tensor,
+    right_rows: Tensor,
+    right_offsets: Tensor,
+    left: Tensor,
+    left_groups: Sequence[int],
+    left_place: Tensor,
+    left_index: Tensor,
+    M: int,
     algorithm: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     inputs = right, right_groups, right_place, right_rows, right_offsets
     outputs = left, left_groups, left_place, left_index
     name = algorithm or ("chunks" if x.device.type == "cpu" else "tiles")
@@ -76,20 +85,26 @@ def _tiled(
 
 
 @_tiled.register_fake
-def _(
-    x: Tensor, right: Tensor, right_groups: Sequence[int], right_place: Tensor, right_rows: Tensor,
-    right_offsets: Tensor, left: Tensor, left_groups: Sequence[int], left_place: Tensor, left_index: Tensor, M: int,
-    algorithm: str,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, *rest: Any) -> Tensor:
+    *_, M, _ = rest
     return x.new_empty(x.shape[0], M)
 
 
 @torch.library.custom_op("structmat::tiled_gblr_matmul_backward", mutates_args=())
 def _tiled_backward(
-    upstream: Tensor, x: Tensor, right: Tensor, right_groups: Sequence[int], right_place: Tensor, right_rows: Tensor,
-    right_offsets: Tensor, left: Tensor, left_groups: Sequence[int], left_place: Tensor, left_index: Tensor,
+    upstream: Tensor,
+    x: Tensor,
+    right: Tensor,
+    right_groups: Sequence[int],
+    right_place: Tensor,
+    right_rows: Tensor,
+    right_offsets: Tensor,
+    left: Tensor,
+    left_groups: Sequence[int],
+    left_place: Tensor,
+    left_index: Tensor,
     algorithm: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     inputs = right, right_groups, right_place, right_rows, right_offsets
     outputs = left, left_groups, left_place, left_index
     if algorithm == TRITON and x.shape[0]:
@@ -108,29 +123,19 @@ def _tiled_backward(
 
 
 @_tiled_backward.register_fake
-def _(
-    upstream: Tensor, x: Tensor, right: Tensor, right_groups: Sequence[int], right_place: Tensor, right_rows: Tensor,
-    right_offsets: Tensor, left: Tensor, left_groups: Sequence[int], left_place: Tensor, left_index: Tensor,
-    algorithm: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), right.new_empty(right.shape), left.new_empty(left.shape)
-
-
-def _tiled_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, right, ctx.right_groups, *right_indices, left, ctx.left_groups, left_place, left_index, _, ctx.algorithm = inputs
-    ctx.save_for_backward(x, right, *right_indices, left, left_place, left_index)
+def _(upstream: Tensor, x: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return shaped_like(x, right, rest[4])
 
 
 def _tiled_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    x, right, place, rows, offsets, left, left_place, left_index = ctx.saved_tensors
-    x, right, left = torch.ops.structmat.tiled_gblr_matmul_backward(
-        upstream, x, right, ctx.right_groups, place, rows, offsets, left, ctx.left_groups, left_place, left_index,
-        ctx.algorithm,
-    )  # fmt: skip
+    x, right, place, rows, offsets, left, *left_indices = ctx.saved_tensors
+    groups, left_groups, _, algorithm = ctx.options
+    inputs, outputs = (right, groups, place, rows, offsets), (left, left_groups, *left_indices)
+    x, right, left = torch.ops.structmat.tiled_gblr_matmul_backward(upstream, x, *inputs, *outputs, algorithm)
     return x, right, None, None, None, None, left, None, None, None, None, None
 
 
-_tiled.register_autograd(_tiled_autograd, setup_context=_tiled_setup_context)
+_tiled.register_autograd(_tiled_autograd, setup_context=save_inputs)
 
 
 @register_flop_formula(torch.ops.structmat.tiled_gblr_matmul)

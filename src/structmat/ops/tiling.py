@@ -4,6 +4,9 @@ Each axis is cut into ``C`` blocks of ``B`` entries. What a component has in a b
 block make a tile, zero where a segment ends within the block. Tiles of similar heights are made equally high, ``H``,
 and form a group of ``S``; a few groups, ``G``, hold the tiles of an axis, whose ``sum S H`` rows lie one after the
 other. A product is then a batch of dense ones for each group, and sums of rows.
+
+The numbers were tuned by measurement on a CPU; ``benchmarks/gblr_speed.py`` times the products in which a change of
+them shows.
 """
 
 from __future__ import annotations
@@ -19,41 +22,45 @@ from torch import Tensor
 from structmat.ops.common import tokens_within, workspace
 
 Inputs = tuple[Tensor, Sequence[int], Tensor, Tensor, Tensor]
-"""Of the input axis: tiles, groups, blocks, the rows sorted by component, where each component's begin."""
+"""The input axis: tiles, groups, blocks, the rows sorted by component, and where the rows of each component begin."""
 
 Outputs = tuple[Tensor, Sequence[int], Tensor, Tensor]
-"""Of the output axis: tiles, groups, blocks, the component of each row."""
+"""The output axis: tiles, groups, blocks, and the component of each row."""
 
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Block sizes to choose from."""
+"""The block sizes to choose from."""
 
 ROW_COST = 16
-"""What it takes to gather or add up one number, in multiplications of a product (measured on a CPU)."""
+"""The cost of gathering or adding up one number, in multiplications of a product (tuned with
+``benchmarks/gblr_speed.py``)."""
 
 MOST_GROUPS = 4
-"""Batches of products that replace one whose tiles are all as high as the highest."""
+"""The most batches of products that replace one whose tiles are all as high as the highest (tuned with
+``benchmarks/gblr_speed.py``)."""
 
 MOST_CUTS = 16
-"""Places at which a group may end, so that the best groups are found at once."""
+"""The number of places at which a group may end, so that the best groups are found quickly."""
 
 GROUP_COST = 0.015
-"""What one more group takes, relative to all multiplications without padding."""
+"""The cost of one more group, relative to all multiplications without padding (tuned with
+``benchmarks/gblr_speed.py``)."""
 
 CHUNK = 128
-"""Tokens at a time on a CPU, at least."""
+"""The number of tokens at a time on a CPU, at least (tuned with ``benchmarks/gblr_speed.py``)."""
 
 PIECES = 6
-"""MiB of the pieces of the components at a time, so that they stay in a CPU's cache."""
+"""The MiB of the pieces of the components at a time, so that they stay in a CPU's cache (tuned with
+``benchmarks/gblr_speed.py``)."""
 
 
 def positions(start: Tensor, width: Tensor, n: int, total: int) -> tuple[Tensor, Tensor]:
     """The component and the place on the axis of each entry of flat contents.
 
     Args:
-        start: ``(K,)``, whole numbers.
-        width: ``(K,)``, whole numbers.
-        n: Entries of the axis, which is cyclic.
-        total: Sum of the widths.
+        start: The first entries of the segments, ``(K,)``, whole numbers.
+        width: The widths of the segments, ``(K,)``, whole numbers.
+        n: The number of entries of the axis, which is cyclic.
+        total: The sum of the widths.
 
     Returns:
         Both ``(total,)``, int64.
@@ -70,13 +77,14 @@ class Tiling:
     """How the segments of one axis fall into tiles.
 
     Attributes:
-        n: Entries of the axis.
-        block: ``B``; the last block may be shorter.
-        groups: ``S`` and ``H`` of each group, one after the other, ``(2 G,)``.
+        n: The number of entries of the axis.
+        block: The size of a block, ``B``; the last block may be shorter.
+        groups: The ``S`` and ``H`` of each group, one after the other, ``(2 G,)``.
         blocks: The block of each tile, each block once, ``(C,)``; in order if there is one group.
-        index: The component of each row, ``(rows,)``; any for rows without one, whose entries are padding.
-        entries: For each entry of a tile its place in the flat contents, ``(rows, B)``; their number for padding.
-        contents: Length of the flat contents.
+        index: The component of each row, ``(rows,)``; any component for rows of padding.
+        entries: The place of each entry of a tile in the flat contents, ``(rows, B)``; the length of the contents for
+            padding.
+        contents: The length of the flat contents.
     """
 
     n: int
@@ -89,7 +97,7 @@ class Tiling:
 
     @property
     def padding(self) -> float:
-        """Multiplications with padding, relative to those with contents."""
+        """The multiplications with padding, relative to those with contents."""
         return self.entries.numel() / max(self.contents, 1) - 1
 
     def packed(self, contents: Tensor) -> Tensor:
@@ -119,10 +127,10 @@ def tiling(start: Tensor, width: Tensor, n: int, block: int | None = None) -> Ti
     """Cut segments into tiles.
 
     Args:
-        start: ``(K,)``, whole numbers.
-        width: ``(K,)``, whole numbers of at least 1.
-        n: Entries of the axis.
-        block: ``B``; None for the one of ``BLOCKS`` at which the product is cheapest.
+        start: The first entries of the segments, ``(K,)``, whole numbers.
+        width: The widths of the segments, ``(K,)``, whole numbers of at least 1.
+        n: The number of entries of the axis.
+        block: The size of a block, ``B``; None for the one of ``BLOCKS`` at which the product is cheapest.
 
     Returns:
         The tiles.
@@ -191,8 +199,8 @@ def by_group(groups: Sequence[int], rows: Tensor) -> Iterator[tuple[slice, Tenso
     """The tiles of each group, as a slice, and its rows ``(S, H, ...)``.
 
     Args:
-        groups: ``S`` and ``H`` of each group, one after the other.
-        rows: Of all groups, ``(rows, ...)``.
+        groups: The ``S`` and ``H`` of each group, one after the other.
+        rows: The rows of all groups, ``(rows, ...)``.
 
     Yields:
         The slice of a group's tiles among the blocks, and its rows.
@@ -208,9 +216,9 @@ def tile_matmul(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
 
     Args:
         x: ``(T, N)``.
-        inputs: What ``tile_project`` takes besides.
-        outputs: What ``tile_spread`` takes besides.
-        M: Entries of the output axis.
+        inputs: The other arguments of ``tile_project``.
+        outputs: The other arguments of ``tile_spread``.
+        M: The number of entries of the output axis.
 
     Returns:
         ``(T, M)``.
@@ -219,7 +227,7 @@ def tile_matmul(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
 
 
 def tile_matmul_in_chunks(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
-    """Some of the tokens at a time, in memory that the thread keeps."""
+    """The same for some of the tokens at a time, in memory that the thread keeps."""
     (right, right_groups, right_place, bag, offsets), (left, left_groups, left_place, index) = inputs, outputs
     (in_rows, B), (out_rows, D) = right.shape, left.shape
     columns, blocks = len(right_place), len(left_place)
@@ -257,8 +265,8 @@ def rows_to_components(rows: Tensor, offsets: Tensor) -> Tensor:
     """The component of each row of the tiles.
 
     Args:
-        rows: ``(rows,)``, the rows sorted by component.
-        offsets: ``(K,)``, where each component's begin.
+        rows: The rows sorted by component, ``(rows,)``.
+        offsets: The places where the rows of each component begin, ``(K,)``.
 
     Returns:
         ``(rows,)``, int64.
@@ -289,10 +297,10 @@ def tile_project(
     Args:
         x: ``(T, n)``.
         tiles: ``(rows, B)``.
-        groups: ``S`` and ``H`` of each group of tiles, one after the other.
+        groups: The ``S`` and ``H`` of each group of tiles, one after the other.
         blocks: The block of each tile, ``(C,)``, as in ``Tiling``.
-        rows: ``(rows,)``, the rows of all tiles sorted by component.
-        offsets: ``(K,)``, where each component's rows begin.
+        rows: The rows of all tiles sorted by component, ``(rows,)``.
+        offsets: The places where the rows of each component begin, ``(K,)``.
 
     Returns:
         ``(K, T)``.
@@ -308,10 +316,10 @@ def tile_spread(z: Tensor, tiles: Tensor, groups: Sequence[int], blocks: Tensor,
     Args:
         z: ``(K, T)``.
         tiles: ``(rows, B)``.
-        groups: ``S`` and ``H`` of each group of tiles, one after the other.
+        groups: The ``S`` and ``H`` of each group of tiles, one after the other.
         blocks: The block of each tile, ``(C,)``, as in ``Tiling``.
-        index: ``(rows,)``, the component of each row.
-        n: Entries of the axis.
+        index: The component of each row, ``(rows,)``.
+        n: The number of entries of the axis.
 
     Returns:
         ``(T, n)``.

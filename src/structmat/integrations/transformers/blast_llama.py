@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from structmat import _checks
 from structmat._files import read_tensors
 from structmat.formats import Blast
+from structmat.integrations.transformers.skeletons import empty_model
 from structmat.network.surgery import apply_plan_
 
 FACTORS = ("B", "C", "D")
@@ -43,8 +44,7 @@ def import_blast_checkpoint(folder: str | os.PathLike[str]) -> LlamaForCausalLM:
     tensors = _read_all(folder)
     config = LlamaConfig.from_pretrained(folder)
     config.__dict__.pop("auto_map", None)  # code beside the authors' checkpoint that this class replaces
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model = empty_model(LlamaForCausalLM, config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
     structured = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in FACTORS}
@@ -133,8 +133,6 @@ def _filled(
     _checks.same_shapes(
         {name: tuple(tensor.shape) for name, tensor in state.items()}, expected, f"the checkpoint {where!r}"
     )
-    buffers = type(model.model.rotary_emb)(config=model.config)
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = buffers
     model.tie_weights()
     return model.eval()

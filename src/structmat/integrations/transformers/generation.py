@@ -2,108 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
 
 from structmat import _checks
 from structmat._progress import progress_bar
 from structmat.bench.layers import checked_device
-from structmat.bench.machine import hardware
+from structmat.bench.models import GenerationBench, ModelSize, ModelTime
 from structmat.bench.timing import Timing, captured, time_in_turn
 from structmat.bench.verify import FEW_TOKENS, check_format, check_layer, exact_weight
 from structmat.formats import Format
 from structmat.nn import StructuredLinear
 
 DECODED = 16
-"""So many tokens are generated in a row to time decoding."""
+"""The number of tokens that are generated in a row to time decoding."""
 
-
-@dataclass(frozen=True)
-class ModelTime:
-    """One model doing one thing, beside the reference that was timed in the same rounds.
-
-    Attributes:
-        model: Its name.
-        step: ``"prefill"``, ``"decode"`` (one token), ``"generate"`` or ``"training"``.
-        tokens: Of the prompt, 1, generated, or of the training text.
-        seconds: What it takes.
-        reference_seconds: What the reference takes.
-        extrapolated: Whether fewer tokens were generated and the time was scaled up.
-    """
-
-    model: str
-    step: str
-    tokens: int
-    seconds: Timing
-    reference_seconds: Timing
-    extrapolated: bool = False
-
-    @property
-    def speedup(self) -> float:
-        """How many times faster than the reference, by the medians."""
-        return self.reference_seconds.median / self.seconds.median
-
-    @property
-    def tokens_per_second(self) -> float:
-        """By the median."""
-        return self.tokens / self.seconds.median
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and ratios as JSON-compatible data."""
-        ratios = ("speedup", "tokens_per_second")
-        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in ratios}}
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What a model takes.
-
-    Attributes:
-        parameters: Their number.
-        bytes: Of parameters and buffers.
-        peak_bytes: The most while a prompt was read and a token generated, with ``bytes`` in it; None on a CPU.
-    """
-
-    parameters: int
-    bytes: int
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class GenerationBench:
-    """What ``bench_generation`` measured.
-
-    Attributes:
-        times: One for each model and thing it does.
-        sizes: By the models' names.
-        hardware: What it ran on.
-        settings: Device, dtype, mode and rounds.
-    """
-
-    times: tuple[ModelTime, ...]
-    sizes: Mapping[str, ModelSize]
-    hardware: Mapping[str, str] = field(default_factory=hardware)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-compatible data."""
-        return {
-            "hardware": dict(self.hardware),
-            "settings": dict(self.settings),
-            "sizes": {name: dataclasses.asdict(size) for name, size in self.sizes.items()},
-            "models": [found.to_dict() for found in self.times],
-        }
-
-    def to_json(self) -> str:
-        """Everything as JSON text."""
-        return json.dumps(self.to_dict(), indent=1)
+LONG = 100
+"""Texts of more tokens than this are generated three times at most."""
 
 
 def bench_generation(
@@ -119,18 +40,18 @@ def bench_generation(
 ) -> GenerationBench:
     """Time language models of transformers in turn in the same run, at batch size 1.
 
-    ``prefill`` is one call on a prompt, with a cache to be filled but in the mode ``"compile"``. Generation starts
-    from one token and takes the most probable next one each time; in the modes ``"graphs"`` and ``"compile"`` with a
-    static cache as long as the longest text. Every structured layer is checked against its dense definition first,
-    one of each format.
+    ``prefill`` is one call on a prompt, which fills a cache except in the mode ``"compile"``. Generation starts from
+    one token and takes the most probable next one each time; in the modes ``"graphs"`` and ``"compile"`` the cache is
+    static and as long as the longest text. Every structured layer is checked against its dense definition first, one of
+    each format.
 
     Args:
-        models: By name, all on one device and in one dtype; the first is the reference, a dense one in general.
-        prefill: Lengths of prompts.
-        generate: Lengths of texts to generate.
-        training: Lengths of texts for a training step (forward and backward, gradients of all parameters).
-        most_tokens: Generate no more than so many tokens, and scale the time up for longer texts; None for no limit.
-        rounds: How often each is timed; generations of more than 100 tokens three times at most.
+        models: The models by name, all on one device and in one dtype; the first is the reference, usually a dense one.
+        prefill: The lengths of prompts.
+        generate: The lengths of texts to generate.
+        training: The lengths of texts for a training step (forward and backward, gradients of all parameters).
+        most_tokens: The most tokens to generate; the time of a longer text is scaled up. None for no limit.
+        rounds: How often each is timed; texts of more than 100 tokens are generated three times at most.
         mode: ``"eager"``, ``"graphs"`` (each call as a CUDA graph) or ``"compile"``, for all models alike.
         progress: Whether to show a progress bar.
 
@@ -152,63 +73,86 @@ def bench_generation(
         _checks.positive_int(most_tokens, "most_tokens")
     device, dtype = _common(models)
     checked_device(device, mode)
-    bar = progress_bar(total=3 + len(prefill) + len(generate) + len(training), show=progress, leave=False)
-    with bar:
-        _describe(bar, "checking")
+    with progress_bar(total=3 + len(prefill) + len(generate) + len(training), show=progress, leave=False) as bar:
+        bar.set_description("checking")
         _check(models, [1, *prefill], bool(training))
         sizes = {name: _size(model, max(prefill, default=1)) for name, model in models.items()}
         bar.update()
-        times: list[ModelTime] = []
-        reference = next(iter(models))
-
-        def add(step: str, tokens: int, found: Mapping[str, Timing], scale: float = 1.0) -> None:
-            scaled = {name: timing.each(1 / scale) if scale != 1 else timing for name, timing in found.items()}
-            times.extend(
-                ModelTime(name, step, tokens, timing, scaled[reference], scale != 1) for name, timing in scaled.items()
-            )
-            bar.update()
-
+        clock = _Clock(models, rounds, mode, device, bar)
         for tokens in prefill:
-            _describe(bar, f"prefill {tokens}")
-            runs = {name: _prefill(model, tokens, mode) for name, model in models.items()}
-            add("prefill", tokens, time_in_turn(runs, rounds=rounds, device=device))
-        measured = [min(tokens, most_tokens or tokens) for tokens in generate]
-        _describe(bar, "warming up")
-        writers = {name: _Writer(model, max([DECODED, *measured]), mode) for name, model in models.items()}
-        bar.update()
-        for step, tokens, count in [
-            ("decode", 1, DECODED), *(("generate", n, m) for n, m in zip(generate, measured, strict=True))
-        ]:  # fmt: skip
-            _describe(bar, f"{step} {tokens}")
-            runs = {name: functools.partial(writer.write, count) for name, writer in writers.items()}
-            few = rounds if count <= 100 else min(rounds, 3)
-            found = time_in_turn(runs, rounds=few, warmup=1 if count <= DECODED else 0, device=device)
-            add(step, tokens, found, tokens / count)
-        del writers
+            clock.time_calls("prefill", tokens, _prefill)
+        clock.time_texts(generate, most_tokens)
         for tokens in training:
-            _describe(bar, f"training {tokens}")
-            runs = {name: _training(model, tokens, mode) for name, model in models.items()}
-            add("training", tokens, time_in_turn(runs, rounds=rounds, device=device))
-    times = [dataclasses.replace(t, extrapolated=t.extrapolated and t.step == "generate") for t in times]
+            clock.time_calls("training", tokens, _training)
     settings = {
-        "device": str(device), "dtype": str(dtype).removeprefix("torch."), "mode": mode, "rounds": rounds,
-        "most_tokens": most_tokens, "batch": 1,
-    }  # fmt: skip
-    return GenerationBench(tuple(times), sizes, settings=settings)
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "mode": mode,
+        "rounds": rounds,
+        "most_tokens": most_tokens,
+        "batch": 1,
+    }
+    return GenerationBench(tuple(clock.times), sizes, settings=settings)
 
 
-def _describe(bar: Any, text: str) -> None:
-    bar.set_description(text)
+@dataclass(frozen=True)
+class _Clock:
+    """Times all models in turn at one thing after the other.
+
+    Attributes:
+        models: The models by name.
+        rounds: How often each is timed.
+        mode: The mode, as in ``bench_generation``.
+        device: The device of the models.
+        bar: The progress bar.
+        times: What was measured so far.
+    """
+
+    models: Mapping[str, nn.Module]
+    rounds: int
+    mode: str
+    device: torch.device
+    bar: Any
+    times: list[ModelTime] = field(default_factory=list)
+
+    def time_calls(self, step: str, tokens: int, call: Callable[[nn.Module, int, str], Callable[[], object]]) -> None:
+        """Time one call on a text of this length."""
+        self.bar.set_description(f"{step} {tokens}")
+        runs = {name: call(model, tokens, self.mode) for name, model in self.models.items()}
+        self._add(step, tokens, time_in_turn(runs, rounds=self.rounds, device=self.device))
+
+    def time_texts(self, lengths: Sequence[int], most: int | None) -> None:
+        """Time decoding, and the generation of texts of these lengths, of which at most ``most`` tokens are made."""
+        made = [min(tokens, most or tokens) for tokens in lengths]
+        self.bar.set_description("warming up")
+        writers = {name: _Writer(model, max([DECODED, *made]), self.mode) for name, model in self.models.items()}
+        self.bar.update()
+        texts = [("decode", 1, DECODED), *(("generate", n, count) for n, count in zip(lengths, made, strict=True))]
+        for step, tokens, count in texts:
+            self.bar.set_description(f"{step} {tokens}")
+            runs = {name: functools.partial(writer.write, count) for name, writer in writers.items()}
+            few = self.rounds if count <= LONG else min(self.rounds, 3)
+            found = time_in_turn(runs, rounds=few, warmup=1 if count <= DECODED else 0, device=self.device)
+            self._add(step, tokens, found, tokens / count)
+
+    def _add(self, step: str, tokens: int, found: Mapping[str, Timing], scale: float = 1.0) -> None:
+        """Write down times, each scaled from what was measured to the number of tokens."""
+        scaled = {name: timing.each(1 / scale) if scale != 1 else timing for name, timing in found.items()}
+        reference = scaled[next(iter(self.models))]
+        extrapolated = step == "generate" and scale != 1
+        for name, timing in scaled.items():
+            self.times.append(ModelTime(name, step, tokens, timing, reference, extrapolated))
+        self.bar.update()
 
 
 def _common(models: Mapping[str, nn.Module]) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of all models.
 
     Args:
-        models: By name.
+        models: The models by name.
 
     Returns:
-        Both.
+        The device and the dtype.
 
     Raises:
         ValueError: If they differ.
@@ -221,7 +165,7 @@ def _common(models: Mapping[str, nn.Module]) -> tuple[torch.device, torch.dtype]
 
 
 def _check(models: Mapping[str, nn.Module], tokens: Sequence[int], gradients: bool) -> None:
-    """Check one structured layer of each format and choice of algorithms as it is, and the gradients of the format."""
+    """Check one structured layer of each format and choice of algorithms, and the gradients of each format."""
     seen: set[tuple[Format, str]] = set()
     for model in models.values():
         for layer in model.modules():
@@ -236,7 +180,7 @@ def _check(models: Mapping[str, nn.Module], tokens: Sequence[int], gradients: bo
 
 
 def _size(model: nn.Module, tokens: int) -> ModelSize:
-    """Count the parameters and, on a GPU, what a prompt and one more token take."""
+    """Count the parameters and measure, on a GPU, the memory that a prompt and one more token take."""
     held = {id(t): t for t in (*model.parameters(), *model.buffers())}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
@@ -260,6 +204,7 @@ def _ids(model: Any, tokens: int) -> Tensor:
 
 
 def _prefill(model: Any, tokens: int, mode: str) -> Callable[[], object]:
+    """A call that reads a prompt."""
     ids = _ids(model, tokens)
     call = _compiled(model, mode)
 
@@ -271,6 +216,7 @@ def _prefill(model: Any, tokens: int, mode: str) -> Callable[[], object]:
 
 
 def _training(model: Any, tokens: int, mode: str) -> Callable[[], object]:
+    """A call that takes the gradients of all parameters."""
     ids = _ids(model, tokens)
     call = _compiled(model, mode)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -293,8 +239,8 @@ class _Writer:
 
     Args:
         model: The model.
-        longest: Most tokens that ``write`` is asked for.
-        mode: As in ``bench_generation``.
+        longest: The most tokens that ``write`` is asked for.
+        mode: The mode, as in ``bench_generation``.
     """
 
     def __init__(self, model: Any, longest: int, mode: str) -> None:
@@ -305,9 +251,7 @@ class _Writer:
         if mode == "eager":
             self.step: Callable[[], object] = self._step
             return
-        import transformers  # noqa: PLC0415 - the model is of transformers, which is an optional dependency
-
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=longest + 4)
+        self.cache = StaticCache(config=model.config, max_cache_len=longest + 4)
         if mode == "compile":
             torch.compiler.reset()
             self.step = torch.compile(self._step, dynamic=False)
@@ -328,11 +272,11 @@ class _Writer:
         if self.mode == "eager":
             self.cache = None
         else:
-            for layer in self.cache.layers:  # what is behind a text's end is masked
+            for layer in self.cache.layers:  # entries behind the end of the text are masked
                 layer.cumulative_length.zero_() if isinstance(layer.cumulative_length, Tensor) else layer.reset()
 
     def write(self, tokens: int) -> None:
-        """Generate so many tokens."""
+        """Generate this many tokens."""
         self._restart()
         for _ in range(tokens):
             self.step()

@@ -14,19 +14,6 @@ from structmat.network.surgery import apply_plan_
 from structmat.nn import StructuredModule
 from structmat.plan import Rule, make_plan
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-7b": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "vocab_size": 32000,
-    },
-    "llama-tiny": {
-        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16,
-        "vocab_size": 4096,
-    },
-}  # fmt: skip
-"""Of Llamas, by name."""
-
-
 def random_llama(
     shape: str,
     rule: Rule | None = None,

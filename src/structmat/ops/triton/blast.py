@@ -35,14 +35,25 @@ from structmat.ops.triton.products import (
 from structmat.ops.triton.tuning import Choice
 
 MOST_FUSED_COLUMNS = 16
-"""Beyond so many block columns ``fused`` is not tried: its kernel unrolls the sum over them."""
+"""With more block columns than this, ``fused`` is not tried: its kernel unrolls the sum over them."""
 
 
 @triton.jit
 def _coupled_vector_kernel(
-    x, diag, right, h, tokens, I, J, Q, R,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    x,
+    diag,
+    right,
+    h,
+    tokens,
+    I,
+    J,
+    Q,
+    R,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """``h[:, :, some ranks]``: the products with ``right`` over all block columns, and their sums by the couplings."""
     rank = (tl.program_id(0) * RANKS + tl.arange(0, RANKS)).to(tl.int64)
     i = tl.arange(0, ROWS)
@@ -68,10 +79,21 @@ def _coupled_vector_kernel(
 
 @triton.jit
 def _fused_kernel(
-    z, diag, left, y, tokens, I, P, R,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
-    J: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
+    z,
+    diag,
+    left,
+    y,
+    tokens,
+    I,
+    P,
+    R,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    J: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
     """A tile ``(TOKENS, ROWS)`` of one block row of the output, ``RANKS`` at a time."""
     program = tl.program_id(0)
     row_tiles = tl.cdiv(P, ROWS)
@@ -132,13 +154,13 @@ def blast_variants(T: int, I: int, J: int, Q: int) -> list[str]:
     """The variants that can compute a product, the one that is taken unmeasured first.
 
     Args:
-        T: Tokens.
-        I: Block rows.
-        J: Block columns.
-        Q: Width of a block.
+        T: The number of tokens.
+        I: The number of block rows.
+        J: The number of block columns.
+        Q: The width of a block.
 
     Returns:
-        Some of ``vector``, ``fused`` and ``coupled``; the last always.
+        Some of ``vector``, ``fused`` and ``coupled``, always with the last.
     """
     names = ["vector"] if T <= FEW_TOKENS and _vector_tiles(I, J, Q) else []
     fused = ["fused"] if J <= MOST_FUSED_COLUMNS else []
@@ -196,11 +218,10 @@ def _fused(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, y: Tensor) -> N
 
     def launch(choice: Choice) -> None:
         tokens, rows = int(choice["tokens"]), int(choice["rows"])
-        _fused_kernel[(triton.cdiv(T, tokens) * I * triton.cdiv(P, rows),)](
-            z, diag, left, y, T, I, P, R,
-            **arithmetic(x.dtype), J=J, TOKENS=tokens, ROWS=rows, RANKS=choice["ranks"],
-            num_warps=choice["warps"], num_stages=choice["stages"],
-        )  # fmt: skip
+        options = arithmetic(x.dtype) | {"J": J, "TOKENS": tokens, "ROWS": rows, "RANKS": choice["ranks"]}
+        options |= {"num_warps": choice["warps"], "num_stages": choice["stages"]}
+        programs = triton.cdiv(T, tokens) * I * triton.cdiv(P, rows)
+        _fused_kernel[(programs,)](z, diag, left, y, T, I, P, R, **options)
 
     key = f"blast-fused {I}x{J}x{P}x{R} t{tuning.bucket(T)} {x.dtype} {precision(x.dtype)}"
     launch(tuning.choose(key, x.device, _fused_choices(T, P, R, x.dtype), launch))
@@ -219,11 +240,9 @@ def _vector(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, y: Tensor) -> 
 
     def launch(choice: Choice) -> None:
         ranks = int(choice["ranks"])
-        _coupled_vector_kernel[(triton.cdiv(R, ranks),)](
-            x, diag, right, h, T, I, J, Q, R,
-            ROWS=triton.next_power_of_2(I), COLUMNS=triton.next_power_of_2(J), RANKS=ranks,
-            WIDTH=triton.next_power_of_2(Q), num_warps=choice["warps"],
-        )  # fmt: skip
+        options = {"RANKS": ranks, "num_warps": choice["warps"]}
+        options |= {name: triton.next_power_of_2(n) for name, n in (("ROWS", I), ("COLUMNS", J), ("WIDTH", Q))}
+        _coupled_vector_kernel[(triton.cdiv(R, ranks),)](x, diag, right, h, T, I, J, Q, R, **options)
 
     shapes = f"{I}x{J}x{P}x{Q}x{R} t{tuning.bucket(T)} {x.dtype}"
     launch(tuning.choose(f"blast-vector {shapes}", x.device, _vector_tiles(I, J, Q), launch))

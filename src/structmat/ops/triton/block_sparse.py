@@ -15,10 +15,26 @@ from structmat.ops.triton.tuning import Choice
 
 @triton.jit
 def _rows_kernel(
-    x, blocks, starts, columns, order, y, tokens, P, Q, x_row, y_row, block_p, block_q,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ORDERED: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    x,
+    blocks,
+    starts,
+    columns,
+    order,
+    y,
+    tokens,
+    P,
+    Q,
+    x_row,
+    y_row,
+    block_p,
+    block_q,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ORDERED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """A tile ``(TOKENS, ROWS)`` of one block row of the output."""
     program = tl.program_id(0)
     row_tiles = tl.cdiv(P, ROWS)
@@ -48,9 +64,23 @@ def _rows_kernel(
 
 @triton.jit
 def _rows_vector_kernel(
-    x, blocks, starts, columns, order, y, tokens, P, Q, x_row, y_row, block_p, block_q,
-    ORDERED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    x,
+    blocks,
+    starts,
+    columns,
+    order,
+    y,
+    tokens,
+    P,
+    Q,
+    x_row,
+    y_row,
+    block_p,
+    block_q,
+    ORDERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """``ROWS`` entries of one block row of the output for one token."""
     program = tl.program_id(0)
     token = (program % tokens).to(tl.int64)
@@ -76,9 +106,22 @@ def _rows_vector_kernel(
 
 @triton.jit
 def _outer_kernel(
-    upstream, x, rows, columns, gradient, tokens, P, Q, y_row, x_row,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    upstream,
+    x,
+    rows,
+    columns,
+    gradient,
+    tokens,
+    P,
+    Q,
+    y_row,
+    x_row,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     """A tile ``(ROWS, COLUMNS)`` of the gradient of one block."""
     program = tl.program_id(0)
     row_tiles = tl.cdiv(P, ROWS)
@@ -109,9 +152,9 @@ def block_sparse_forward(x: Tensor, blocks: Tensor, rows_ptr: Tensor, columns: T
     Args:
         x: ``(T, J Q)``.
         blocks: ``(n, P, Q)``, row by row; none at all is fine, and so are rows without any.
-        rows_ptr: ``(I + 1,)``, int32, where the blocks of each block row begin, and ``n``.
-        columns: ``(n,)``, int32, the block column of each block.
-        J: Block columns, of which ``x`` has the entries.
+        rows_ptr: The places where the blocks of each block row begin, and ``n``, ``(I + 1,)``, int32.
+        columns: The block column of each block, ``(n,)``, int32.
+        J: The number of block columns.
 
     Returns:
         ``(T, I P)``.
@@ -130,34 +173,39 @@ def block_sparse_backward(
         blocks: ``(n, P, Q)``.
         rows_ptr: ``(I + 1,)``, int32.
         columns: ``(n,)``, int32.
-        J: Block columns.
+        J: The number of block columns.
 
     Returns:
         The gradients of ``x`` and ``blocks``.
     """
-    (n, P, Q), I, T = blocks.shape, len(rows_ptr) - 1, x.shape[0]
+    n, I = len(blocks), len(rows_ptr) - 1
     rows = torch.searchsorted(
         rows_ptr[1:], torch.arange(n, dtype=rows_ptr.dtype, device=x.device), right=True, out_int32=True
     )
     ordered, order = columns.sort(stable=True)
     columns_ptr = torch.searchsorted(ordered, torch.arange(J + 1, dtype=columns.dtype, device=x.device), out_int32=True)
     x_gradient = _multiply(upstream, blocks.mT, columns_ptr, rows[order], order, I)
-    gradient = torch.empty_like(blocks)
+    return x_gradient, _outer(upstream, x, rows, columns, torch.empty_like(blocks))
+
+
+def _outer(upstream: Tensor, x: Tensor, rows: Tensor, columns: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the blocks, each of which is in a block row and a block column."""
+    (n, P, Q), T = gradient.shape, x.shape[0]
     if n == 0:
-        return x_gradient, gradient
+        return gradient
 
     def launch(choice: Choice) -> None:
-        shape = int(choice["rows"]), int(choice["columns"])
-        _outer_kernel[(n * triton.cdiv(P, shape[0]) * triton.cdiv(Q, shape[1]),)](
-            upstream, x, rows, columns, gradient, T, P, Q, upstream.stride(0), x.stride(0),
-            **arithmetic(x.dtype), ROWS=shape[0], COLUMNS=shape[1], TOKENS=choice["tokens"],
-            num_warps=choice["warps"], num_stages=choice["stages"],
-        )  # fmt: skip
+        height, width = int(choice["rows"]), int(choice["columns"])
+        options = arithmetic(x.dtype) | {"ROWS": height, "COLUMNS": width, "TOKENS": choice["tokens"]}
+        options |= {"num_warps": choice["warps"], "num_stages": choice["stages"]}
+        arguments = (upstream, x, rows, columns, gradient, T, P, Q, upstream.stride(0), x.stride(0))
+        _outer_kernel[(n * triton.cdiv(P, height) * triton.cdiv(Q, width),)](*arguments, **options)
 
     shapes = [(128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (32, 32, 128, 4, 3)]
     choices = tile_choices(shapes, ("rows", "columns", "tokens"), (P, Q, T), x.dtype)
-    launch(tuning.choose(f"block-sparse-outer {_key(x, n, P, Q, I, J)}", x.device, choices, launch))
-    return x_gradient, gradient
+    key = f"block-sparse-outer {_key(x, n, P, Q, upstream.shape[1] // P, x.shape[1] // Q)}"
+    launch(tuning.choose(key, x.device, choices, launch))
+    return gradient
 
 
 def _multiply(x: Tensor, blocks: Tensor, rows_ptr: Tensor, columns: Tensor, order: Tensor | None, count: int) -> Tensor:

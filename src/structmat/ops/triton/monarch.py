@@ -13,7 +13,7 @@ def monarch_forward(x: Tensor, left: Tensor, right: Tensor, permute_output: bool
         x: ``(T, J Q)``.
         left: ``(I, P, J, t)``.
         right: ``(J, I, t, Q)``.
-        permute_output: Emit entry ``p`` of output block ``i`` at ``p I + i`` instead of ``i P + p``.
+        permute_output: Whether entry ``p`` of output block ``i`` comes at ``p I + i`` instead of ``i P + p``.
 
     Returns:
         ``(T, I P)``.
@@ -34,7 +34,7 @@ def monarch_backward(
         x: ``(T, J Q)``.
         left: ``(I, P, J, t)``.
         right: ``(J, I, t, Q)``.
-        permute_output: As in the forward product.
+        permute_output: The same as in the forward product.
 
     Returns:
         The gradients of ``x``, ``left`` and ``right``.

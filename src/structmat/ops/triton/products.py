@@ -23,13 +23,16 @@ from structmat.ops.triton import tuning
 from structmat.ops.triton.tuning import Choice
 
 FEW_TOKENS = 16
-"""Up to this many rows, the least that a tile of a product has, weights are read once and bound the time."""
+"""Up to this many rows, the least that a tile of a product has, weights are read once and bound the time
+(``benchmarks/gpu.py`` measures it)."""
 
 FEWEST_TOKENS = 4
-"""Up to this many, a launch for each token on its own is tried where its sums stay in registers to the end."""
+"""Up to this many tokens, a launch for each token on its own is tried where its sums stay in registers to the end
+(``benchmarks/gpu.py`` measures it)."""
 
 LARGEST_VECTOR = 32768
-"""Most entries of ``b`` that a program of the vector kernel holds in registers."""
+"""The most entries of ``b`` that a program of the vector kernel holds in registers (``benchmarks/gpu.py`` measures
+it)."""
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -48,11 +51,33 @@ _FEW_DOTS = ((16, 32, 256, 4, 3), (16, 64, 128, 4, 4), (16, 16, 256, 2, 4), (16,
 
 @triton.jit
 def _dot_kernel(
-    a, b, out, rows, columns, depth,
-    a_group, a_row, a_depth, b_group, b_column, b_depth, out_group, out_row, out_outer, out_inner, inner, groups,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, GROUPS_FIRST: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SWIZZLE: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    out,
+    rows,
+    columns,
+    depth,
+    a_group,
+    a_row,
+    a_depth,
+    b_group,
+    b_column,
+    b_depth,
+    out_group,
+    out_row,
+    out_outer,
+    out_inner,
+    inner,
+    groups,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    GROUPS_FIRST: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+):
     """One tile of one group: ``(ROWS, COLUMNS)``, going ``DEPTH`` at a time."""
     program = tl.program_id(0)
     row_tiles = tl.cdiv(rows, ROWS)
@@ -93,10 +118,28 @@ def _dot_kernel(
 
 @triton.jit
 def _vector_kernel(
-    a, b, out, rows, columns, depth,
-    a_group, a_row, a_depth, b_group, b_column, b_depth, out_group, out_row, out_outer, out_inner, inner, groups,
-    GROUPS_FIRST: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    out,
+    rows,
+    columns,
+    depth,
+    a_group,
+    a_row,
+    a_depth,
+    b_group,
+    b_column,
+    b_depth,
+    out_group,
+    out_row,
+    out_outer,
+    out_inner,
+    inner,
+    groups,
+    GROUPS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """``COLUMNS`` columns of one group for all rows of ``a``; ``b`` is read once, all of it at the same time."""
     program = tl.program_id(0)
     column_tiles = tl.cdiv(columns, COLUMNS)
@@ -127,9 +170,9 @@ def batched_product(a: Tensor, b: Tensor, out: Tensor, tokens: int, choice: Choi
 
     Args:
         a: ``(G, m, k)``, on any strides.
-        b: ``(G, n, k)``, likewise.
-        out: ``(G, m, n)``, or ``(G, m, n1, n2)`` with ``n = n1 n2``, likewise; overwritten.
-        tokens: ``T``, which of the sizes are rounded to a power of two in the key of the measurement.
+        b: ``(G, n, k)``, on any strides.
+        out: ``(G, m, n)``, or ``(G, m, n1, n2)`` with ``n = n1 n2``, on any strides; overwritten.
+        tokens: The number of tokens; a size that equals it is rounded to a power of two in the key of the measurement.
         choice: One of ``product_choices``; None for the one that ``tuning`` finds fastest.
     """
     if choice is None:
@@ -164,8 +207,8 @@ def vector_choices(n: int, k: int) -> list[Choice]:
     """The launches of the vector kernel: whole rows of ``b``, as many at a time as fill the registers.
 
     Args:
-        n: Columns of the product, rows of ``b``.
-        k: Depth.
+        n: The number of columns of the product, which are rows of ``b``.
+        k: The depth.
 
     Returns:
         None at all if one row is too long.
@@ -190,10 +233,10 @@ def tokens_last(groups: int, width: int, tokens: int, like: Tensor) -> Tensor:
     """Room for an intermediate whose tokens lie side by side, each row aligned.
 
     Args:
-        groups: ``G``.
-        width: Rows of a group.
-        tokens: ``T``.
-        like: Of the dtype and on the device.
+        groups: The number of groups, ``G``.
+        width: The number of rows of a group.
+        tokens: The number of tokens, ``T``.
+        like: A tensor of the dtype and on the device.
 
     Returns:
         ``(G, width, T)``, the rows a multiple of 16 entries apart; uninitialised.
@@ -230,10 +273,10 @@ def tile_choices(
     """Launches with tiles no larger than what they cover, and no smaller than the 16 that ``tl.dot`` needs.
 
     Args:
-        shapes: Three blocks, the last of them that along which a tile sums, for two bytes each; warps and stages.
-        names: Of the blocks.
-        sizes: What the blocks cover.
-        dtype: Of the tensors; the last block is half as long for float32.
+        shapes: Three blocks for entries of two bytes, a tile sums along the last of them; then warps and stages.
+        names: The names of the blocks.
+        sizes: The sizes that the blocks cover.
+        dtype: The dtype of the tensors; the last block is half as long for float32.
 
     Returns:
         At least one; a small one alone in the interpreter.

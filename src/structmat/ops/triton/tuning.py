@@ -53,7 +53,7 @@ def bucket(tokens: int) -> int:
     """The power of two that stands for a number of tokens: the next one up.
 
     Args:
-        tokens: At least 1.
+        tokens: A number of at least 1.
 
     Returns:
         A power of two.
@@ -65,10 +65,10 @@ def choose(key: str, device: torch.device, candidates: Sequence[Choice], run: Ca
     """The fastest of some ways to launch, from memory, from the file, or else measured now and written to both.
 
     Args:
-        key: Operation, shapes, dtype and bucket of tokens.
-        device: Where the tensors are.
-        candidates: To choose from; an entry of the file that is not among them is measured anew.
-        run: Does the work in the given way, on tensors of the shapes in question.
+        key: The operation, shapes, dtype and bucket of tokens.
+        device: The device of the tensors.
+        candidates: The ways to choose from; an entry of the file that is not among them is measured anew.
+        run: A function that does the work in the given way, on tensors of the shapes in question.
 
     Returns:
         One of the candidates.

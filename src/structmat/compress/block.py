@@ -1,0 +1,144 @@
+"""The fits of one block's layers, each on what the compressed layers before it give it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structmat.compress.states import Block
+from structmat.compress.store import FitStore
+from structmat.compress.tasks import FitBar, WorkList, fit_tasks, with_bias
+from structmat.fit import Fit
+from structmat.fit.moments import Moments, MomentSums
+from structmat.network.calls import HOST, device_of, tensor_of
+from structmat.network.capture import capturing, shared_inputs
+from structmat.network.sites import Site, find_sites
+from structmat.network.surgery import put_fits_
+
+KEPT_BYTES = 4 * 2**30
+"""Up to this much memory, what a dense block's layers read is kept; beyond, it is computed for each of them again."""
+
+
+class BlockFits:
+    """The run over the layers of one block, in the order in which they are called.
+
+    Layers that read the same input are fitted together.
+
+    Args:
+        block: The block, with a copy of it for the fits.
+        planned: The full names of its layers.
+        work: The work list.
+        store: Where finished fits are kept; None for nowhere.
+        bar: The progress bar.
+        overhead: The multiplications that each layer costs beside its fit, by full name.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        planned: list[str],
+        work: WorkList,
+        store: FitStore | None,
+        bar: FitBar,
+        overhead: Mapping[str, float],
+    ) -> None:
+        self.block, self.work, self.store, self.bar, self.overhead = block, work, store, bar, overhead
+        self.full = {block.own_name(name): name for name in planned}
+        self.sites = sites_in(block.dense, self.full)
+        self.fits: dict[str, Fit] = {}
+        states = block.states
+        self.leaders, self.once = shared_inputs(self.sites, lambda: block.forward(block.dense, states.dense[0], 0))
+
+    def run(self, *, keep_outputs: bool) -> list[Tensor]:
+        """Fit every layer, and put the fits into the copy of the block.
+
+        Args:
+            keep_outputs: Whether the outputs of the dense block are wanted, to go on with or to refine towards.
+
+        Returns:
+            The outputs, batch by batch; none where they are not wanted.
+        """
+        reads = dict.fromkeys(self.leaders.values())
+        self._say(next(iter(self.full.values())))
+        kept, outputs = self._dense_pass({leader: self.sites[leader] for leader in reads}, keep_outputs)
+        for leader in reads:
+            self._say(self.full[leader])
+            moments = self._moments(leader, kept.pop(leader, None))
+            self._fit([name for name in self.leaders if self.leaders[name] == leader], moments)
+        return outputs
+
+    def by_full_name(self) -> dict[str, Fit]:
+        """The fits by the layers' full names."""
+        return {self.full[name]: fit for name, fit in self.fits.items()}
+
+    def _say(self, name: str) -> None:
+        self.bar.say(f"{name}, calibrating, states {self.block.states.nbytes / 2**20:.0f} MiB")
+
+    def _dense_pass(
+        self, reads: Mapping[str, Site], keep_outputs: bool
+    ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+        """Call the dense block on every batch.
+
+        Args:
+            reads: The layers whose inputs are to be kept.
+            keep_outputs: Whether the outputs are to be kept.
+
+        Returns:
+            What the layers read, batch by batch, or nothing if that is too much; and the outputs.
+        """
+        block, kept = self.block, {name: list[Tensor]() for name in reads}
+        outputs: list[Tensor] = []
+        batches = len(block.states.dense)
+        for i in range(batches):
+            with capturing(reads if kept else {}, block.mask(i)) as captured:
+                returned: list[Any] = [block.forward(block.dense, block.states.dense[i], i)]
+                outputs += [tensor_of(returned[0]).to(HOST)] if keep_outputs else []
+            for name, vectors in captured.items():
+                kept[name].append(torch.cat(vectors).to(HOST))
+            if i == 0 and sum(one[0].nbytes for one in kept.values()) * batches > KEPT_BYTES:
+                kept = {}
+            if not kept and not keep_outputs:
+                break
+        return kept, outputs
+
+    def _moments(self, leader: str, kept: list[Tensor] | None) -> Moments:
+        """Gather the moments of what a layer reads in the compressed block, and of what it reads in the dense one."""
+        block, sums = self.block, MomentSums()
+        crossed = bool(self.fits) or block.states.differ
+        now = sites_in(block.working, {leader: self.full[leader]})[leader]
+        device, stop = device_of(block.dense), leader in self.once
+        for i in range(len(block.states.dense)):
+            ahead = None if kept is None else kept[i].to(device)
+            dense = block.captured(self.sites[leader], i, dense=True, stop=stop) if ahead is None else ahead
+            if crossed:
+                sums.add(block.captured(now, i, dense=False, stop=stop), dense)
+            else:
+                sums.add(dense)
+        return sums.moments()
+
+    def _fit(self, names: list[str], moments: Moments) -> None:
+        """Fit layers that read the same input, and put the fits into the copy of the block."""
+        tasks = [self.work.task(self.full[name], self.sites[name], moments) for name in names]
+        fitted = fit_tasks(tasks, self.bar, self.store)
+        self.bar.advance(sum(self.overhead[self.full[name]] for name in names))
+        new = {name: with_bias(fitted[self.full[name]], self.sites[name], moments) for name in names}
+        put_fits_(self.block.working, new)
+        self.fits |= new
+
+
+def sites_in(block: nn.Module, names: Mapping[str, str]) -> dict[str, Site]:
+    """Find layers of a block.
+
+    Args:
+        block: The block.
+        names: The full names of the layers by the names within the block.
+
+    Returns:
+        The layers by the names within the block, each called by its full name.
+    """
+    by_name = {name: site for site in find_sites(block).values() for name in site.names}
+    return {name: dataclasses.replace(by_name[name], name=full) for name, full in names.items()}

@@ -1,0 +1,102 @@
+"""What flows from block to block while a network is compressed in sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structmat.network.calls import HOST, device_of, moved, tensor_of
+from structmat.network.capture import capturing
+from structmat.network.sites import Site
+
+Forward = Callable[[nn.Module, Any, int], Any]
+"""Calls a block, or the network, on the state of one batch, given with the batch's number."""
+
+
+@dataclass
+class States:
+    """What the next block reads, batch by batch: hidden states ``(B, T, N)``, or the network's own inputs.
+
+    They wait in the host's memory, and each goes to the device of the block when its turn comes.
+
+    Attributes:
+        dense: The states in the dense network.
+        compressed: The states in the compressed one; the same list while nothing differs.
+        masks: Which tokens count, ``(B, T)`` or None.
+    """
+
+    dense: list[Any]
+    compressed: list[Any]
+    masks: list[Tensor | None]
+
+    @property
+    def differ(self) -> bool:
+        """Whether the compressed network has states of its own."""
+        return self.compressed is not self.dense
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the hidden states, in bytes."""
+        lists = (self.dense, self.compressed) if self.differ else (self.dense,)
+        return sum(state.nbytes for states in lists for state in states if isinstance(state, Tensor))
+
+
+@dataclass
+class Block:
+    """A block of the network whose layers are fitted, and what flows through it.
+
+    Attributes:
+        name: The block's name in the network; empty for the whole network.
+        dense: The dense block, which stays as it is.
+        working: A copy of it, in which the fits are put; it may be the dense block itself where nothing is fitted.
+        states: What the block reads.
+        forward: Calls the dense block or the copy.
+    """
+
+    name: str
+    dense: nn.Module
+    working: nn.Module
+    states: States
+    forward: Forward
+
+    def own_name(self, full: str) -> str:
+        """The name within the block of a layer with this full name."""
+        return full.removeprefix(f"{self.name}.") if self.name else full
+
+    def output(self, i: int, *, dense: bool) -> Tensor:
+        """Call the block on the state of batch ``i``.
+
+        Args:
+            i: The batch's number.
+            dense: Whether to call the dense block on the dense state, or the copy on the compressed one.
+
+        Returns:
+            The tensor that matters, in the host's memory.
+        """
+        block, states = (self.dense, self.states.dense) if dense else (self.working, self.states.compressed)
+        return tensor_of(self.forward(block, states[i], i)).to(HOST)
+
+    def captured(self, site: Site, i: int, *, dense: bool, stop: bool) -> Tensor:
+        """Find what one layer reads when the block is called on the state of batch ``i``.
+
+        Args:
+            site: The layer, of the dense block or of the copy.
+            i: The batch's number.
+            dense: As for ``output``.
+            stop: Whether the layer is called once, so that the call can end there.
+
+        Returns:
+            The vectors ``(T, N)``, on the layer's device.
+        """
+        block, states = (self.dense, self.states.dense) if dense else (self.working, self.states.compressed)
+        with capturing({site.name: site}, self.mask(i), stop=stop) as captured:
+            self.forward(block, states[i], i)
+        return torch.cat(captured[site.name])
+
+    def mask(self, i: int) -> Tensor | None:
+        """Which tokens of batch ``i`` count, on the device of the block."""
+        return moved(self.states.masks[i], device_of(self.dense))
