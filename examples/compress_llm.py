@@ -1,8 +1,8 @@
 """Compress a language model: plan, compress, report, save, load, compare, retrain, generate.
 
 Run it from a shell, or cell by cell in an editor that knows ``# %%``. It needs no download, because it trains a small
-Llama in seconds on sentences that it makes itself. If STRUCTMAT_DATA names a folder with ``stories260K-llama``, it takes
-that trained model and its stories instead. For a model of your own, start at "The plan".
+Llama in seconds on sentences that it makes itself. If STRUCTMAT_DATA names a folder with ``stories260K-llama``, it
+takes that trained model and its stories instead. For a model of your own, start at "The plan".
 
     pip install 'structmat[train]'
     python examples/compress_llm.py

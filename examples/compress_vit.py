@@ -1,7 +1,7 @@
 """Compress a Vision Transformer: plan, compress, report, save, load, compare, retrain.
 
-Run it from a shell, or cell by cell in an editor that knows ``# %%``. It needs no download, because it trains a small ViT
-in seconds on the digits of scikit-learn. For a model of your own, start at "The plan".
+Run it from a shell, or cell by cell in an editor that knows ``# %%``. It needs no download, because it trains a small
+ViT in seconds on the digits of scikit-learn. For a model of your own, start at "The plan".
 
     pip install 'structmat[train]' scikit-learn
     python examples/compress_vit.py

@@ -45,10 +45,10 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """Read the tensors and the metadata of a safetensors file.
 
     Args:
-        path: Of the file.
+        path: The file.
 
     Returns:
-        Both, by name.
+        The tensors and the metadata, each by name.
 
     Raises:
         FileNotFoundError: If there is no such file.

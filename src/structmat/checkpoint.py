@@ -15,7 +15,7 @@ from structmat.network.surgery import apply_plan_
 from structmat.plan import Plan, plan_of
 
 SCHEMA_VERSION = 1
-"""Of the checkpoint's metadata."""
+"""The version of the checkpoint's metadata."""
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -26,7 +26,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: The network, structured or not.
-        path: Of the file; an existing one is replaced.
+        path: The file; an existing one is replaced.
 
     Raises:
         ValueError: If a tensor of the network is on the meta device, or a module has extra state, which is no tensor.
@@ -60,7 +60,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Args:
         model: The network with its dense layers, as its constructor makes it; on the meta device it takes over the
             file's tensors and their dtype, otherwise they are copied into its own dtype and device.
-        path: Of the file.
+        path: The file.
 
     Returns:
         The same network.

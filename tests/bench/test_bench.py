@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from structmat import Blast, BlockSparse, Gblr, LowRank, Monarch, Rule, StructuredLinear, apply_plan_, autotune_
+from structmat import Blast, BlockSparse, Gblr, LowRank, Monarch, Rule, StructuredLinear, autotune_
 from structmat.bench import (
     IncorrectResultError,
     LayerBench,
@@ -18,23 +18,19 @@ from structmat.bench import (
     bench_layers,
     check_format,
     hardware,
-    layers,
     measure_peak,
+    stacks,
     time_in_turn,
     time_side_by_side,
 )
 from structmat.bench.machine import CPU_COLD_BYTES, cold_bytes
+from structmat.bench.models import GenerationBench, ModelTime
 from structmat.bench.plots import layer_speeds, model_speeds
 from structmat.bench.timing import BUSY_BYTES, captured, clock_of
 from structmat.bench.verify import check_layer, exact_weight
-from structmat.integrations.transformers.generation import _Writer, bench_generation
-from structmat.integrations.transformers.llamas import fill_, random_factors, random_llama
 
 RULES = {"blast": Rule(Blast, 0.5, 4), "low-rank": Rule(LowRank, 0.5)}
 CPU = torch.device("cpu")
-TINY = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11,
-}  # fmt: skip
 
 
 def quick(rules: Any = RULES, **options: Any) -> LayerBench:
@@ -215,7 +211,7 @@ def test_a_stack_is_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(set(called)) == 5
     assert len(called) == 5 * (2 + 2 * 2)  # warm-up, and rounds with one untimed run each
     assert quick(cold=1, peaks=peaks).times[0].copies == 2
-    assert quick(cold=2**30, peaks=peaks, rounds=1).times[0].copies == layers.MOST_COPIES
+    assert quick(cold=2**30, peaks=peaks, rounds=1).times[0].copies == stacks.MOST_COPIES
 
 
 def test_chosen_algorithms_are_timed_too() -> None:
@@ -255,7 +251,7 @@ def test_nothing_is_timed_when_a_product_is_wrong(monkeypatch: pytest.MonkeyPatc
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("timed")
 
-    monkeypatch.setattr(layers, "time_in_turn", never)
+    monkeypatch.setattr(stacks, "time_in_turn", never)
     monkeypatch.setattr(Blast, "matmul", wrong_by(0.5))
     with pytest.raises(IncorrectResultError, match=r"the product of Blast\(M=84, N=108.* in float32 .*; please report"):
         quick()
@@ -328,114 +324,10 @@ def test_a_gpu_must_be_there() -> None:
         quick(device="cuda")
 
 
-def llamas(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
-    pytest.importorskip("transformers")
-    return {
-        "dense": random_llama("llama-tiny", dtype=dtype, **TINY),
-        "blast": random_llama("llama-tiny", Rule(Blast, 0.5, 2), dtype=dtype, **TINY),
-    }
-
-
-def test_models_with_random_weights() -> None:
-    models = llamas(torch.bfloat16)
-    layers = [module for module in models["blast"].modules() if isinstance(module, StructuredLinear)]
-    assert len(layers) == 7
-    for model in models.values():
-        assert all(p.dtype == torch.bfloat16 for p in model.parameters())
-        logits = model(torch.tensor([[1, 2, 3]])).logits
-        assert torch.isfinite(logits).all()
-    with pytest.raises(ValueError, match="expected a shape to be one of 'llama-7b', 'llama-tiny', got 'llama-8b'"):
-        random_llama("llama-8b")
-
-
-def test_random_factors_keep_the_size_of_the_input() -> None:
-    for format in (Blast(64, 96, blocks=(4, 4), rank=20), Monarch(64, 96, blocks=(4, 4), rank=5), LowRank(64, 96, 7)):
-        like = format.init()
-        y = format.matmul(torch.randn(50, 96), random_factors(format, like))
-        assert 0.2 < y.std() < 1.5
-    gblr = Gblr(12, 10, 3, (20, 20))
-    assert set(random_factors(gblr, gblr.init())) == set(gblr.factor_specs())
-    model = apply_plan_(nn.Sequential(nn.Linear(12, 12)), {"0": LowRank(12, 12, 2)})
-    before = model[0].left.clone()
-    assert fill_(model)[0].left.shape == before.shape
-    assert not torch.equal(model[0].left, before)
-    assert torch.equal(model[0].bias, torch.ones(12))
-
-
-def test_models_are_timed_beside_the_first() -> None:
-    options: dict[str, Any] = {"rounds": 2, "most_tokens": 3, "progress": False}
-    found = bench_generation(llamas(), prefill=[4], generate=[2, 6], training=[5], **options)
-    settings = [(t.step, t.tokens, t.model, t.extrapolated) for t in found.times]
-    assert settings == [
-        (step, tokens, model, longer)
-        for step, tokens, longer in [
-            ("prefill", 4, False), ("decode", 1, False), ("generate", 2, False), ("generate", 6, True),
-            ("training", 5, False),
-        ]
-        for model in ("dense", "blast")
-    ]  # fmt: skip
-    assert all(t.speedup == 1 for t in found.times if t.model == "dense")
-    assert found.sizes["blast"].parameters < found.sizes["dense"].parameters
-    assert found.sizes["dense"].bytes >= 4 * found.sizes["dense"].parameters
-    assert found.sizes["dense"].peak_bytes is None
-    data = json.loads(found.to_json())
-    assert data["settings"]["mode"] == "eager"
-    assert data["models"][0]["tokens_per_second"] == found.times[0].tokens_per_second
-
-
-def eager_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``torch.compile`` trace alone, which needs no compiler."""
+def test_compiled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # to trace alone needs no compiler
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-
-
-def test_compiled_layers_and_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager_compile(monkeypatch)
     assert len(quick(mode="compile", steps=["forward", "training"]).times) == 4
-    found = bench_generation(
-        llamas(), prefill=[4], generate=[3], training=[4], rounds=1, mode="compile", progress=False
-    )
-    assert [t.step for t in found.times[::2]] == ["prefill", "decode", "generate", "training"]
-
-
-def test_static_and_growing_caches_give_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager_compile(monkeypatch)
-    for model in llamas().values():
-        texts = []
-        for mode in ("eager", "compile"):
-            torch.manual_seed(3)
-            writer = _Writer(model, 6, mode)
-            text = []
-            for _ in range(2):
-                writer._restart()
-                for _ in range(6):
-                    writer.step()
-                    text.append(int(writer.ids))
-            texts.append(text)
-        assert texts[0] == texts[1]
-        assert texts[0][:6] == texts[0][6:]
-
-
-def test_no_model_is_timed_when_a_layer_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = llamas()
-    monkeypatch.setattr(Blast, "matmul", wrong_by(0.5))
-    with pytest.raises(IncorrectResultError, match="the product of Blast"):
-        bench_generation(models, prefill=[4], generate=[2], progress=False)
-
-
-def test_wrong_options_of_models() -> None:
-    models = llamas()
-    with pytest.raises(ValueError, match="expected at least one model, got none"):
-        bench_generation({})
-    with pytest.raises(ValueError, match="expected generate to be an integer of at least 1, got 0"):
-        bench_generation(models, generate=[0])
-    with pytest.raises(ValueError, match="expected most_tokens to be an integer of at least 1, got 0"):
-        bench_generation(models, most_tokens=0)
-    with pytest.raises(ValueError, match="expected a CUDA device for the mode 'graphs'"):
-        bench_generation(models, mode="graphs")
-    with pytest.raises(
-        ValueError, match=r"on one device and of one dtype, got dense: cpu, torch\.float32, blast: cpu, torch\.bf"
-    ):
-        bench_generation({**models, "blast": models["blast"].bfloat16()})
 
 
 def test_pictures() -> None:

@@ -15,8 +15,8 @@ import typer
 import structmat
 import structmat.demo
 from structmat import cli
-from structmat.cli.app import EXAMPLES, app, spread
-from structmat.demo import STRUCTURES, Settings
+from structmat.cli.app import COMMANDS, app
+from structmat.demo import Settings, usual_structures
 from structmat.formats import FORMATS
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,7 +26,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder of one quick demo and the content of its results."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    words = ["demo", "--quick", "--formats", "blast", "low_rank", "--keep", "0.3", "--out", str(out)]
+    words = ["demo", "--quick", "--formats", "blast", "--formats", "low_rank", "--keep", "0.3", "--out", str(out)]
     threads = torch.get_num_threads()
     assert cli.main(words) == 0
     assert torch.get_num_threads() == threads
@@ -72,7 +72,6 @@ def test_the_demos_accuracies(demo: tuple[Path, dict[str, Any]]) -> None:
             assert 0 < result[name][0] < 1
         assert result["after"][0] > max(0.85, result["before"][0])  # retraining pays
         assert result["scratch"][0] > 0.8
-        assert result["relative_time"] > 0
     assert blast["weight_error"][0] < low_rank["weight_error"][0]
     for value in (accuracy, *blast["after"], *low_rank["scratch"]):  # of 450 test images
         assert value * 450 == pytest.approx(round(value * 450), abs=1e-3)
@@ -91,7 +90,7 @@ def test_settings_of_a_full_run() -> None:
     ("words", "message"),
     [
         (["--formats", "butterfly"], "expected --formats to be one of 'low_rank', .*, got 'butterfly'"),
-        (["--formats", "blast", "dense"], "expected --formats to be one of .*, got 'dense'"),
+        (["--formats", "blast", "--formats", "dense"], "expected --formats to be one of .*, got 'dense'"),
         (["--keep", "0"], r"expected --keep to be in \(0, 1\], got 0.0"),
         (["--keep", "1.5"], r"expected --keep to be in \(0, 1\], got 1.5"),
         (["--keep", "nan"], r"expected --keep to be in \(0, 1\], got nan"),
@@ -115,11 +114,8 @@ def test_wrong_words_are_explained(
         (["fly"], "No such command 'fly'; see structmat --help"),
         (["demo", "--keep", "much"], "Invalid value for '--keep': .*; see structmat demo --help"),
         (["demo", "--fast"], "No such option: --fast.*; see structmat demo --help"),
-        (["plan"], "Missing argument 'MODEL', which goes before the options; see structmat plan --help"),
-        (
-            ["plan", "--layers", "a", "b"],
-            "Missing argument 'MODEL', which goes before the options; see structmat plan .*",
-        ),
+        (["plan"], "Missing argument 'MODEL'; see structmat plan --help"),
+        (["plan", "--layers", "a"], "Missing argument 'MODEL'; see structmat plan --help"),
     ],
 )
 def test_words_that_do_not_parse_end_with_two(
@@ -136,7 +132,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"structmat {structmat.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [command.__name__.replace("_", "-") for command in EXAMPLES])
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -145,11 +141,11 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
     assert f"$ structmat {command} " in shown
 
 
-@pytest.mark.parametrize("words", [example for examples in EXAMPLES.values() for example in examples])
+@pytest.mark.parametrize("words", [example for entry in COMMANDS.values() for example in entry.examples])
 def test_the_examples_parse(words: str) -> None:
     commands: Any = typer.main.get_command(app)
-    name, *rest = spread(commands, shlex.split(words))[1:]
-    context = commands.commands[name].make_context(name, rest)
+    name, *rest = shlex.split(words)[1:]
+    context = commands.imported(name).make_context(name, rest)
     assert context.params
 
 
@@ -209,6 +205,7 @@ def test_a_budget_that_nothing_fits_is_refused_before_training(
         "demo",
         "--formats",
         "monarch",
+        "--formats",
         "block_sparse",
         "--keep",
         "0.01",

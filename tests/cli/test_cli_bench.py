@@ -9,9 +9,9 @@ import pytest
 
 from structmat import Blast
 from structmat.bench.machine import Peak
-from structmat.cli import main
-from structmat.cli.bench import read_shape, rules_for
 from structmat.bench.models import SHAPES
+from structmat.cli import main
+from structmat.cli.timing import FormatsOptions, read_shape
 from training import tiny
 
 
@@ -38,8 +38,9 @@ def shown(capsys: pytest.CaptureFixture[str]) -> tuple[list[list[str]], str]:
 
 
 def test_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "--formats", "blast", "low_rank:keep=0.3", "--blocks", "2", "4x2", "--shapes", "16x32", "32x16"]
-    words += ["--tokens", "1", "3", "--dtypes", "float32", "bfloat16", "--backward", "--rounds", "1"]
+    words = ["bench", "--formats", "blast", "--formats", "low_rank:keep=0.3", "--blocks", "2", "--blocks", "4x2"]
+    words += ["--shapes", "16x32", "--shapes", "32x16"]
+    words += ["--tokens", "1", "--tokens", "3", "--dtypes", "float32", "--dtypes", "bfloat16", "--backward", "--rounds", "1"]
     assert main([*words, "--device", "cpu", "-o", str(tmp_path / "out")]) == 0
     lines, told = shown(capsys)
     assert lines[0][:9] == [
@@ -60,7 +61,7 @@ def test_algorithms_are_chosen_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
     seen: list[Any] = []
     monkeypatch.setattr("structmat.cli.bench.autotune_", lambda model, **options: seen.append(options))
     words = ["bench", "--formats", "low_rank", "--shapes", "16x32", "--tokens", "2", "--rounds", "1", "--device", "cpu"]
-    assert main([*words, "--optimize", "-o", str(tmp_path)]) == 0
+    assert main([*words, "--autotune", "-o", str(tmp_path)]) == 0
     assert seen == [{"tokens": (2,), "allow_dense": False}] or seen == [{"tokens": [2], "allow_dense": False}]
 
 
@@ -82,7 +83,7 @@ def test_models(which: str, folder: Path, tmp_path: Path, capsys: pytest.Capture
     dense, small = str(folder / "dense"), str(folder / "small")
     named = {"structured": [small], "dense": [dense], "both": [dense, small]}[which]
     expected = {"structured": ["dense", small], "dense": [dense, "blast 2x2 keep 0.5"], "both": [dense, small]}[which]
-    words = ["bench", *named, "--formats", "blast", "--blocks", "2", "--prefill", "4", "--generate", "2", "5"]
+    words = ["bench", *named, "--formats", "blast", "--blocks", "2", "--prefill", "4", "--generate", "2", "--generate", "5"]
     words += ["--most-tokens", "3", "--rounds", "1", "--device", "cpu", "--backward", "-o", str(tmp_path)]
     assert main(words) == 0
     lines, told = shown(capsys)
@@ -100,7 +101,7 @@ def test_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     facts = {name: getattr(config, name) for name in SHAPES["llama-tiny"]}
     monkeypatch.setitem(SHAPES, "llama-tiny", facts)
     words = ["bench", "--shape", "llama-tiny", "--formats", "low_rank", "--prefill", "4", "--generate", "2"]
-    assert main([*words, "--rounds", "1", "--device", "cpu", "--optimize", "-o", str(tmp_path)]) == 0
+    assert main([*words, "--rounds", "1", "--device", "cpu", "--autotune", "-o", str(tmp_path)]) == 0
     lines, _ = shown(capsys)
     assert [row[0] for row in lines[2:4]] == ["dense", "low_rank keep 0.5"]
 
@@ -123,10 +124,10 @@ def test_without_matplotlib(
         (["--dtypes", "int8"], "expected --dtypes to be one of 'float32', 'bfloat16', 'float16', got 'int8'"),
         (["--rounds", "0"], "expected --rounds to be an integer of at least 1, got 0"),
         (["--keep", "2"], "expected --keep to be in (0, 1], got 2.0"),
-        (["--formats", "blast:size=2"], "expected what a rule sets ('.*=blast:size=2') to be one of 'keep', 'blocks'"),
+        (["--formats", "blast:size=2"], "expected the option of blast in --formats blast:size=2 to be one of 'keep', 'blocks'"),
         (["--mode", "graphs"], "expected a CUDA device for the mode 'graphs', got the CPU; take 'eager' or 'compile'"),
         (["--shape", "llama-8b"], "expected --shape to be one of 'llama-7b', 'llama-tiny', got 'llama-8b'"),
-        (["--shape", "llama-7b", "--dtypes", "float32", "float16"], "expected one of --dtypes for models, got 2"),
+        (["--shape", "llama-7b", "--dtypes", "float32", "--dtypes", "float16"], "expected one of --dtypes for models, got 2"),
     ],
 )
 def test_wrong_options(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +151,7 @@ def test_reading() -> None:
     assert read_shape(" 4096x11008 ") == (4096, 11008)
     with pytest.raises(ValueError, match="got '4096 x 11008'"):
         read_shape("4096 x 11008")
-    rules = rules_for(["blast", "monarch:blocks=8x4", "low_rank:keep=0.25"], 0.5, ["4", "16"])
+    rules = FormatsOptions(("blast", "monarch:blocks=8x4", "low_rank:keep=0.25"), 0.5, ("4", "16")).rules()
     assert list(rules) == [
         "blast 4x4 keep 0.5", "blast 16x16 keep 0.5", "monarch 8x4 keep 0.5", "low_rank keep 0.25",
     ]  # fmt: skip

@@ -14,11 +14,11 @@ from structmat.cli import compress as command
 from structmat.cli import main, models
 from structmat.cli.calibration import CalibrationOptions, calibration_batches, described, length_for
 from structmat.cli.output import Output, differences, fingerprint
-from structmat.cli.selection import PlanOptions, plan_for
+from structmat.cli.selection import PlanOptions
 from structmat.data import token_batches
 from training import tiny
 
-QUICK = ("--blocks", "2", "--keep", "0.6", "--layers", ".*q_proj", ".*up_proj")
+QUICK = ("--blocks", "2", "--keep", "0.6", "--layers", ".*q_proj", "--layers", ".*up_proj")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys:
     assert "calibrating on 12 rows, " in captured.err
 
     model = load_pretrained(folder / "dense")
-    plan = plan_for(model, PlanOptions(blocks="2", keep=0.6, layers=(".*q_proj", ".*up_proj")))
+    plan = PlanOptions(blocks="2", keep=0.6, layers=(".*q_proj", ".*up_proj")).plan_for(model)
     texts = sorted(tiny.sentences(24)[:12], key=len)
     batches = token_batches(tiny.tokenizer(), texts, length=10, batch_size=4)
     fits = compress_(model, plan, batches=batches, refine=Refinement(3, 1e-2), progress=False)
@@ -90,12 +90,12 @@ def test_a_plan_from_a_file(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_published_algorithm(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published = structmat.Lee2024Blast.published
-    monkeypatch.setattr(structmat.Lee2024Blast, "published", lambda: published(sweeps=2))
+    published = structmat.fit.Lee2024Blast.published
+    monkeypatch.setattr(structmat.fit.Lee2024Blast, "published", lambda: published(sweeps=2))
     assert compress(folder, tmp_path / "out", "--method", "published") == 0
     record = json.loads((tmp_path / "out/structmat.json").read_text())
     assert record["options"]["method"] == "published"
-    assert command.published(LowRank(4, 4, 1)) is None
+    assert command.published(LowRank(4, 4, 1)) == structmat.default_method(LowRank(4, 4, 1))
     method = command.published(Blast(4, 4, (2, 2), 1))
     assert method == published(sweeps=2)
 
@@ -267,7 +267,7 @@ def test_images(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (["--method", "best"], "expected --method to be one of 'default', 'published', got 'best'"),
         (["--refine"], "expected --calibrate with --refine, which tunes on data"),
-        (["--refine", "--refine-steps", "0"], "expected steps to be an integer of at least 1, got 0"),
+        (["--refine", "--refine-steps", "0"], "expected --refine-steps to be an integer of at least 1, got 0"),
         (["--calibrate", "x", "--samples", "0"], "expected --samples to be an integer of at least 1, got 0"),
         (["--calibrate", "x", "--batch-size", "0"], "expected --batch-size to be an integer of at least 1, got 0"),
         (["--calibrate", "x", "--length", "0"], "expected --length to be an integer of at least 1, got 0"),

@@ -9,7 +9,8 @@ import pytest
 
 from structmat import Blast, Dense, LowRank, Monarch, Plan, Rule
 from structmat.cli import main, models
-from structmat.cli.selection import PlanOptions, format_named, plan_for, read_blocks, read_rule, usual_layers
+from structmat.cli.formats import format_class, read_blocks, read_format, read_rule
+from structmat.cli.selection import PlanOptions, PlanOrFile, usual_layers
 from training import tiny
 
 
@@ -43,7 +44,7 @@ def test_rules_come_first_and_exclusions_stay_dense() -> None:
     options = PlanOptions(
         "low-rank", 0.6, "2", (), (r".*layers\.0\.mlp.*",), (".*q_proj=blast:keep=0.4:blocks=4x2", ".*o_proj=dense")
     )
-    plan = plan_for(tiny.llama(), options)
+    plan = options.plan_for(tiny.llama())
     assert len(plan) == 11
     assert plan["model.layers.0.self_attn.q_proj"] == Blast.for_budget(32, 32, keep=0.4, blocks=(4, 2))
     assert isinstance(plan["model.layers.1.self_attn.o_proj"], Dense)
@@ -52,22 +53,22 @@ def test_rules_come_first_and_exclusions_stay_dense() -> None:
 
 
 def test_layers_that_are_named() -> None:
-    plan = plan_for(tiny.llama(), PlanOptions(blocks="2", layers=(".*up_proj", ".*down_proj")))
+    plan = PlanOptions(blocks="2", layers=(".*up_proj", ".*down_proj")).plan_for(tiny.llama())
     assert sorted(plan) == [f"model.layers.{k}.mlp.{own}" for k in (0, 1) for own in ("down_proj", "up_proj")]
 
 
 def test_misfits_are_skipped_when_that_is_asked_for() -> None:
     options = PlanOptions(blocks="64", layers=(".*up_proj", ".*q_proj"))
     with pytest.raises(ValueError, match="expected a block count that divides the 32 rows, got 64"):
-        plan_for(tiny.llama(), options)
-    plan = plan_for(tiny.llama(), PlanOptions(blocks="64x2", keep=0.9, layers=options.layers, skip_misfits=True))
+        options.plan_for(tiny.llama())
+    plan = PlanOptions(blocks="64x2", keep=0.9, layers=options.layers, skip_misfits=True).plan_for(tiny.llama())
     assert sorted(plan.skipped) == [f"model.layers.{k}.self_attn.q_proj" for k in (0, 1)]
     assert sorted(plan) == [f"model.layers.{k}.mlp.up_proj" for k in (0, 1)]
 
 
 def test_nothing_is_left() -> None:
     with pytest.raises(ValueError, match="expected dense linear layers to compress, found none that is not excluded"):
-        plan_for(tiny.llama(), PlanOptions(exclude=(".*",)))
+        PlanOptions(exclude=(".*",)).plan_for(tiny.llama())
 
 
 @pytest.mark.parametrize(
@@ -85,12 +86,12 @@ def test_rules_read(text: str, expected: tuple[str, Rule]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("blast", "expected a rule such as '.*', got 'blast'"),
-        ("a=butterfly", "expected a format to be one of 'dense', .*, got 'butterfly'"),
-        ("a=blast:rank=3", "expected what a rule sets .* to be one of 'keep', 'blocks', got 'rank'"),
-        ("a=blast:keep=half", "expected a number for keep in the rule 'a=blast:keep=half', got 'half'"),
-        ("a=blast:blocks=8by8", "expected a number for blocks in the rule .*, got '8by8'"),
-        ("a=low_rank:blocks=8", "expected no blocks for LowRank"),
+        ("blast", "expected --rule such as '.*', got 'blast'"),
+        ("a=butterfly", "expected --rule to be one of 'dense', .*, got 'butterfly'"),
+        ("a=blast:rank=3", "expected the option of blast in --rule blast:rank=3 to be one of 'keep', 'blocks', got 'rank'"),
+        ("a=blast:keep=half", "expected keep in --rule blast:keep=half to be a number, got 'half'"),
+        ("a=blast:blocks=8by8", "expected blocks in --rule .* to be blocks such as 16, .*, got '8by8'"),
+        ("a=low_rank:blocks=8", "expected the option of low_rank in .* to be one of 'keep', got 'blocks'"),
     ],
 )
 def test_rules_that_do_not_read(text: str, message: str) -> None:
@@ -100,14 +101,14 @@ def test_rules_that_do_not_read(text: str, message: str) -> None:
 
 def test_block_counts_and_formats() -> None:
     assert (read_blocks("16"), read_blocks("8x4")) == (16, (8, 4))
-    assert format_named("Low-Rank") is LowRank
-    with pytest.raises(ValueError, match="expected blocks such as 16, or 8x16 for rows x columns, got '8x'"):
+    assert format_class("Low-Rank", "--format") is LowRank
+    with pytest.raises(ValueError, match="expected --blocks to be blocks such as 16, or 8x16 for rows x columns, got '8x'"):
         read_blocks("8x")
 
 
 def test_the_plan_is_shown_and_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
-    assert main(["plan", str(folder), "--blocks", "4", "--layers", ".*up_proj", ".*q_proj", "-o", str(file)]) == 0
+    assert main(["plan", str(folder), "--blocks", "4", "--layers", ".*up_proj", "--layers", ".*q_proj", "-o", str(file)]) == 0
     captured = capsys.readouterr()
     lines = [re.sub(" +", " ", line).strip() for line in captured.out.splitlines()]
     assert lines[0] == "layer format parameters keep"
@@ -116,11 +117,11 @@ def test_the_plan_is_shown_and_written(folder: Path, tmp_path: Path, capsys: pyt
     assert captured.err == f"wrote {file}\n"
     plan = Plan.from_json(file.read_text())
     assert len(plan) == 4
-    assert plan_for(tiny.llama(), PlanOptions(file=file)) == plan
+    assert PlanOrFile(plan=file).plan_for(tiny.llama()) == plan
 
 
 def test_skipped_layers_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", str(folder), "--blocks", "64x2", "--keep", "0.9", "--layers", ".*up_proj", ".*q_proj"]
+    words = ["plan", str(folder), "--blocks", "64x2", "--keep", "0.9", "--layers", ".*up_proj", "--layers", ".*q_proj"]
     assert main([*words, "--skip-misfits"]) == 0
     assert "skipped: expected a block count that divides the 32 rows, got 64" in capsys.readouterr().out
 
@@ -147,12 +148,12 @@ def write_config(folder: Path, **changes: Any) -> None:
         (["one/two/three"], "expected a folder with a model, or its name on the Hub, got 'one/two/three'"),
         (["{empty}"], "expected a model in the folder '.*', but it has no config.json"),
         (["{folder}", "--keep", "2"], r"expected --keep to be in \(0, 1\], got 2.0"),
-        (["{folder}", "--format", "butterfly"], "expected a format to be one of .*, got 'butterfly'"),
-        (["{folder}", "--blocks", "a"], "expected blocks such as 16, or 8x16 for rows x columns, got 'a'"),
+        (["{folder}", "--format", "butterfly"], "expected --format to be one of .*, got 'butterfly'"),
+        (["{folder}", "--blocks", "a"], "expected --blocks to be blocks such as 16, or 8x16 for rows x columns, got 'a'"),
         (["{folder}", "--layers", "("], r"expected a regular expression for --layers, got '\(': .*"),
         (["{folder}", "--exclude", "["], r"expected a regular expression for --exclude, got '\[': .*"),
         (["{folder}", "--rule", "*=blast"], r"expected a regular expression for --rule, got '\*': .*"),
-        (["{folder}", "--layers", "nothing"], "expected 'nothing' to pick a dense linear layer or convolution.*"),
+        (["{folder}", "--layers", "nothing"], "expected --layers 'nothing' to pick a dense linear layer or convolution.*"),
         (["{folder}", "--blocks", "5"], "layer 'model.layers.0.self_attn.q_proj' does not fit: .*"),
         (["{unnamed}"], "expected the configuration of '.*' to name a class of transformers .*, got 'Lama'"),
         (["{quantized}"], "expected a model with dense weights, got '.*', which is quantized; dequantize it"),
@@ -175,7 +176,7 @@ def test_wrong_input_is_one_line(
 
 def test_no_plan_in_a_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected a plan in '.*'; make one with structmat plan"):
-        plan_for(tiny.llama(), PlanOptions(file=tmp_path / "plan.json"))
+        PlanOrFile(plan=tmp_path / "plan.json").plan_for(tiny.llama())
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ import torch
 from structmat import load_pretrained, plan_of
 from structmat.cli import main
 from structmat.cli.output import Output
-from structmat.cli.retrain import last_checkpoint, read_settings
+from structmat.cli.retrain import last_checkpoint
+from structmat.cli.training import read_settings
 from structmat.evaluate import perplexity
 from structmat.integrations.transformers import retraining as integration
 from training import tiny

@@ -11,7 +11,7 @@ from matplotlib import image
 
 from structmat import GaudiGblr, Gblr, apply_plan_, load_pretrained, make_plan, plan_of, report
 from structmat.cli import main
-from structmat.cli.report import DRAWN, read_history, with_factors
+from structmat.cli.report import drawn, read_history, with_factors
 from training import tiny
 
 
@@ -48,7 +48,8 @@ def test_the_whole_way(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     learning = load_pretrained(tmp_path / "learning")
     assert {type(format) for format in plan_of(learning).values()} == {GaudiGblr}
     words = ["retrain", str(tmp_path / "learning"), "-o", str(tmp_path / "learned"), "--data", texts, "--steps", "4"]
-    words += ["--set", "structure_target=0.4", "structure_learning_rate=0.01", "structure_shrinkage=0.5"]
+    for setting in ("structure_target=0.4", "structure_learning_rate=0.01", "structure_shrinkage=0.5"):
+        words += ["--set", setting]
     assert main([*words, "--device", "cpu"]) == 0
     assert main(["harden", str(tmp_path / "learned"), "-o", str(tmp_path / "small")]) == 0
     assert "14 layers hardened, the matrices changed by" in capsys.readouterr().err
@@ -103,7 +104,7 @@ def test_report_reads_the_segments_alone(tmp_path: Path) -> None:
     model = spread_widths(tiny.learning_llama())
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    filled = with_factors(str(tmp_path), DRAWN)
+    filled = with_factors(str(tmp_path), drawn)
     values = {name: tensor for name, tensor in filled.state_dict().items() if not tensor.is_meta}
     assert {name.rpartition(".")[2] for name in values} == {"location", "width", "sigma"}
     assert len(values) == 3 * 14
@@ -172,7 +173,7 @@ def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path, capsys: pytest.
     assert compress(folder, tmp_path / "a", "--stream") == 1
     assert "expected no gaudi_gblr with --stream" in capsys.readouterr().err
     assert main(["compress", str(folder / "dense"), "-o", str(tmp_path / "a"), "--blocks", "2", "--learn"]) == 1
-    assert "expected a layer of format gaudi_gblr with --learn, got none" in capsys.readouterr().err
+    assert "expected a layer of a format that learns with --learn, got none; pass --format gaudi_gblr" in capsys.readouterr().err
     assert main(["harden", str(folder / "dense"), "-o", str(tmp_path / "a")]) == 1
     assert "expected a network with GaudiGblr layers, got none" in capsys.readouterr().err
     assert main(["compress", str(folder / "dense"), "-o", str(tmp_path / "a"), "--format", "gblr"]) == 1

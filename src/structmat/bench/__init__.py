@@ -4,8 +4,9 @@
 """
 
 from structmat.bench.autotune import Choice, Tuning, autotune_
-from structmat.bench.layers import LayerBench, LayerTime, bench_layers
+from structmat.bench.layers import bench_layers
 from structmat.bench.machine import Peak, hardware, measure_peak
+from structmat.bench.results import LayerBench, LayerTime
 from structmat.bench.timing import Timing, time_in_turn, time_side_by_side
 from structmat.bench.verify import IncorrectResultError, check_format
 

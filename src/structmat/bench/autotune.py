@@ -21,7 +21,7 @@ from structmat import _checks
 from structmat._files import write_atomically
 from structmat.bench.machine import hardware
 from structmat.bench.timing import time_side_by_side
-from structmat.formats import Format, Gblr, tile
+from structmat.formats import Format
 from structmat.network.calls import call, evaluating
 from structmat.network.surgery import densify_, tile_
 from structmat.nn import StructuredModule
@@ -318,8 +318,9 @@ def _measure(layer: StructuredModule, tokens: int, dtype: torch.dtype, rounds: i
     ways: dict[str, tuple[Format, Mapping[str, Tensor], str]] = {AUTOMATIC: (format, factors, "")}
     kernels = device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
     ways |= {name: (format, factors, name) for name in format.algorithms if name != TRITON or kernels}
-    if isinstance(format, Gblr) and format.components and not layer.training:  # tiles are for inference
-        ways[TILED] = (*tile(format, factors), "")
+    tiled = None if layer.training else format.for_inference(factors)
+    if tiled is not None:
+        ways[TILED] = (*tiled, "")
     runs = {name: _in_turn(way, x) for name, way in ways.items()}
     weight = torch.randn(format.shape, generator=generator).to(device, dtype)
     copies = [weight.clone() for _ in range(_copies([weight]))]

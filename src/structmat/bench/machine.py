@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from structmat import _checks
 from structmat._version import __version__
-from structmat.bench.timing import clock_of
+from structmat.bench.timing import MODES, clock_of
+
+ROOT = Path(__file__).parents[3]
+"""The folder of the checkout, where the library runs from one."""
 
 CPU_COLD_BYTES = 96 * 2**20
-"""So many bytes of weights are in no cache of a CPU that does not tell how large its own is."""
+"""The bytes of weights that are taken to fit into no cache of a CPU that does not tell how large its caches are."""
 
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "sve_bf16", "bf16")
-"""What Linux calls the instructions of a CPU for bfloat16."""
+"""The names that Linux gives to the instructions of a CPU for bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +31,8 @@ class Peak:
     """What was measured to be possible in a dtype.
 
     Attributes:
-        flops: Floating-point operations per second of a large product of matrices.
-        bytes: Bytes per second of reading or copying what is in no cache.
+        flops: The floating-point operations per second of a large product of matrices.
+        bytes: The bytes per second of reading or copying memory that is in no cache.
     """
 
     flops: float
@@ -36,7 +43,8 @@ def hardware() -> dict[str, str]:
     """Name the processor with its instructions for bfloat16, the accelerator, the threads and the versions.
 
     Returns:
-        The facts by name.
+        The facts by name. In a checkout that git knows they include the commit, and whether ``src`` or ``benchmarks``
+        (without ``benchmarks/results``) differ from it: ``dirty`` is ``"yes"`` or ``"no"``.
     """
     info = _cpuinfo()
     facts = {
@@ -52,7 +60,51 @@ def hardware() -> dict[str, str]:
     }
     if torch.cuda.is_available():
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
-    return facts
+    return facts | _checkout(ROOT)
+
+
+@functools.cache
+def _checkout(root: Path) -> dict[str, str]:
+    """The commit of a checkout and whether its files differ from it; nothing where there is no checkout or no git."""
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return {}
+    status = ["status", "--porcelain", "--", "src", "benchmarks", ":(exclude)benchmarks/results"]
+    found = [
+        subprocess.run([git, "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        for arguments in (["rev-parse", "HEAD"], status)
+    ]
+    if any(one.returncode for one in found):
+        return {}
+    return {"commit": found[0].stdout.strip(), "dirty": "yes" if found[1].stdout.strip() else "no"}
+
+
+def checked_device(device: torch.device | str, mode: str) -> torch.device:
+    """The device, if it is one that can be timed in this mode.
+
+    Args:
+        device: A CPU or a CUDA device.
+        mode: One of ``MODES``.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If it is neither a CPU nor a CUDA device, is not there, or cannot run in the mode.
+    """
+    _checks.one_of(mode, MODES, "mode")
+    device = torch.device(device)
+    _checks.one_of(device.type, ("cpu", "cuda"), "the device's type")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("expected a CUDA device that is there, but PyTorch sees none; take the device cpu")
+    if mode == "graphs" and device.type != "cuda":
+        raise ValueError("expected a CUDA device for the mode 'graphs', got the CPU; take 'eager' or 'compile'")
+    return device
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without PyTorch's prefix, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def bf16_instructions() -> str:
@@ -102,9 +154,9 @@ def measure_peak(dtype: torch.dtype, device: torch.device, *, large: bool = True
     """Measure how fast a device multiplies matrices of a dtype, and how fast it reads.
 
     Args:
-        dtype: Of the matrices.
+        dtype: The dtype of the matrices.
         device: A CPU or a CUDA device.
-        large: Whether to take sizes that show the peak; otherwise those that are done at once, for tests.
+        large: Whether to take sizes that show the peak; otherwise small ones, for tests.
 
     Returns:
         The best of several attempts each.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from structmat.bench.machine import hardware
+from structmat.bench.results import Comparison, Measured
 from structmat.bench.timing import Timing
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -31,7 +30,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class ModelTime:
+class ModelTime(Comparison):
     """One model doing one thing, beside the reference that was timed in the same rounds.
 
     Attributes:
@@ -42,6 +41,8 @@ class ModelTime:
         reference_seconds: The time that the reference takes.
         extrapolated: Whether fewer tokens were generated and the time was scaled up.
     """
+
+    ratios = ("speedup", "tokens_per_second")
 
     model: str
     step: str
@@ -59,11 +60,6 @@ class ModelTime:
     def tokens_per_second(self) -> float:
         """The number of tokens per second, by the median."""
         return self.tokens / self.seconds.median
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and ratios as JSON-compatible data."""
-        ratios = ("speedup", "tokens_per_second")
-        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in ratios}}
 
 
 @dataclass(frozen=True)
@@ -83,20 +79,16 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
-class GenerationBench:
+class GenerationBench(Measured):
     """What a benchmark of language models measured.
 
     Attributes:
         times: One entry for each model and each thing it does.
         sizes: The size of each model by name.
-        hardware: The machine.
-        settings: The device, dtype, mode and rounds.
     """
 
     times: tuple[ModelTime, ...]
     sizes: Mapping[str, ModelSize]
-    hardware: Mapping[str, str] = field(default_factory=hardware)
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-compatible data."""
@@ -106,7 +98,3 @@ class GenerationBench:
             "sizes": {name: dataclasses.asdict(size) for name, size in self.sizes.items()},
             "models": [found.to_dict() for found in self.times],
         }
-
-    def to_json(self) -> str:
-        """Everything as JSON text."""
-        return json.dumps(self.to_dict(), indent=1)

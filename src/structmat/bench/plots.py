@@ -1,11 +1,12 @@
-"""Pictures of what was measured (needs the extra ``plot``)."""
+"""Pictures of times (needs the extra ``plot``)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from structmat.bench.layers import LayerBench
 from structmat.bench.models import GenerationBench
+from structmat.bench.results import LayerBench, LayerTime
 from structmat.inspect.plots import COLORS, MARKERS, _figure
 
 if TYPE_CHECKING:
@@ -16,44 +17,25 @@ def layer_speeds(found: LayerBench) -> Figure:
     """Draw how many times faster than dense each format is over the number of tokens.
 
     Args:
-        found: What ``bench_layers`` measured.
+        found: The result of ``bench_layers``.
 
     Returns:
-        A panel for each shape, dtype and step, all with one scale; the shaded bands span the quartiles of the times, a
-        dashed line is what was chosen for this machine.
+        A panel for each shape, dtype and step, all with one scale; the shaded bands span the quartiles of the times,
+        and a dashed line is what was chosen for this machine.
 
     Raises:
         ImportError: If matplotlib is missing.
     """
     columns = list(dict.fromkeys(time.shape for time in found.times))
     rows = list(dict.fromkeys((time.dtype, time.step) for time in found.times))
-    figure, grid = _figure(
-        3.6 * len(columns) + 1, 2.6 * len(rows) + 0.6, nrows=len(rows), ncols=len(columns), squeeze=False,
-        sharex=True, sharey=True,
-    )  # fmt: skip
+    size = 3.6 * len(columns) + 1, 2.6 * len(rows) + 0.6
+    figure, grid = _figure(*size, nrows=len(rows), ncols=len(columns), squeeze=False, sharex=True, sharey=True)
     formats = list(dict.fromkeys(time.format for time in found.times))
     for (dtype, step), line in zip(rows, grid, strict=True):
         for shape, axes in zip(columns, line, strict=True):
             here = [time for time in found.times if (time.dtype, time.step, time.shape) == (dtype, step, shape)]
             for k, name in enumerate(formats):
-                color, marker = COLORS[k % 6], MARKERS[k % 6]
-                plain = sorted(
-                    (time for time in here if (time.format, time.algorithm) == (name, "automatic")),
-                    key=lambda time: time.tokens,
-                )
-                tokens = [time.tokens for time in plain]
-                axes.plot(
-                    tokens, [time.speedup for time in plain], color=color, marker=marker, markersize=4, label=name
-                )
-                low = [time.dense_seconds.low / time.seconds.high for time in plain]
-                high = [time.dense_seconds.high / time.seconds.low for time in plain]
-                axes.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
-                chosen = {time.tokens: time for time in plain} | {
-                    time.tokens: time for time in here if time.format == name and time.algorithm != "automatic"
-                }
-                if any(time.algorithm != "automatic" for time in chosen.values()):
-                    speeds = [chosen[count].speedup for count in tokens]
-                    axes.plot(tokens, speeds, color=color, linestyle="--", label=f"{name}, chosen")
+                _draw_format(axes, [time for time in here if time.format == name], COLORS[k % 6], MARKERS[k % 6])
             axes.axhline(1, color="0.6", linewidth=1, zorder=0)
             axes.set_xscale("log", base=2)
             axes.set_title(f"{shape[0]} x {shape[1]}, {dtype}, {step}", size=8)
@@ -65,14 +47,28 @@ def layer_speeds(found: LayerBench) -> Figure:
     return figure
 
 
+def _draw_format(axes: Any, times: Sequence[LayerTime], color: str, marker: str) -> None:
+    """Draw one format: the automatic algorithm with its quartiles, and what was chosen where that is another."""
+    plain = sorted((time for time in times if time.algorithm == "automatic"), key=lambda time: time.tokens)
+    tokens, name = [time.tokens for time in plain], times[0].format
+    axes.plot(tokens, [time.speedup for time in plain], color=color, marker=marker, markersize=4, label=name)
+    low = [time.dense_seconds.low / time.seconds.high for time in plain]
+    high = [time.dense_seconds.high / time.seconds.low for time in plain]
+    axes.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
+    chosen = {time.tokens: time.speedup for time in times if time.algorithm != "automatic"}
+    if chosen:
+        speeds = [chosen.get(time.tokens, time.speedup) for time in plain]
+        axes.plot(tokens, speeds, color=color, linestyle="--", label=f"{name}, chosen")
+
+
 def model_speeds(found: GenerationBench) -> Figure:
-    """Draw how many times faster than the reference each model does what.
+    """Draw how many times faster than the reference each model is at each thing that it does.
 
     Args:
-        found: What ``bench_generation`` measured.
+        found: The result of ``bench_generation``.
 
     Returns:
-        Bars, grouped by what is done.
+        The bars, grouped by what is done.
 
     Raises:
         ImportError: If matplotlib is missing.

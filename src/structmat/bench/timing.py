@@ -1,4 +1,4 @@
-"""Timing callables in turn, so that a drift of the machine's speed meets all of them alike."""
+"""Timing callables in turn, so that a drift of the machine's speed affects all of them equally."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from structmat import _checks
 
 MODES = ("eager", "graphs", "compile")
-"""How what is timed runs: as it is, as one CUDA graph, or through ``torch.compile``."""
+"""The modes in which a benchmark runs: plain calls, one CUDA graph, or through ``torch.compile``."""
 
 BUSY_BYTES = 2**28
-"""A GPU is given this much to fill before it is timed: its caches are cold then, and it waits for no launch."""
+"""The bytes that a GPU fills before it is timed: its caches are cold then, and it waits for no launch."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Timing:
     """How long something takes.
 
     Attributes:
-        median: In seconds.
-        low: First quartile, in seconds.
-        high: Third quartile, in seconds.
+        median: The median in seconds.
+        low: The first quartile in seconds.
+        high: The third quartile in seconds.
         rounds: How often it was timed.
     """
 
@@ -49,22 +49,22 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Interquartile range relative to the median."""
+        """The interquartile range relative to the median."""
         return (self.high - self.low) / self.median if self.median else 0.0
 
 
 def time_side_by_side(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20, settle: int = 0
 ) -> dict[str, float]:
-    """Time callables in turn, so that a drift of the machine's speed meets all of them alike.
+    """Time callables in turn, so that a drift of the machine's speed affects all of them equally.
 
     Args:
-        candidates: What to time, by name; each is called twice to warm up.
+        candidates: The callables by name; each is called twice to warm up.
         rounds: How often each is timed.
-        settle: As in ``time_in_turn``.
+        settle: How often each is called, untimed, directly before each timed call.
 
     Returns:
-        Median seconds of each.
+        The median seconds of each.
 
     Raises:
         ValueError: If ``rounds`` is below 1.
@@ -85,16 +85,17 @@ def time_in_turn(
     """Time callables in turn, with their spread.
 
     Args:
-        candidates: What to time, by name.
+        candidates: The callables by name.
         rounds: How often each is timed.
-        warmup: How often each is called before.
-        settle: How often each is called, untimed, directly before each timed call, so that it finds the caches and
-            the allocator as it left them itself, not as another one did.
-        clock: Calls something and says how many seconds it took; None for the one that suits the device.
-        device: Where the work is done.
+        warmup: How often each is called before the first round.
+        settle: How often each is called, untimed, directly before each timed call, so that it finds the caches and the
+            allocator in the state in which it left them itself, and not in that of another one.
+        clock: A function that calls something and returns how many seconds it took; None for the one that suits the
+            device.
+        device: The device that does the work.
 
     Returns:
-        Median and quartiles of each.
+        The median and quartiles of each.
 
     Raises:
         ValueError: If ``rounds`` is below 1.
@@ -131,7 +132,7 @@ def clock_of(device: torch.device) -> Callable[[Callable[[], object]], float]:
         device: A CPU or a CUDA device.
 
     Returns:
-        What calls something and says how many seconds its work took.
+        A function that calls something and returns how many seconds its work took.
     """
     if device.type != "cuda":
         return synchronised
@@ -154,11 +155,11 @@ def captured(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     """Turn work on a GPU into one CUDA graph.
 
     Args:
-        build: Gives the work, a callable whose tensors keep their places; it is called on the stream of the capture,
-            where what it computes may be needed by the work's backward.
+        build: A function that returns the work, a callable whose tensors keep their places. It is called on the stream
+            of the capture, since the work's backward may need what it computes.
 
     Returns:
-        What launches the graph.
+        A function that launches the graph.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())

@@ -11,17 +11,17 @@ from structmat.formats import Format
 from structmat.nn import StructuredLinear, StructuredModule
 
 HALF_EPS = (4, 16)
-"""Largest deviation in units of the dtype's eps for 16 bits: of a whole result, relative to its norm, and of an entry,
-relative to the entry and the root mean square of all."""
+"""The largest deviations in 16 bits, in units of the dtype's eps: that of a whole result relative to its norm, and that
+of an entry relative to the entry and the root mean square of all entries."""
 
 EPS = (32, 1024)
-"""The same for float32 and float64, in which sums are rounded at every term."""
+"""The largest deviations in float32 and float64, in which sums are rounded at every term."""
 
 FEW_TOKENS = 3
-"""With so many the gradients are checked at the size of a layer that is timed."""
+"""The number of tokens with which the gradients are checked at the size of a layer that is timed."""
 
 ROWS = 4
-"""So many of the outputs of a layer that is timed are compared."""
+"""The number of outputs that are compared, of a layer that is timed."""
 
 
 class IncorrectResultError(RuntimeError):
@@ -41,11 +41,11 @@ def check_format(
 
     Args:
         format: The format.
-        dtype: Of the factors and the input.
-        device: Where to compute.
-        tokens: Numbers of vectors to check with.
-        gradients: Whether to check those of the factors and of the input too.
-        algorithms: Of the format, all of which are checked.
+        dtype: The dtype of the factors and the input.
+        device: The device on which to compute.
+        tokens: The numbers of vectors to check with.
+        gradients: Whether to check the gradients of the factors and of the input too.
+        algorithms: The algorithms of the format to check.
 
     Raises:
         IncorrectResultError: If a result deviates from the dense definition in float64.
@@ -58,12 +58,12 @@ def check_format(
 
 @torch.no_grad()
 def check_layer(layer: StructuredModule, x: Tensor, weight: Tensor) -> None:
-    """Check some outputs of a layer as it will be timed.
+    """Check some outputs of a layer that will be timed.
 
     Args:
         layer: The layer.
-        x: Its input ``(T, N)``.
-        weight: Its dense weight in float64.
+        x: The input ``(T, N)``.
+        weight: The dense weight of the layer in float64.
 
     Raises:
         IncorrectResultError: If they deviate.

@@ -54,9 +54,7 @@ class CalibrationOptions(Options):
             rich_help_panel=PANEL,
         ),
     ] = None
-    batch_size: Annotated[
-        int, typer.Option(help="The number of rows or images in a batch.", rich_help_panel=PANEL)
-    ] = 8
+    batch_size: Annotated[int, typer.Option(help="The number of rows or images in a batch.", rich_help_panel=PANEL)] = 8
     packed: Annotated[
         bool, typer.Option("--packed", help="Cut rows from all documents joined together.", rich_help_panel=PANEL)
     ] = False

@@ -161,9 +161,7 @@ def compress(
     )
 
 
-def batches_of(
-    calibration: CalibrationOptions, processors: dict[str, Any], config: Any
-) -> list[dict[str, Any]] | None:
+def batches_of(calibration: CalibrationOptions, processors: dict[str, Any], config: Any) -> list[dict[str, Any]] | None:
     """The calibration data, of which the user is told; None where there is to be none."""
     if calibration.calibrate is None:
         return None

@@ -24,9 +24,7 @@ class DemoOptions(Options):
         quick: Whether to train for fewer epochs with one budget.
     """
 
-    keep: Annotated[
-        float, typer.Option(help="The largest share of the linear layers' parameters to keep.")
-    ] = 0.3
+    keep: Annotated[float, typer.Option(help="The largest share of the linear layers' parameters to keep.")] = 0.3
     formats: Annotated[
         tuple[str, ...],
         typer.Option(
@@ -34,9 +32,9 @@ class DemoOptions(Options):
         ),
     ] = ()
     seeds: Annotated[int, typer.Option(help="The number of seeds to average over.")] = 1
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The folder for pictures and results.")
-    ] = Path("structmat-demo")
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for pictures and results.")] = Path(
+        "structmat-demo"
+    )
     quick: Annotated[
         bool, typer.Option("--quick", help="Train for fewer epochs with one budget: a look, not a comparison.")
     ] = False
@@ -44,10 +42,15 @@ class DemoOptions(Options):
 
 def demo(options: DemoOptions) -> None:
     """Run ``structmat demo``."""
-    from structmat.demo import STRUCTURES, Settings, run_demo  # noqa: PLC0415 - the demo's own dependencies
+    from structmat.demo import (  # noqa: PLC0415 - the demo's own dependencies
+        Settings,
+        run_demo,
+        structures,
+        usual_structures,
+    )
 
-    names = tuple(dict.fromkeys(options.formats or STRUCTURES))
+    names = tuple(dict.fromkeys(options.formats or usual_structures()))
     for name in names:
-        _checks.one_of(name, STRUCTURES, "--formats")
+        _checks.one_of(name, structures(), "--formats")
     keep = _checks.fraction(options.keep, "--keep")
     run_demo(Settings(keep, names, _checks.positive_int(options.seeds, "--seeds"), options.out, options.quick))

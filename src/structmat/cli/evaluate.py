@@ -60,9 +60,7 @@ class Measurement(Options):
     ] = None
     tasks: Annotated[
         tuple[str, ...],
-        typer.Option(
-            "--tasks", metavar="TASK", help="A task of lm-eval such as arc_easy, repeated for several tasks."
-        ),
+        typer.Option("--tasks", metavar="TASK", help="A task of lm-eval such as arc_easy, repeated for several tasks."),
     ] = ()
     task_folder: Annotated[
         Path | None, typer.Option(help="A folder with tasks for lm-eval, as YAML, in place of those it brings.")

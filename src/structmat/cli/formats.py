@@ -12,7 +12,7 @@ from structmat import _checks
 from structmat.formats import Format, sized_formats
 from structmat.plan import Rule
 
-METAVAR = "NAME[:keep=SHARE][:OPTION=VALUE]..."
+HINT = "options follow behind colons, as in blast:keep=0.3:blocks=8x16"
 
 NAMES = ", ".join(sized_formats())
 """The names of the formats, those of other packages included, for help texts."""
@@ -32,9 +32,9 @@ WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def options_text() -> str:
-    """Every format that has options, with their names, for help texts."""
-    known = {name: ", ".join(kind.budget_options()) for name, kind in sized_formats().items()}
-    return "; ".join(f"{name}: {names}" for name, names in known.items() if names)
+    """The options of all formats beside keep, for help texts."""
+    known = {name: kind.budget_options() for name, kind in sized_formats().items()}
+    return ", ".join(f"{name}:{option}" for name, options in known.items() for option in options)
 
 
 def read_format(text: str, option: str) -> Rule:

@@ -108,7 +108,7 @@ def skeleton(model: str) -> Any:
     return skeletons.skeleton(model)
 
 
-def load(model: str, placement: Placement = Placement()) -> Any:  # noqa: B008 - a frozen object
+def load(model: str, placement: Placement = Placement()) -> Any:
     """Load a model with its weights.
 
     Args:

@@ -12,7 +12,7 @@ import typer
 from torch import nn
 
 from structmat import _checks
-from structmat.cli.formats import METAVAR, NAMES, options_text, read_blocks, read_format, read_rule
+from structmat.cli.formats import HINT, NAMES, options_text, read_blocks, read_format, read_rule
 from structmat.cli.options import Options
 from structmat.network.sites import find_sites
 from structmat.plan import Plan, make_plan
@@ -41,9 +41,8 @@ class PlanOptions(Options):
         str,
         typer.Option(
             "--format",
-            metavar=METAVAR,
-            help=f"The format of the layers: {NAMES}. Some have options ({options_text()}), as in "
-            "monarch:permute_output=true.",
+            metavar="FORMAT",
+            help=f"The format of the layers: {NAMES}; {HINT}. Beside keep there are: {options_text()}.",
             rich_help_panel=PANEL,
         ),
     ] = "blast"
@@ -79,7 +78,7 @@ class PlanOptions(Options):
         tuple[str, ...],
         typer.Option(
             "--rule",
-            metavar=f"REGEX={METAVAR}",
+            metavar="REGEX=FORMAT",
             help="The format of layers that are to differ from --format, --keep and --blocks, repeated for several "
             "rules; the first rule that matches a layer decides.",
             rich_help_panel=PANEL,
@@ -87,7 +86,9 @@ class PlanOptions(Options):
     ] = ()
     skip_misfits: Annotated[
         bool,
-        typer.Option("--skip-misfits", help="Leave layers dense that their format does not fit.", rich_help_panel=PANEL),
+        typer.Option(
+            "--skip-misfits", help="Leave layers dense that their format does not fit.", rich_help_panel=PANEL
+        ),
     ] = False
 
     def plan_for(self, model: nn.Module) -> Plan:
@@ -103,7 +104,7 @@ class PlanOptions(Options):
             ValueError: If an option does not read or does not fit the model, or there is nothing to compress.
         """
         chosen = read_format(self.format, "--format")
-        rules = {checked_pattern(pattern, "--rule"): rule for pattern, rule in map(read_rule, self.rules)}
+        rules: dict[Any, Rule] = {checked_pattern(pattern, "--rule"): rule for pattern, rule in map(read_rule, self.rules)}
         exclude = [checked_pattern(pattern, "--exclude") for pattern in self.exclude]
         layers = [checked_pattern(pattern, "--layers") for pattern in self.layers]
         keep, blocks = _checks.fraction(self.keep, "--keep"), read_blocks(self.blocks)

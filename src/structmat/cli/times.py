@@ -9,10 +9,10 @@ from pathlib import Path
 from structmat._files import write_atomically
 from structmat._tables import print_table
 from structmat.bench import LayerBench
-from structmat.bench.layers import LayerTime
+from structmat.bench.models import GenerationBench, ModelTime
+from structmat.bench.results import LayerTime
 from structmat.cli.output import write_json
 from structmat.cli.show import say
-from structmat.integrations.transformers.generation import GenerationBench, ModelTime
 
 
 def show_layers(found: LayerBench) -> None:

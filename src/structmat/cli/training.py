@@ -102,9 +102,9 @@ class TeacherOptions(Options):
     distill_hidden: Annotated[
         float, typer.Option(help="The weight of the teacher's hidden states.", rich_help_panel=TEACHER)
     ] = 0.0
-    task_weight: Annotated[
-        float, typer.Option(help="The weight of the model's own loss.", rich_help_panel=TEACHER)
-    ] = 1.0
+    task_weight: Annotated[float, typer.Option(help="The weight of the model's own loss.", rich_help_panel=TEACHER)] = (
+        1.0
+    )
     temperature: Annotated[
         float,
         typer.Option(help="The temperature that divides the answers which are compared.", rich_help_panel=TEACHER),

@@ -38,9 +38,8 @@ def compress_(
     then tuned together.
 
     Every weight is checked first, and replaced only when all fits are there: an interrupt or an error leaves the
-    network as it was. With ``cache``, finished fits are kept in that folder and a second call with the same
-    weights, formats, methods and data takes them from there, so that it goes on where the first one stopped, with the
-    same result to the last bit.
+    network unchanged. With ``cache``, finished fits are kept in that folder, and a second call with the same weights,
+    formats, methods and data takes them from there: it resumes, with the same result to the last bit.
 
     Args:
         model: The network.

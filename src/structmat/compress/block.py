@@ -20,7 +20,7 @@ from structmat.network.sites import Site, find_sites
 from structmat.network.surgery import put_fits_
 
 KEPT_BYTES = 4 * 2**30
-"""Up to this much memory, what a dense block's layers read is kept; beyond, it is computed for each of them again."""
+"""The most memory in bytes for what a dense block's layers read; where it takes more, it is computed again for each."""
 
 
 class BlockFits:

@@ -67,7 +67,7 @@ class InMemory:
 
 
 class SequentialRun:
-    """One run over the blocks of a network, which stays as it is; one block at a time is worked on, in a copy.
+    """One run over the blocks of a network, which does not change; one block at a time is worked on, in a copy.
 
     Where the network is no chain of blocks, the whole of it is one block, and a copy of all of it is in memory.
 

@@ -51,7 +51,7 @@ class Block:
 
     Attributes:
         name: The block's name in the network; empty for the whole network.
-        dense: The dense block, which stays as it is.
+        dense: The dense block, which does not change.
         working: A copy of it, in which the fits are put; it may be the dense block itself where nothing is fitted.
         states: What the block reads.
         forward: Calls the dense block or the copy.
@@ -86,7 +86,7 @@ class Block:
         Args:
             site: The layer, of the dense block or of the copy.
             i: The batch's number.
-            dense: As for ``output``.
+            dense: Whether to call the dense block on the dense state, or the copy on the compressed one.
             stop: Whether the layer is called once, so that the call can end there.
 
         Returns:

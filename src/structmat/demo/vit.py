@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from structmat.training import StructureLearning, parameter_groups, set_sigma_, structure_step_
 
 STRUCTURE_RATE = 2e-3
-"""Highest learning rate of widths and locations."""
+"""The highest learning rate of widths and locations."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Block(nn.Module):
     """A pre-norm transformer block.
 
     Args:
-        width: Features of a token.
-        heads: Attention heads.
-        hidden: Features inside the MLP.
+        width: The number of features of a token.
+        heads: The number of attention heads.
+        hidden: The number of features inside the MLP.
     """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, T, width)`` to the same shape."""
+        """Map tokens ``(B, T, width)`` to the same shape."""
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
@@ -68,10 +68,10 @@ class VisionTransformer(nn.Module):
     """Patches of 2 x 2 pixels, 16 tokens, three blocks of width 64, mean pooling.
 
     Args:
-        width: Features of a token.
-        depth: Blocks.
-        heads: Attention heads.
-        hidden: Features inside the MLP.
+        width: The number of features of a token.
+        depth: The number of blocks.
+        heads: The number of attention heads.
+        hidden: The number of features inside the MLP.
     """
 
     def __init__(self, width: int = 64, depth: int = 3, heads: int = 4, hidden: int = 128) -> None:
@@ -83,7 +83,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, 8, 8)`` to logits ``(B, 10)``."""
+        """Map images ``(B, 8, 8)`` to logits ``(B, 10)``."""
         patches = images.reshape(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4)
         tokens = self.blocks(self.embed(patches) + self.position)
         return self.head(self.norm(tokens).mean(1))
@@ -104,21 +104,16 @@ def train(
     Args:
         model: The network, changed in place.
         data: The digits.
-        epochs: Passes over the training images, in batches of 64.
-        learning_rate: The highest.
-        seed: Of the order of the images and of their shifts.
-        progress: Called after every epoch.
+        epochs: The number of passes over the training images, in batches of 64.
+        learning_rate: The highest learning rate.
+        seed: The seed of the order of the images and of their shifts.
+        progress: A function that is called after every epoch.
         structure: How the structure of Gaudi-GBLR layers is learned; None for networks without them.
     """
     generator = torch.Generator().manual_seed(seed)
     count, batch = len(data.train_labels), 64
     steps = epochs * (count // batch)
-    if structure is None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
-    else:
-        groups = parameter_groups(model, learning_rate, 0.05, structure_learning_rate=STRUCTURE_RATE)
-        optimizer = torch.optim.AdamW(groups)
-        set_sigma_(model, structure.sigma_at(0))
+    optimizer = _optimizer(model, learning_rate, structure)
     highest = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, highest, total_steps=steps, pct_start=0.2, cycle_momentum=structure is None
@@ -139,17 +134,24 @@ def train(
     model.eval()
 
 
+def _optimizer(model: nn.Module, learning_rate: float, structure: StructureLearning | None) -> torch.optim.Optimizer:
+    if structure is None:
+        return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
+    set_sigma_(model, structure.sigma_at(0))
+    groups = parameter_groups(model, learning_rate, 0.05, structure_learning_rate=STRUCTURE_RATE)
+    return torch.optim.AdamW(groups)
+
+
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     n = len(images)
     chosen = torch.rand(n, generator=generator) < 0.3
-    offsets = torch.where(chosen[:, None], torch.randint(0, 3, (n, 2), generator=generator), 1)[
-        ..., None
-    ] + torch.arange(8)
+    corners = torch.where(chosen[:, None], torch.randint(0, 3, (n, 2), generator=generator), 1)
+    offsets = corners[..., None] + torch.arange(8)
     padded = F.pad(images, (1, 1, 1, 1), value=float(images.min()))
     return padded[torch.arange(n)[:, None, None], offsets[:, 0, :, None], offsets[:, 1, None, :]]
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Digits) -> float:
-    """Share of the test images that the network names right."""
+    """The share of the test images that the network names right."""
     return (model(data.test_images).argmax(1) == data.test_labels).float().mean().item()

@@ -81,8 +81,8 @@ def perplexity(
     context where they exist; the positions of a window are counted from its own start.
 
     Args:
-        model: A network that is called as ``model(input_ids=…, attention_mask=…)`` and returns logits, or an object that
-            has them.
+        model: A network that is called as ``model(input_ids=…, attention_mask=…)`` and returns logits, or an object
+            that has them.
         tokenizer: A tokenizer of ``transformers``.
         texts: The documents.
         length: The number of tokens that the model sees at once, including the BOS token.

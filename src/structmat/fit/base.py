@@ -6,7 +6,7 @@ import abc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from structmat.fit.metric import prepared
 from structmat.formats import Factors, Format
 
 Progress = Callable[[int, int, tuple[float, ...]], None]
-"""Called after every iteration with its number (from 1), the number planned, and the relative error of each weight.
+"""A function called after every iteration: its number (from 1), the number planned, each weight's relative error.
 
-An exception that it raises, a ``KeyboardInterrupt`` for one, ends the fit.
+An exception that it raises, such as ``KeyboardInterrupt``, ends the fit.
 """
 
 
@@ -31,14 +31,14 @@ class Fit:
 
     Attributes:
         format: The format.
-        factors: Its factors, in the weight's dtype and on its device.
-        error: Relative error ``|W - W_hat|_F / |W|_F``, measured from the residuals of the returned factors; 0 for a
-            zero weight.
-        history: Relative error after each iteration as the method estimates it, empty for a closed form.
-        seconds: Wall-clock time, the batch's time divided by its size.
-        output_error: Relative error of the output, ``sqrt(E|W x - W_hat x|^2 / E|W x|^2)`` over the inputs whose second
-            moment the fit was given; None where it was given none.
-        bias: The bias ``(M,)`` that goes with the factors, where it is not the old one; else None.
+        factors: The factors of the format, in the weight's dtype and on its device.
+        error: The relative error ``|W - W_hat|_F / |W|_F``, measured from the residuals of the returned factors; 0 for
+            a zero weight.
+        history: The relative error after each iteration as the method estimates it; empty for a closed form.
+        seconds: The wall-clock time; for a batch, its time divided by its size.
+        output_error: The relative error of the output, ``sqrt(E|W x - W_hat x|^2 / E|W x|^2)`` over the inputs whose
+            second moment the fit was given; None where it was given none.
+        bias: The bias ``(M,)`` that goes with the factors; None where the old one stays.
     """
 
     format: Format
@@ -52,7 +52,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Method(abc.ABC, Generic[FormatT]):
-    """How to approximate a dense weight by a format.
+    """An algorithm that approximates a dense weight by a format, with its settings.
 
     A method computes in float32, or in float64 for a float64 weight, on the weight's device, and on the weight divided
     by its root mean square, so that the scale of the weight does not matter. Given the second moment ``C`` of the
@@ -60,7 +60,7 @@ class Method(abc.ABC, Generic[FormatT]):
     ``|E|_F^2``, where ``E = W - W_hat``.
 
     Attributes:
-        formats: The formats it can fit.
+        formats: The formats that the method can fit.
     """
 
     formats: ClassVar[tuple[type[Format], ...]]
@@ -72,26 +72,35 @@ class Method(abc.ABC, Generic[FormatT]):
 
         Args:
             weight: ``(M, N)``, any floating-point dtype, any device; left as it is.
-            format: What to fit.
-            second_moment: Second moment ``C = E[x x^T] (N, N)`` of the inputs, on any scale, possibly singular; None for the
-                Frobenius norm.
-            progress: Called after every iteration.
+            format: The format to fit.
+            second_moment: The second moment ``C = E[x x^T] (N, N)`` of the inputs, on any scale, possibly singular;
+                None for the Frobenius norm.
+            progress: A function called after every iteration.
 
         Returns:
             The fit.
 
         Raises:
             TypeError: If the method cannot fit this format, or the weight is no floating-point tensor.
-            ValueError: If the weight or the second_moment has another shape, or contains NaN or infinity.
+            ValueError: If the weight or the second moment has another shape, or contains NaN or infinity.
         """
         second_moments = None if second_moment is None else [second_moment]
         return self.fit_many([weight], format, second_moments=second_moments, progress=progress)[0]
 
+    @classmethod
+    def published(cls) -> Method[Any]:
+        """The algorithm with the settings of its paper.
+
+        Returns:
+            The method; one whose defaults are those of its paper returns these.
+        """
+        return cls()
+
     def cost(self, format: FormatT, *, aware: bool = False) -> float:
-        """About how many multiplications one fit takes: what a time estimate weighs layers by.
+        """The approximate number of multiplications of one fit, by which a time estimate weighs layers.
 
         Args:
-            format: What to fit.
+            format: The format to fit.
             aware: Whether the second moment of the inputs is given.
 
         Returns:
@@ -114,19 +123,19 @@ class Method(abc.ABC, Generic[FormatT]):
         Each result is what the weight alone would give, up to rounding.
 
         Args:
-            weights: Each ``(M, N)``, all of one dtype and on one device.
-            format: What to fit to each.
-            second_moments: Second moment ``(N, N)`` of the inputs of each; None for the Frobenius norm.
-            names: What error messages call them.
-            progress: Called after every iteration.
+            weights: The weights, each ``(M, N)``, all of one dtype and on one device.
+            format: The format to fit to each.
+            second_moments: The second moment ``(N, N)`` of the inputs of each; None for the Frobenius norm.
+            names: The names of the weights in error messages.
+            progress: A function called after every iteration.
 
         Returns:
             One fit for each weight.
 
         Raises:
             TypeError: If the method cannot fit this format, or a weight is no floating-point tensor.
-            ValueError: If a weight has another shape, dtype or device, a second_moment another shape, the second_moments are not as many
-                as the weights, or one contains NaN or infinity.
+            ValueError: If a weight has another shape, dtype or device, a second moment another shape, there are not as
+                many second moments as weights, or one of them contains NaN or infinity.
             FloatingPointError: If the computation or its result is not finite.
         """
         if not isinstance(format, self.formats):
@@ -134,43 +143,29 @@ class Method(abc.ABC, Generic[FormatT]):
             raise TypeError(f"expected a format that {type(self).__name__} can fit ({known}), got {format}")
         if not weights:
             return []
-        for index, weight in enumerate(weights):
-            _checks.matrix(weight, format.shape, f"the weight {names[index]!r}" if names else "the weight")
-        dtype, device = weights[0].dtype, weights[0].device
-        if any(weight.dtype != dtype or weight.device != device for weight in weights):
-            raise ValueError("expected weights of one dtype on one device, got several; fit them in separate calls")
-        if second_moments is not None:
-            if len(second_moments) != len(weights):
-                raise ValueError(f"expected one second_moment for each of {len(weights)} weights, got {len(second_moments)}")
-            for index, second_moment in enumerate(second_moments):
-                called = f"the second_moment of {names[index]!r}" if names else "the second_moment"
-                _checks.matrix(second_moment, (format.N, format.N), called)
+        called = [repr(name) for name in names] if names else []
+        _check_weights(weights, format, called)
+        _check_second_moments(second_moments, len(weights), format, called)
 
         start = time.perf_counter()
         with torch.no_grad():
-            compute = torch.float64 if dtype == torch.float64 else torch.float32
-            stack = torch.stack([weight.detach().to(compute) for weight in weights])
-            scale = _root_mean_square(stack)
-            stack /= scale.where(scale > 0, 1)[:, None, None]
-            metric = None if second_moments is None else prepared(torch.stack([g.detach().to(device) for g in second_moments]))
+            stack, scale = _normalized(weights)
+            device = stack.device
+            moments = (
+                None if second_moments is None else torch.stack([one.detach().to(device) for one in second_moments])
+            )
+            metric = None if moments is None else prepared(moments)
             try:
                 solved, history = self._solve(stack, metric, format, progress)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; the batch is {list(names or range(len(weights)))}") from error
-            specs = format.factor_specs()
-            solved = {n: f.to(specs[n].dtype or dtype) for n, f in format.scaled(solved, scale).items()}
-            for b in range(len(weights)):
-                if not all(bool(torch.isfinite(f[b]).all()) for n, f in solved.items() if specs[n].trainable):
-                    called = names[b] if names else "the weight"
-                    raise FloatingPointError(
-                        f"the factors of {called!r} overflow {dtype}; scale the weight or use float32"
-                    )
-            errors = self._relative_errors(stack, metric, scale, format, solved)
+            factors = _in_layer_dtype(format.scaled(solved, scale), format, weights[0].dtype, called)
+            errors = self._relative_errors(stack, metric, scale, format, factors)
         seconds = (time.perf_counter() - start) / len(weights)
         return [
             Fit(
                 format,
-                {n: f[b].clone() if len(weights) > 1 else f[b] for n, f in solved.items()},
+                {n: f[b].clone() if len(weights) > 1 else f[b] for n, f in factors.items()},
                 error,
                 tuple(value for value in history[:, b].tolist() if value == value),
                 seconds,
@@ -197,8 +192,8 @@ class Method(abc.ABC, Generic[FormatT]):
     ) -> list[tuple[float, float | None]]:
         """Both relative errors of each weight, ``factors`` being those of ``scale * weights``."""
         errors: list[tuple[float, float | None]] = []
+        specs = format.factor_specs()
         for b, weight in enumerate(weights):
-            specs = format.factor_specs()
             one = {n: f[b].to(specs[n].dtype or weights.dtype) for n, f in factors.items()}
             sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
             for rows, piece in self._dense_rows(format, one):
@@ -217,11 +212,45 @@ class Method(abc.ABC, Generic[FormatT]):
         yield slice(None), format.to_dense(factors)
 
 
-def _root_mean_square(stack: Tensor) -> Tensor:
-    """Root mean square of each matrix ``(B,)``, without overflow or underflow."""
+def _check_weights(weights: Sequence[Tensor], format: Format, called: Sequence[str]) -> None:
+    for index, weight in enumerate(weights):
+        _checks.matrix(weight, format.shape, f"the weight {called[index]}" if called else "the weight")
+    if any(weight.dtype != weights[0].dtype or weight.device != weights[0].device for weight in weights):
+        raise ValueError("expected weights of one dtype on one device, got several; fit them in separate calls")
+
+
+def _check_second_moments(
+    second_moments: Sequence[Tensor] | None, count: int, format: Format, called: Sequence[str]
+) -> None:
+    if second_moments is None:
+        return
+    if len(second_moments) != count:
+        raise ValueError(f"expected one second moment for each of {count} weights, got {len(second_moments)}")
+    for index, one in enumerate(second_moments):
+        what = f"the second moment of {called[index]}" if called else "the second moment"
+        _checks.matrix(one, (format.N, format.N), what)
+
+
+def _normalized(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The weights ``(B, M, N)`` divided by their root mean squares ``(B,)``, in the dtype of the computation."""
+    compute = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+    stack = torch.stack([weight.detach().to(compute) for weight in weights])
     largest = stack.abs().amax((1, 2))
     safe = largest.where(largest > 0, 1)
-    return largest * (stack / safe[:, None, None]).square().mean((1, 2)).sqrt()
+    scale = largest * (stack / safe[:, None, None]).square().mean((1, 2)).sqrt()  # no overflow, no underflow
+    stack /= scale.where(scale > 0, 1)[:, None, None]
+    return stack, scale
+
+
+def _in_layer_dtype(factors: Factors, format: Format, dtype: torch.dtype, called: Sequence[str]) -> dict[str, Tensor]:
+    """The factors of a batch in the dtypes that a layer of this dtype has, all of them finite."""
+    specs = format.factor_specs()
+    rounded = {n: f.to(specs[n].dtype or dtype) for n, f in factors.items()}
+    for b in range(len(next(iter(rounded.values())))):
+        if not all(bool(torch.isfinite(f[b]).all()) for n, f in rounded.items() if specs[n].trainable):
+            what = called[b] if called else "'the weight'"
+            raise FloatingPointError(f"the factors of {what} overflow {dtype}; scale the weight or use float32")
+    return rounded
 
 
 def no_history(weights: Tensor) -> Tensor:

@@ -34,12 +34,13 @@ class Moments:
     dense network's output ``W t``.
 
     Attributes:
-        tokens: How many vectors went in.
+        tokens: The number of vectors that went in.
         second_moment: ``E[x x^T] (N, N)``, float64.
         mean: ``E[x] (N,)``, float64.
         cross: ``E[t x^T] (N, N)``, float64; None where ``t`` is ``x``.
         target_mean: ``E[t] (N,)``, float64; None where ``t`` is ``x``.
-        ridge: Share of each input's own energy to add to ``second_moment`` (and to ``cross``), chosen by held-out error.
+        ridge: The share of each input's own energy to add to ``second_moment`` (and to ``cross``), chosen by held-out
+            error.
     """
 
     tokens: int

@@ -9,16 +9,16 @@ from structmat.formats.block_sparse import BlockSparse, flat_butterfly
 from structmat.formats.conversions import to_blast
 from structmat.formats.dense import Dense
 from structmat.formats.gaudi_gblr import GaudiGblr
-from structmat.formats.gblr import Gblr
+from structmat.formats.gblr import Gblr, tile
 from structmat.formats.gblr_conversions import (
     add_gblr,
     harden,
     hardening_gap,
     interpolate_gaudi,
-    overlap,
     to_gaudi,
     to_gblr,
 )
+from structmat.formats.learned import LearnedSegments, Unit
 from structmat.formats.low_rank import LowRank
 from structmat.formats.monarch import Monarch
 from structmat.formats.registry import (
@@ -30,7 +30,7 @@ from structmat.formats.registry import (
     register_format,
     sized_formats,
 )
-from structmat.formats.tiled_gblr import TiledGblr, tile
+from structmat.formats.tiled_gblr import TiledGblr
 
 for _kind in (Dense, LowRank, BlockDiagonal, Monarch, BlockSparse, Blast, Gblr, GaudiGblr, TiledGblr):
     register_format(_kind)
@@ -47,10 +47,12 @@ __all__ = [
     "Format",
     "GaudiGblr",
     "Gblr",
+    "LearnedSegments",
     "LowRank",
     "Monarch",
     "RankedFormat",
     "TiledGblr",
+    "Unit",
     "add_gblr",
     "flat_butterfly",
     "format_from_json",
@@ -59,7 +61,6 @@ __all__ = [
     "hardening_gap",
     "interpolate_gaudi",
     "load_plugins",
-    "overlap",
     "register_format",
     "sized_formats",
     "tile",

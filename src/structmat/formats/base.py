@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ Factors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """What one factor looks like.
+    """The shape and kind of one factor.
 
     Attributes:
-        shape: Its shape.
-        trainable: A parameter if true, else a persistent buffer.
-        dtype: Its dtype; None for that of the layer.
+        shape: The shape of the factor.
+        trainable: Whether the factor is a parameter; otherwise it is a persistent buffer.
+        dtype: The dtype of the factor; None for that of the layer.
     """
 
     shape: tuple[int, ...]
@@ -40,25 +40,34 @@ class Format(abc.ABC):
 
     A new format needs a ``name``, ``factor_specs``, ``to_dense`` and ``scale_exponents``, and for budgets
     ``for_budget``; the dense matrix is the definition, and everything else has a default through it that a format
-    overrides for speed.
+    overrides for speed. The class attributes are facts: the rest of the library acts on them and knows no format.
 
     Attributes:
-        M: Out features.
-        N: In features.
+        M: The number of out features.
+        N: The number of in features.
         name: The format's name in JSON and on the command line.
-        for_budget: ``for_budget(M, N, *, keep, …)``, a class method: the largest member of the format with at most
-            ``keep M N`` parameters.
-        scale_exponents: How the factors share a change of scale: ``s W`` has the factors ``s ** exponent * factor``;
-            those that are not there do not take part.
-        takes_blocks: Whether ``for_budget`` needs block counts; this follows from its arguments.
+        for_budget: The class method ``for_budget(M, N, *, keep, …)``: the largest member of the format with at most
+            ``keep M N`` parameters. Its other arguments become options of the command line.
+        scale_exponents: The shares of the factors in a change of scale: ``s W`` has the factors
+            ``s ** exponent * factor``; factors that have no exponent do not take part.
+        takes_blocks: Whether ``for_budget`` takes block counts; this follows from its arguments.
         algorithms: The names of the ways in which ``matmul`` can compute, beside the automatic one.
         must_save: Whether a plan refuses the format where it has as many parameters as the dense matrix or more.
-        label: What tables and pictures call the format.
+        label: The name of the format in tables and pictures.
         replaces: Whether a plan replaces a layer of this format; false for the dense format alone.
         no_decay: The names of factors of two or more dimensions that weight decay leaves alone, since they hold
             coefficients rather than a basis.
+        component_axes: The axis of each factor along which its components lie, by name, for formats that are a sum of
+            components; ``training.balance_`` gives every component one size in all of these factors. A factor that
+            holds several blocks has the components of each, one block after the other.
+        component_size: The measure of that size, ``"norm"`` or ``"root mean square"``.
+        learns: Whether training changes the structure, so that ``hardened`` gives another format in the end.
         counted_by: The names of the factors without which ``num_parameters`` is not known.
         drawn_by: The names of the factors that ``overlap`` and ``couplings`` need; empty where there is no picture.
+        has_overlap: Whether the format has a picture of its segments; true where it overrides ``overlap``.
+        has_couplings: Whether the format has a picture of its couplings; true where it overrides ``couplings``.
+        has_inference_layout: Whether the format has a faster layout for inference; true where it overrides
+            ``for_inference``.
     """
 
     M: int
@@ -73,14 +82,23 @@ class Format(abc.ABC):
     label: ClassVar[str] = ""
     replaces: ClassVar[bool] = True
     no_decay: ClassVar[tuple[str, ...]] = ()
+    component_axes: ClassVar[dict[str, int]] = {}
+    component_size: ClassVar[Literal["norm", "root mean square"]] = "norm"
+    learns: ClassVar[bool] = False
     counted_by: ClassVar[tuple[str, ...]] = ()
     drawn_by: ClassVar[tuple[str, ...]] = ()
+    has_overlap: ClassVar[bool] = False
+    has_couplings: ClassVar[bool] = False
+    has_inference_layout: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "label" not in vars(cls):
             cls.label = getattr(cls, "name", cls.__name__)
         cls.takes_blocks = "blocks" in cls.budget_options()
+        cls.has_overlap = cls.overlap is not Format.overlap
+        cls.has_couplings = cls.couplings is not Format.couplings
+        cls.has_inference_layout = cls.for_inference is not Format.for_inference
 
     def __post_init__(self) -> None:
         _checks.positive_int(self.M, "M (out features)")
@@ -100,7 +118,7 @@ class Format(abc.ABC):
         Args:
             x: Input ``(..., N)``, any number of leading dimensions.
             factors: The factors.
-            algorithm: How, one of ``algorithms``; empty for the one that suits the tokens, the dtype and the device.
+            algorithm: One of ``algorithms``; empty for the one that suits the tokens, the dtype and the device.
                 Formats with one way alone take no notice.
 
         Returns:
@@ -109,10 +127,10 @@ class Format(abc.ABC):
         return x @ self.to_dense(factors).mT
 
     def num_parameters(self, factors: Factors | None = None) -> int:
-        """Number of entries of the trainable factors.
+        """The number of entries of the trainable factors.
 
         Args:
-            factors: Needed only by formats whose size is learned.
+            factors: The factors, which only formats whose size is learned need.
 
         Returns:
             The count.
@@ -120,11 +138,11 @@ class Format(abc.ABC):
         return sum(math.prod(spec.shape) for spec in self.factor_specs().values() if spec.trainable)
 
     def multiplications(self, tokens: int = 1, factors: Factors | None = None) -> int:
-        """Number of scalar multiplications of ``matmul``; a FLOP count is twice that.
+        """The number of scalar multiplications of ``matmul``; a FLOP count is twice that.
 
         Args:
-            tokens: Number of input vectors.
-            factors: Needed only by formats whose size is learned.
+            tokens: The number of input vectors.
+            factors: The factors, which only formats whose size is learned need.
 
         Returns:
             The count.
@@ -152,9 +170,9 @@ class Format(abc.ABC):
         """Random factors whose matrix has the entry variance ``1 / (3 N)`` of a fresh ``nn.Linear``.
 
         Args:
-            generator: Source of randomness, on the CPU; None for PyTorch's global one.
-            dtype: Of the factors; None for PyTorch's default.
-            device: Of the factors; on ``"meta"`` nothing is drawn.
+            generator: The source of randomness, on the CPU; None for PyTorch's global one.
+            dtype: The dtype of the factors; None for PyTorch's default.
+            device: The device of the factors; on ``"meta"`` nothing is drawn.
 
         Returns:
             One tensor for every entry of ``factor_specs``.
@@ -197,7 +215,7 @@ class Format(abc.ABC):
         """Check that names and shapes are those of ``factor_specs``.
 
         Args:
-            factors: What to check.
+            factors: The factors to check.
 
         Raises:
             ValueError: If a factor is missing, is extra, or has another shape.
@@ -230,37 +248,79 @@ class Format(abc.ABC):
         fixed = ("M", "N", "keep")
         return {n: p for n, p in parameters if n not in fixed and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
-    def balanced(self, factors: Factors) -> dict[str, Tensor] | None:
-        """Factors of the same matrix in which every component has one size in all of its factors.
+    def overlap(self, factors: Factors) -> Tensor:
+        """Count the components that lie over each entry of the matrix, for formats whose components have segments.
 
         Args:
             factors: The factors.
 
         Returns:
-            New factors; None where the format has no components to balance.
+            ``(M, N)``, float32 whole numbers.
+
+        Raises:
+            TypeError: If the format has no segments.
+        """
+        raise TypeError(f"expected a format with segments, such as Gblr or GaudiGblr, got {self}")
+
+    def couplings(self, factors: Factors) -> Tensor:
+        """Measure how much each block uses each shared component, for formats whose blocks share components.
+
+        Args:
+            factors: The factors.
+
+        Returns:
+            ``(I, J, R)``, in units of what the component contributes to a block on average.
+
+        Raises:
+            TypeError: If the format has no couplings.
+        """
+        raise TypeError(f"expected a format with couplings, such as Blast, got {self}")
+
+    def hardened(self, factors: Factors) -> tuple[Format, dict[str, Tensor]]:
+        """Make the structure that has been learned final, for formats that learn theirs.
+
+        Args:
+            factors: The factors.
+
+        Returns:
+            The format that remains, and its factors.
+
+        Raises:
+            TypeError: If the format does not learn its structure.
+        """
+        raise TypeError(f"expected a format that learns its structure, such as GaudiGblr, got {self}")
+
+    def for_inference(self, factors: Factors) -> tuple[Format, dict[str, Tensor]] | None:
+        """Lay the same matrix out in another format that multiplies faster.
+
+        Args:
+            factors: The factors.
+
+        Returns:
+            The other format and its factors; None where there is none.
         """
         return None
 
-    def overlap(self, factors: Factors) -> Tensor | None:
-        """How many components lie over each entry of the matrix, ``(M, N)``; None for a format without segments."""
-        return None
+    def settings(self) -> str:
+        """The hyperparameters beside the shape, as short text for tables."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ", ".join(self._setting(n, v) for n, v in fields.items() if n not in ("M", "N") and v is not False)
 
-    def couplings(self, factors: Factors) -> Tensor | None:
-        """How much each block uses each shared component, ``(I, J, R)``; None for a format without couplings."""
-        return None
-
-    def hardened(self, factors: Factors) -> tuple[Format, dict[str, Tensor]] | None:
-        """The format and factors that remain once the structure has been learned; None where it does not learn."""
-        return None
-
-    def for_inference(self, factors: Factors) -> tuple[Format, dict[str, Tensor]] | None:
-        """Another format and factors of the same matrix that multiply faster; None where there are none."""
-        return None
+    def _setting(self, name: str, value: Any) -> str:
+        """One hyperparameter as text."""
+        if name == "blocks" and isinstance(value, tuple):
+            return f"{value[0]} x {value[1]} blocks"
+        return name if value is True else f"{name} {_lists(value)}"
 
     def to_json(self) -> dict[str, Any]:
         """The format as JSON-compatible data, with its name under ``"format"``."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"format": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+        fields = {field.name: _lists(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"format": self.name, **fields}
+
+
+def _lists(value: Any) -> Any:
+    """The value with every tuple as a list."""
+    return [_lists(one) for one in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -270,7 +330,7 @@ class RankedFormat(Format):
     @property
     @abc.abstractmethod
     def parameters_per_rank(self) -> int:
-        """Number of parameters that one more unit of rank costs."""
+        """The number of parameters that one more unit of rank costs."""
 
     @property
     @abc.abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class Blast(RankedFormat):
     rank: int
 
     name: ClassVar[str] = "blast"
+    label: ClassVar[str] = "BLAST"
+    no_decay: ClassVar[tuple[str, ...]] = ("diag",)  # decaying bases keep the matrix small already
+    component_axes: ClassVar[dict[str, int]] = {"left": 1, "diag": 1, "right": 0}
+    component_size: ClassVar[Literal["norm", "root mean square"]] = "root mean square"
+    drawn_by: ClassVar[tuple[str, ...]] = ("left", "diag", "right")
     algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 3, "diag": 1 / 3, "right": 1 / 3}
 
@@ -100,6 +105,12 @@ class Blast(RankedFormat):
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Bases of the columns, couplings, bases of the rows (Algorithm 1)."""
         return blast_matmul(x, *self.views(factors), algorithm)
+
+    def couplings(self, factors: Factors) -> Tensor:
+        """The couplings ``diag``, in units of what each component contributes to a block on average."""
+        left, diag, right = self.views({name: factor.detach().float() for name, factor in factors.items()})
+        diag = diag * (left.square().sum((0, 1)) * right.square().sum((0, 2))).sqrt()
+        return diag / diag.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
 
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         (I, J), Q, R = self.blocks, self.block_shape[1], self.rank

@@ -37,6 +37,7 @@ class BlockDiagonal(Format):
     blocks: int
 
     name: ClassVar[str] = "block_diagonal"
+    label: ClassVar[str] = "block-diagonal"
     algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"blocks": 1.0}
 

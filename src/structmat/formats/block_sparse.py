@@ -81,6 +81,7 @@ class BlockSparse(RankedFormat):
     rank: int = 0
 
     name: ClassVar[str] = "block_sparse"
+    label: ClassVar[str] = "block-sparse"
     algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"blocks": 1.0, "left": 0.5, "right": 0.5}
 
@@ -239,6 +240,11 @@ class BlockSparse(RankedFormat):
             x, factors["blocks"].view(-1, *self.block_shape), self.columns, self.blocks[1], algorithm
         )
         return y + low_rank_matmul(x, factors["left"], factors["right"]) if self.rank else y
+
+    def _setting(self, name: str, value: Any) -> str:
+        if name != "mask":
+            return super()._setting(name, value)
+        return f"{sum(row.count('1') for row in value)} of {len(value)} x {len(value[0])} blocks"
 
     def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         P, Q = self.block_shape

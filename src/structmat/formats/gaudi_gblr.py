@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from structmat import _checks
-from structmat.formats.base import Factors, FactorSpec, Format
+from structmat.formats.base import Factors, FactorSpec
+from structmat.formats.gblr import Gblr, even, from_segments
+from structmat.formats.learned import LearnedSegments, Unit
 from structmat.ops import gaudi_mask, low_rank_matmul
-
-Unit = Literal["parameters", "multiplications", "width"]
-"""What a budget counts; multiplications are those for one vector."""
 
 
 @dataclass(frozen=True)
-class GaudiGblr(Format):
+class GaudiGblr(LearnedSegments):
     """``K`` rank-1 blocks under differentiable masks (Gaudi-GBLR: Lee & Kim 2024, arXiv 2310.18882, section 3).
 
     ``W = sum_k (m_out_k * left_k) (m_in_k * right_k)^T``, where the masks of component ``k`` are those of
@@ -45,12 +44,11 @@ class GaudiGblr(Format):
         GaudiGblr(M=512, N=512, components=512, initial_width=0.125, multiple=1)
     """
 
-    components: int
     initial_width: float = 1.0
     multiple: int = 1
 
     name: ClassVar[str] = "gaudi_gblr"
-    must_save: ClassVar[bool] = False
+    label: ClassVar[str] = "Gaudi-GBLR"
     scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 2, "right": 1 / 2}
 
     def __post_init__(self) -> None:
@@ -112,6 +110,22 @@ class GaudiGblr(Format):
     def rounded_widths(self, width: Tensor) -> Tensor:
         """Widths ``(2, K)`` in entries, as real numbers: multiples of ``multiple``."""
         return torch.stack([self._rounded_width(row, n) for row, n in zip(width, self.shape, strict=True)])
+
+    @property
+    def least_width(self) -> float:
+        """One step of the grid; a component without any width has no gradient."""
+        return min(1.0, self.multiple / self.N)
+
+    def hardened(self, factors: Factors) -> tuple[Gblr, dict[str, Tensor]]:
+        """The GBLR matrix of what lies inside the segments, as ``harden`` makes it."""
+        self.check_factors(factors)
+        left, right = self.masked(factors)
+        return from_segments(self.shape, left, right, *self.segments(factors))
+
+    def overlap(self, factors: Factors) -> Tensor:
+        """The map of the hardened matrix."""
+        format, hardened = self.hardened(factors)
+        return format.overlap(hardened)
 
     def _rounded_width(self, width: Tensor, n: int) -> Tensor:
         return (width * (n / self.multiple)).round().mul(self.multiple).clamp(0, n)
@@ -211,9 +225,3 @@ class GaudiGblr(Format):
             "width": self._initial_widths() / torch.tensor(self.shape)[:, None],
             "sigma": torch.full((1,), torch.inf),
         }
-
-
-def even(total: int, count: int) -> Tensor:
-    """``count`` whole numbers, as equal as can be, that sum to ``total``."""
-    edges = torch.arange(count + 1) * total // max(count, 1)
-    return edges.diff()

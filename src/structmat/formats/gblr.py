@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
-from structmat.formats.gaudi_gblr import even
+from structmat.formats.tiled_gblr import AXES, TiledGblr
 from structmat.ops import gblr_matmul
-from structmat.ops.tiling import positions
+from structmat.ops.tiling import positions, tiling
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Gblr(Format):
     entries: tuple[int, int]
 
     name: ClassVar[str] = "gblr"
+    label: ClassVar[str] = "GBLR"
+    drawn_by: ClassVar[tuple[str, ...]] = ("start", "width", "order")
     scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 2, "right": 1 / 2}
 
     def __post_init__(self) -> None:
@@ -139,6 +142,15 @@ class Gblr(Format):
         """A few dense products on contiguous slices of the input and the output."""
         return gblr_matmul(x, **factors, M=self.M)
 
+    def overlap(self, factors: Factors) -> Tensor:
+        """The product of the segments' indicators."""
+        ones = {name: torch.ones_like(factors[name].detach(), dtype=torch.float32) for name in ("left", "right")}
+        return self.to_dense({**factors, **ones})
+
+    def for_inference(self, factors: Factors) -> tuple[TiledGblr, dict[str, Tensor]] | None:
+        """The matrix in tiles, as ``tile`` lays it out; None for one without components."""
+        return tile(self, factors) if self.components else None
+
     def _how_to_save(self) -> str:
         return "take fewer or smaller segments, or leave this layer dense"
 
@@ -189,3 +201,48 @@ def from_segments(
         "width": width.to(torch.int32),
         "order": order,
     }
+
+
+def tile(
+    format: Gblr, factors: Factors, *, block_sizes: Sequence[int | None] = (None, None)
+) -> tuple[TiledGblr, dict[str, Tensor]]:
+    """The same matrix in tiles, laid out for the cheapest product.
+
+    Args:
+        format: The GBLR format, with at least one component.
+        factors: Its factors.
+        block_sizes: The sizes of the blocks of the output and the input axis; None for the cheapest.
+
+    Returns:
+        The tiled format and its factors; ``format.num_parameters()`` of both tell the padding.
+
+    Raises:
+        TypeError: If the format is another.
+        ValueError: If there is no component, or the factors do not fit the format.
+    """
+    if not isinstance(format, Gblr):
+        raise TypeError(f"expected a Gblr format to tile, got {format}")
+    format.check_factors(factors)
+    if format.components == 0:
+        raise ValueError("expected at least one component to tile, got a GBLR matrix without any")
+    found = [
+        tiling(factors["start"][axis], factors["width"][axis], format.shape[axis], block_sizes[axis]) for axis in (0, 1)
+    ]
+    tiled: dict[str, Tensor] = {}
+    for name, one in zip(AXES, found, strict=True):
+        tiled[name] = one.packed(factors[name])
+        tiled[f"{name}_place"] = one.blocks.to(torch.int32)
+    outputs, inputs = found
+    rows, offsets = inputs.bags(format.components)
+    tiled["left_index"] = factors["order"].long()[outputs.index].to(torch.int32)
+    tiled["right_rows"], tiled["right_offsets"] = rows.to(torch.int32), offsets.to(torch.int32)
+    result = TiledGblr(
+        format.M, format.N, format.components, outputs.groups, inputs.groups, (outputs.block, inputs.block)
+    )
+    return result, {name: tiled[name] for name in result.factor_specs()}
+
+
+def even(total: int, count: int) -> Tensor:
+    """``count`` whole numbers, as equal as can be, that sum to ``total``."""
+    edges = torch.arange(count + 1) * total // max(count, 1)
+    return edges.diff()

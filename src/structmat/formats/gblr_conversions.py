@@ -35,23 +35,21 @@ def harden(format: GaudiGblr, factors: Factors) -> Result:
     """
     if not isinstance(format, GaudiGblr):
         raise TypeError(f"expected a GaudiGblr format to harden, got {format}")
-    format.check_factors(factors)
-    left, right = format.masked(factors)
-    return from_segments(format.shape, left, right, *format.segments(factors))
+    return format.hardened(factors)
 
 
-def hardening_gap(format: GaudiGblr, factors: Factors) -> float:
+def hardening_gap(format: Format, factors: Factors) -> float:
     """How far the hardened matrix is from the one that learned: ``|W - W_hard|_F / |W|_F``.
 
     Args:
-        format: The Gaudi-GBLR format.
-        factors: Its factors.
+        format: A format that learns its structure.
+        factors: The factors of that format.
 
     Returns:
         The relative error, 0 for a zero matrix; 0 up to rounding where ``sigma`` is infinite.
     """
     W = format.to_dense(factors).detach().double()
-    hard, hardened = harden(format, factors)
+    hard, hardened = format.hardened(factors)
     norm = W.norm()
     return float((W - hard.to_dense(hardened).detach().double()).norm() / norm) if norm > 0 else 0.0
 
@@ -180,27 +178,6 @@ def interpolate_gaudi(format: GaudiGblr, first: Factors, second: Factors, weight
     format.check_factors(second)
     mixed = {name: torch.lerp(first[name], second[name], weight) for name in ("left", "right", "location", "width")}
     return {**mixed, "sigma": first["sigma"]}
-
-
-def overlap(format: Format, factors: Factors) -> Tensor:
-    """How many components lie over each entry of a GBLR or Gaudi-GBLR matrix.
-
-    Args:
-        format: The format.
-        factors: Its factors.
-
-    Returns:
-        ``(M, N)``, float32 whole numbers.
-
-    Raises:
-        TypeError: If the format is another.
-    """
-    if isinstance(format, GaudiGblr):
-        format, factors = harden(format, factors)
-    if not isinstance(format, Gblr):
-        raise TypeError(f"expected a Gblr or GaudiGblr format, got {format}")
-    ones = {name: torch.ones_like(factors[name].detach(), dtype=torch.float32) for name in ("left", "right")}
-    return format.to_dense({**factors, **ones})
 
 
 def _whole_axes(format: Format, left: Tensor, right: Tensor) -> Result:

@@ -35,8 +35,10 @@ class LowRank(RankedFormat):
     rank: int
 
     name: ClassVar[str] = "low_rank"
+    label: ClassVar[str] = "low-rank"
     algorithms: ClassVar[tuple[str, ...]] = tuple(LINEAR)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 0.5, "right": 0.5}
+    component_axes: ClassVar[dict[str, int]] = {"left": 1, "right": 0}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,6 +43,7 @@ class Monarch(RankedFormat):
     permute_output: bool = False
 
     name: ClassVar[str] = "monarch"
+    label: ClassVar[str] = "Monarch"
     algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 0.5, "right": 0.5}
 

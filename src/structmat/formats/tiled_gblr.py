@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
-from structmat.formats.gblr import Gblr
 from structmat.ops.tiled_gblr import ALGORITHMS, tiled_gblr_matmul
-from structmat.ops.tiling import rows_to_components, tiling
+from structmat.ops.tiling import rows_to_components
 
 AXES = ("left", "right")
 
@@ -48,6 +46,7 @@ class TiledGblr(Format):
     block_sizes: tuple[int, int]
 
     name: ClassVar[str] = "tiled_gblr"
+    label: ClassVar[str] = "tiled GBLR"
     must_save: ClassVar[bool] = False
     algorithms: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
     scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 2, "right": 1 / 2}
@@ -153,40 +152,3 @@ class TiledGblr(Format):
         variance = self.to_dense(factors).square().mean().item()
         scaled = self.scaled(factors, (3 * self.N * variance) ** -0.5)
         return {name: scaled[name] for name in self.factor_specs()}
-
-
-def tile(format: Gblr, factors: Factors, *, block_sizes: Sequence[int | None] = (None, None)) -> tuple[TiledGblr, Any]:
-    """The same matrix in tiles, laid out for the cheapest product.
-
-    Args:
-        format: The GBLR format, with at least one component.
-        factors: Its factors.
-        block_sizes: Of the output and the input axis; None for the cheapest.
-
-    Returns:
-        The tiled format and its factors; ``format.num_parameters()`` of both tell the padding.
-
-    Raises:
-        TypeError: If the format is another.
-        ValueError: If there is no component, or the factors do not fit the format.
-    """
-    if not isinstance(format, Gblr):
-        raise TypeError(f"expected a Gblr format to tile, got {format}")
-    format.check_factors(factors)
-    if format.components == 0:
-        raise ValueError("expected at least one component to tile, got a GBLR matrix without any")
-    found = [
-        tiling(factors["start"][axis], factors["width"][axis], format.shape[axis], block_sizes[axis]) for axis in (0, 1)
-    ]
-    tiled: dict[str, Tensor] = {}
-    for name, one in zip(AXES, found, strict=True):
-        tiled[name] = one.packed(factors[name])
-        tiled[f"{name}_place"] = one.blocks.to(torch.int32)
-    outputs, inputs = found
-    rows, offsets = inputs.bags(format.components)
-    tiled["left_index"] = factors["order"].long()[outputs.index].to(torch.int32)
-    tiled["right_rows"], tiled["right_offsets"] = rows.to(torch.int32), offsets.to(torch.int32)
-    result = TiledGblr(
-        format.M, format.N, format.components, outputs.groups, inputs.groups, (outputs.block, inputs.block)
-    )
-    return result, {name: tiled[name] for name in result.factor_specs()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from structmat.fit import Magnitude, TruncatedSvd
-from structmat.formats import BlockDiagonal, BlockSparse, Factors, Format, LowRank, overlap
+from structmat.formats import BlockDiagonal, BlockSparse, Factors, Format, LowRank
 
 REGIONS = 4
 """Into how many parts each axis is cut for the effective ranks, and for the nearest block-sparse matrix, at most."""
@@ -60,7 +60,7 @@ def structure_numbers(format: Format, factors: Factors) -> StructureNumbers:
     Raises:
         TypeError: If the format is another.
     """
-    counts = overlap(format, factors).flatten()
+    counts = format.overlap(factors).flatten()
     matrix = format.to_dense(factors).detach().double()
     keep = format.num_parameters(factors) / (format.M * format.N)
     regions = [_divisor(n) for n in format.shape]

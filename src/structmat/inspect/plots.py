@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from structmat.formats import Blast, overlap
 from structmat.nn import StructuredModule
 
 if TYPE_CHECKING:
@@ -88,13 +87,8 @@ def couplings(layer: StructuredModule, *, title: str = "") -> Figure:
         TypeError: If the layer is not BLAST.
         ImportError: If matplotlib is missing.
     """
-    if not isinstance(layer.format, Blast):
-        raise TypeError(f"expected a layer with a Blast format, got {layer.format}")
-    I, J = layer.format.blocks
-    left, diag, right = (factor.detach().float().cpu() for factor in layer.format.views(layer.factors))
-    # each component's couplings in units of what it contributes to a typical block
-    diag = diag * (left.square().sum((0, 1)) * right.square().sum((0, 2))).sqrt()
-    diag = diag / diag.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    diag = layer.format.couplings(layer.factors).cpu()  # (I, J, R)
+    I, J, _ = diag.shape
     spread = diag.abs().std((0, 1), correction=0) / diag.abs().mean((0, 1)).clamp_min(1e-12)
     ordered = diag.view(I * J, -1)[:, spread.argsort(descending=True)]
 
@@ -135,7 +129,7 @@ def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int | Non
     """
     if not layers:
         raise ValueError("expected at least one GBLR or Gaudi-GBLR layer to draw, got none")
-    maps = {name: _patches(overlap(layer.format, layer.factors)) for name, layer in layers.items()}
+    maps = {name: _patches(layer.format.overlap(layer.factors)) for name, layer in layers.items()}
     columns = min(max(4, math.isqrt(len(maps))) if columns is None else columns, len(maps))
     rows = -(-len(maps) // columns)
     figure, grid = _figure(2.2 * columns + 0.8, 2.2 * rows + 0.4, nrows=rows, ncols=columns, squeeze=False)

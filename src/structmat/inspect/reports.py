@@ -13,12 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from structmat._tables import share, table_text
 from structmat.fit import Fit
-from structmat.formats import GaudiGblr, Gblr
 from structmat.inspect.learned import StructureNumbers, structure_numbers
 from structmat.network.calls import call, evaluating
 from structmat.network.sites import DENSE_KINDS, dense_weight, unseen_weights
 from structmat.nn import StructuredConv2d, StructuredModule
 from structmat.plan import Plan
+
+NUMBERS = (4, 5, 6, 7)
+"""The columns of a report with numbers, which are aligned to the right."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Report:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
-    def __str__(self) -> str:
+    def cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The report as a table: the titles of the columns, and the rows, of which the last is the whole network."""
         unit = "per token" if self.per_token else "in all"
         head = ("layer", "format", "settings", "shape", "parameters", "keep", f"mult. {unit}", "error", "")
         body = [
@@ -101,9 +104,20 @@ class Report:
             for row in self.rows
         ]
         total = (
-            "whole model", "", "", "", f"{self.parameters:,}", share(self.parameters, self.dense_parameters),
-            f"{self.multiplications:,}", "", f"{share(self.multiplications, self.dense_multiplications)} of dense",
-        )  # fmt: skip
+            "whole model",
+            "",
+            "",
+            "",
+            f"{self.parameters:,}",
+            share(self.parameters, self.dense_parameters),
+            f"{self.multiplications:,}",
+            "",
+            f"{share(self.multiplications, self.dense_multiplications)} of dense",
+        )
+        return head, [*body, total]
+
+    def __str__(self) -> str:
+        head, rows = self.cells()
         notes = [f"not in any row: {name} ({what})" for name, what in self.unseen.items()]
         total_keep = sum(row.parameters for row in self.rows if row.name in self.structure) or 1
         notes += [
@@ -111,7 +125,7 @@ class Report:
             for row in self.rows
             if row.name in self.structure
         ]
-        return "\n".join([table_text(head, [*body, total], right=(4, 5, 6, 7)), *notes])
+        return "\n".join([table_text(head, rows, right=NUMBERS), *notes])
 
 
 def report(
@@ -149,7 +163,7 @@ def report(
         if isinstance(module, StructuredModule):
             format, factors, (M, N) = module.format, module.factors, module.format.shape
             parameters, one_token = format.num_parameters(factors), format.multiplications(1, factors)
-            kind, settings = format.name, _settings(format.to_json())
+            kind, settings = format.name, format.settings()
         elif kind_of_dense is not None and not is_lazy(dense_weight(module)):
             weight = kind_of_dense.matrix(module)
             factors, (M, N) = {"weight": dense_weight(module)}, weight.shape
@@ -188,21 +202,8 @@ def _learned(model: nn.Module) -> dict[str, StructureNumbers]:
     return {
         name: structure_numbers(module.format, module.factors)
         for name, module in model.named_modules()
-        if isinstance(module, StructuredModule) and isinstance(module.format, (Gblr, GaudiGblr))
+        if isinstance(module, StructuredModule) and module.format.has_overlap
     }
-
-
-def _settings(fields: dict[str, Any]) -> str:
-    """The hyperparameters beside format and shape, short."""
-    shown = []
-    for key, value in fields.items():
-        if key == "mask":
-            shown.append(f"{sum(row.count('1') for row in value)} of {len(value)} x {len(value[0])} blocks")
-        elif key == "blocks" and isinstance(value, list):
-            shown.append(f"{value[0]} x {value[1]} blocks")
-        elif key not in ("format", "M", "N") and value is not False:
-            shown.append(key if value is True else f"{key} {value}")
-    return ", ".join(shown)
 
 
 def _count_tokens(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> dict[str, int]:

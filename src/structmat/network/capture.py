@@ -84,7 +84,7 @@ def count_vectors(
         batch: The inputs of the call.
 
     Returns:
-        For each layer the number of calls by vectors and dtype; calls on no vector are left out.
+        The number of calls by vectors and dtype, for each layer; calls on no vector are left out.
     """
     counts: dict[str, Counter[tuple[int, torch.dtype]]] = {name: Counter() for name in layers}
 

@@ -22,8 +22,8 @@ class Extras:
     """What a block is called with beside the hidden state.
 
     Attributes:
-        args: Further positional arguments.
-        kwargs: Keyword arguments.
+        args: The positional arguments after the hidden state.
+        kwargs: The keyword arguments.
     """
 
     args: tuple[Any, ...]
@@ -34,7 +34,7 @@ class Extras:
 
         Args:
             block: The block, dense or compressed.
-            state: The hidden state; it is moved to the device of the block, and so is everything else.
+            state: The hidden state; it moves to the device of the block, and so do the extras.
 
         Returns:
             What the block returns.
@@ -84,9 +84,9 @@ class Chain:
     """The blocks of a network.
 
     Attributes:
-        names: Of the blocks, in order.
+        names: The names of the blocks, in order.
         returns_tuple: Whether a block returns a tuple that begins with the hidden state, or the hidden state itself.
-        before: Planned layers that are called before the first block.
+        before: The planned layers that are called before the first block.
     """
 
     names: tuple[str, ...]
@@ -94,13 +94,13 @@ class Chain:
     before: tuple[str, ...]
 
     def outside(self, planned: Sequence[str]) -> tuple[list[str], list[str]]:
-        """The planned layers that are called before the first block, and those called after the last.
+        """Sort the planned layers outside the blocks.
 
         Args:
-            planned: Names of the planned layers.
+            planned: The names of the planned layers.
 
         Returns:
-            Both lists of names.
+            The names of those that are called before the first block, and of those called after the last.
         """
         outside = [name for name in planned if not any(name.startswith(f"{block}.") for block in self.names)]
         return [n for n in outside if n in self.before], [n for n in outside if n not in self.before]
@@ -110,7 +110,7 @@ class Chain:
 
         Args:
             model: The network.
-            batches: Its inputs.
+            batches: The inputs of one call each.
 
         Returns:
             The hidden state that the first block reads, for each batch, and what each block is called with beside it,
@@ -146,8 +146,8 @@ class Relay:
 
     Args:
         model: The network.
-        chain: Its blocks.
-        batches: Its inputs.
+        chain: The blocks of the network.
+        batches: The inputs of one call each.
         deliver: Whether the last block hands on the given state; otherwise what the first one got.
     """
 
@@ -177,8 +177,8 @@ def find_chain(model: nn.Module, planned: Mapping[str, Sequence[str]], batch: An
 
     Args:
         model: The network.
-        planned: Every name of each planned layer, by the layer's own.
-        batch: Its inputs.
+        planned: Every name of each planned layer, by its first name.
+        batch: The inputs of the call.
 
     Returns:
         The chain, or None if the network has none.

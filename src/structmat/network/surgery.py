@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from structmat.fit import Fit
-from structmat.formats import Dense, Format, GaudiGblr, Gblr, harden, hardening_gap, tile
+from structmat.formats import Format, hardening_gap
 from structmat.network.adapters import record
 from structmat.network.sites import DENSE_KINDS, Site, find_sites
 from structmat.nn import StructuredModule
@@ -31,7 +30,7 @@ def apply_plan_(
 
     Biases, training mode, ``requires_grad`` of the weight, dtype and device carry over; a weight that several modules
     share stays shared. The network is checked against the whole plan before anything changes. A layer that already
-    has the planned format stays as it is, and so does one planned as ``Dense``.
+    has the planned format does not change, and neither does one planned as ``Dense``.
 
     Args:
         model: The network; it may live on the meta device.
@@ -77,7 +76,7 @@ def planned_sites(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Sit
             if module.format != format:
                 raise ValueError(f"expected {name!r} dense or already {format}, got {module.format}; densify_ it first")
             continue
-        if isinstance(format, Dense):
+        if not format.replaces:
             continue
         site = by_name.get(name)
         if site is None or site.problem:
@@ -145,9 +144,8 @@ def harden_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, f
     gaps: dict[str, float] = {}
 
     def hardened(name: str, layer: StructuredModule) -> tuple[Format, Mapping[str, Tensor]]:
-        soft = cast("GaudiGblr", layer.format)
-        gaps[name] = hardening_gap(soft, layer.factors)
-        format, factors = harden(soft, _detached(layer))
+        gaps[name] = hardening_gap(layer.format, layer.factors)
+        format, factors = layer.format.hardened(_detached(layer))
         try:
             format.check_saves()
         except ValueError as error:
@@ -156,7 +154,7 @@ def harden_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, f
             ) from error
         return format, factors
 
-    _convert_(model, names, GaudiGblr, hardened)
+    _convert_(model, names, "GaudiGblr layers", lambda format: format.learns, hardened)
     large = {name: gap for name, gap in gaps.items() if gap > LARGE_GAP}
     if large:
         worst = max(large, key=lambda name: large[name])
@@ -187,11 +185,13 @@ def tile_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, flo
     padding: dict[str, float] = {}
 
     def tiled(name: str, layer: StructuredModule) -> tuple[Format, Mapping[str, Tensor]]:
-        format, factors = tile(cast("Gblr", layer.format), _detached(layer))
-        padding[name] = format.num_parameters() / layer.format.num_parameters() - 1
-        return format, factors
+        found = layer.format.for_inference(_detached(layer))
+        if found is None:
+            raise ValueError(f"layer {name!r}: expected at least one component to tile, got {layer.format}")
+        padding[name] = found[0].num_parameters() / layer.format.num_parameters() - 1
+        return found
 
-    _convert_(model, names, Gblr, tiled)
+    _convert_(model, names, "Gblr layers", lambda format: format.has_inference_layout, tiled)
     return padding
 
 
@@ -202,15 +202,16 @@ def _detached(layer: StructuredModule) -> dict[str, Tensor]:
 def _convert_(
     model: nn.Module,
     names: Iterable[str] | None,
-    kind: type[Format],
+    what: str,
+    fits: Callable[[Format], bool],
     convert: Callable[[str, StructuredModule], tuple[Format, Mapping[str, Tensor]]],
 ) -> None:
-    """Give the layers of one format another, in place, once all of them are made; shared factors are converted once."""
+    """Give the layers whose format fits another, in place, once all are made; shared factors are converted once."""
     hung, layers = _structured_layers(model)
-    found = {name: layer for name, layer in layers.items() if isinstance(layer.format, kind)}
-    wanted = _with_ties(found, list(names) if names is not None else list(found), f"{kind.__name__} layers")
+    found = {name: layer for name, layer in layers.items() if fits(layer.format)}
+    wanted = _with_ties(found, list(names) if names is not None else list(found), what)
     if not wanted:
-        raise ValueError(f"expected a network with {kind.__name__} layers, got none")
+        raise ValueError(f"expected a network with {what}, got none")
     converted: dict[tuple[int, ...], StructuredModule] = {}
     replacements: dict[str, StructuredModule] = {}
     for old in {id(found[name]): found[name] for name in wanted}.values():

@@ -12,7 +12,7 @@ METADATA = frozenset({"shape", "dtype", "device", "layout", "ndim", "is_meta", "
 """Attributes that are known without the matrix."""
 
 METADATA_METHODS = frozenset({"size", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex"})
-"""Methods likewise."""
+"""Methods that need no matrix either."""
 
 WRITES = frozenset(
     {"__set__", "__delete__", "__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
@@ -27,9 +27,6 @@ class ReadOnlyWeight(torch.Tensor):
     are plain tensors, except for views, which are read-only too. A write would be lost, because the layer owns its
     factors and no matrix; it is refused, in whatever form it comes: in-place methods, ``.data``, items, ``out=``.
     """
-
-    _is_hf_initialized = True
-    """Tells the initialisation of transformers that there is nothing to do."""
 
     _make: Callable[[], Tensor]
 

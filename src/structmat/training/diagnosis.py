@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from structmat.formats.gaudi_gblr import Unit
+from structmat.formats import Unit
 from structmat.ops import gaudi_mask
 from structmat.training.learning import Layer, StructureLearning, excess, grouped, read_layers, share_of
 

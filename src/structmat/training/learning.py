@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from structmat import _checks
-from structmat.formats import GaudiGblr
-from structmat.formats.gaudi_gblr import Unit
+from structmat.formats import LearnedSegments, Unit
 from structmat.nn import StructuredModule
 
 RULES = ("switch", "continuous", "shrink")
@@ -135,7 +134,7 @@ def structure_layers(model: nn.Module) -> dict[str, StructuredModule]:
     layers: dict[str, StructuredModule] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, StructuredModule) or not isinstance(module.format, GaudiGblr):
+        if not isinstance(module, StructuredModule) or not isinstance(module.format, LearnedSegments):
             continue
         if id(module.width) not in seen:
             seen.add(id(module.width))
@@ -226,13 +225,12 @@ class Layer:
     """The structural parameters of one layer, whole; for this package alone, and so is everything below."""
 
     def __init__(self, name: str, module: StructuredModule, vectors: float) -> None:
-        if not isinstance(module.format, GaudiGblr):
+        if not isinstance(module.format, LearnedSegments):
             raise TypeError(f"expected a Gaudi-GBLR layer, got {module.format}")
         self.name, self.module, self.vectors = name, module, vectors
         self.format = module.format
         self.width = _whole(module.get_parameter("width"))
-        least = self.width.new_tensor([0.0, self.format.multiple / self.format.N])[:, None]
-        self.least = least.clamp_max(1)
+        self.least = self.width.new_tensor([0.0, self.format.least_width])[:, None]
 
     def shrunk(self, amount: float) -> Tensor:
         """The widths after taking an amount off."""

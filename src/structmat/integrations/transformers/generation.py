@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 from structmat import _checks
 from structmat._progress import progress_bar
-from structmat.bench.layers import checked_device
+from structmat.bench.machine import checked_device
 from structmat.bench.models import GenerationBench, ModelSize, ModelTime
 from structmat.bench.timing import Timing, captured, time_in_turn
 from structmat.bench.verify import FEW_TOKENS, check_format, check_layer, exact_weight

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from structmat import _checks
+from structmat.bench.models import SHAPES
 from structmat.formats import Format
+from structmat.integrations.transformers.skeletons import empty_model
 from structmat.network.surgery import apply_plan_
 from structmat.nn import StructuredModule
 from structmat.plan import Rule, make_plan
+
 
 def random_llama(
     shape: str,
@@ -21,47 +25,39 @@ def random_llama(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **changes: int,
-) -> Any:
+) -> LlamaForCausalLM:
     """A Llama of a shape with random weights, dense or with structured attention and MLPs.
 
-    Nothing is fitted, and no dense weight is made of a layer that is structured.
+    Nothing is fitted, and a layer that is structured never has a dense weight.
 
     Args:
-        shape: One of ``SHAPES``.
-        rule: For every linear layer but the output head; None for a dense network.
-        dtype: Of the weights.
-        device: Where they are drawn.
-        **changes: Of the configuration, such as ``vocab_size=32000``.
+        shape: A key of ``SHAPES``.
+        rule: The rule for every linear layer but the output head; None for a dense network.
+        dtype: The dtype of the weights.
+        device: The device on which the weights are drawn.
+        **changes: Changes of the configuration, such as ``vocab_size=32000``.
 
     Returns:
-        The ``LlamaForCausalLM``, in evaluation mode.
+        The model, in evaluation mode.
 
     Raises:
         ValueError: If there is no such shape, or the rule does not fit it.
-        ImportError: If transformers is missing.
     """
     _checks.one_of(shape, SHAPES, "a shape")
-    try:
-        import transformers  # noqa: PLC0415 - an optional dependency at its one door
-    except ImportError as error:
-        raise ImportError("language models need transformers: pip install 'structmat[transformers]'") from error
-    device = torch.device(device)
     facts: dict[str, Any] = {**SHAPES[shape], "max_position_embeddings": 8192, **changes}
-    config = transformers.LlamaConfig(**facts)
-    with torch.device("meta"):
-        model: Any = transformers.LlamaForCausalLM(config)
-        model = model.to(dtype).eval()
-        if rule is not None:
-            apply_plan_(model, make_plan(model, {r"model\.layers\..*": rule}))
-    model.to_empty(device=device)
-    # its frequencies are buffers that no checkpoint holds
+    config = LlamaConfig(**facts)
+    model = empty_model(LlamaForCausalLM, config, dtype)
+    if rule is not None:
+        apply_plan_(model, make_plan(model, {r"model\.layers\..*": rule}))
+    model.to_empty(device=device)  # it empties the frequencies too, which are buffers
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    return fill_(model)
+    fill_(model)
+    return model
 
 
 @torch.no_grad()
 def fill_(model: nn.Module) -> nn.Module:
-    """Draw the weights of a network where it is, in place: structured ones, matrices, and ones for the rest."""
+    """Draw structured weights and matrices at random where they are, in place, and set all other weights to 1."""
     done: set[int] = set()
     for module in model.modules():
         if isinstance(module, StructuredModule):
@@ -79,7 +75,7 @@ def random_factors(format: Format, like: dict[str, Tensor]) -> dict[str, Tensor]
 
     Args:
         format: The format.
-        like: Tensors of the factors' dtypes, on the device.
+        like: Tensors with the dtypes and the device of the factors.
 
     Returns:
         The factors.

@@ -15,8 +15,9 @@ outermost model that was given to the surgery; operate on that, not on one of it
 
 from __future__ import annotations
 
+import functools
+import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, rec
 from structmat.network.adapters import Adapter, register_adapter
 from structmat.network.sites import DENSE_KINDS, DenseKind, dense_weight
 from structmat.network.surgery import apply_plan_, densify_
-from structmat.nn import StructuredLinear, StructuredModule
+from structmat.nn import ReadOnlyWeight, StructuredLinear, StructuredModule
 
 
 class StructuredConv1D(StructuredLinear):
@@ -70,6 +71,8 @@ class StructmatQuantizer(HfQuantizer):
 
     requires_calibration = True  # refuses quantization_config=... on a dense checkpoint
     quantization_config: StructmatConfig
+    given: Mapping[str, Tensor] | None = None
+    """The state dict that ``save_pretrained`` was given, while it runs."""
 
     def is_serializable(self) -> Any:
         """Such a model can be saved."""
@@ -132,21 +135,46 @@ class StructmatQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
         """The state dict to save, with one byte in the place of each dense weight.
 
-        Transformers forgets the ``state_dict`` that ``save_pretrained`` was given when it asks here for one; sharded
-        trainers depend on it, so it is taken from there.
-
         Args:
             model: The model to save.
 
         Returns:
             The state dict, and no metadata.
         """
-        given = sys._getframe(1).f_locals.get("state_dict")
-        state = dict(model.state_dict() if given is None else given)
-        for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, StructuredModule) and f"{name}.weight" not in state:
-                state[f"{name}.weight"] = torch.zeros(1, dtype=torch.uint8)
+        state = dict(model.state_dict() if self.given is None else self.given)
+        for name, byte in placeholders(model).items():
+            state.setdefault(name, byte)
         return state, {}
+
+
+def placeholders(model: nn.Module) -> dict[str, Tensor]:
+    """One byte under the name of the dense weight of every structured layer, for the files of a checkpoint."""
+    return {
+        f"{name}.weight": torch.zeros(1, dtype=torch.uint8)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, StructuredModule)
+    }
+
+
+def _save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *arguments: Any,
+    **options: Any,
+) -> None:
+    """Save a structured model as its class does.
+
+    Transformers forgets the ``state_dict`` that it was given, which is all that a sharded trainer can save, where a
+    model has a quantizer; the quantizer is told it here.
+    """
+    quantizer = model.hf_quantizer
+    quantizer.given = state_dict
+    try:
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *arguments, **options)
+    finally:
+        quantizer.given = None
 
 
 def _names_in(model: Any, config: StructmatConfig) -> dict[str, str]:
@@ -201,7 +229,8 @@ def _write_down_one(model: Any) -> None:
     if facts is None:
         if before is not None:
             del config.quantization_config
-            model.__dict__.pop("hf_quantizer", None)
+            for own in ("hf_quantizer", "save_pretrained"):
+                model.__dict__.pop(own, None)
             _declare_ties(model)
         return
     if isinstance(model.get_output_embeddings(), StructuredModule):
@@ -209,6 +238,7 @@ def _write_down_one(model: Any) -> None:
             part.tie_word_embeddings = False
     config.quantization_config = StructmatConfig(**facts)
     model.hf_quantizer = StructmatQuantizer(config.quantization_config)
+    model.save_pretrained = functools.partial(_save_pretrained, model)
     _declare_ties(model)
 
 
@@ -243,6 +273,7 @@ def _declare_ties(model: Any) -> None:
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
 
 
+ReadOnlyWeight._is_hf_initialized = True  # pyright: ignore - transformers is not to draw such a weight at random
 register_quantization_config(QUANT_METHOD)(StructmatConfig)
 register_quantizer(QUANT_METHOD)(StructmatQuantizer)
 register_adapter(
