@@ -40,13 +40,13 @@ class Grid:
     """One experiment.
 
     Attributes:
-        title: For the table.
+        title: The heading of its table.
         network: ``"vit"`` or ``"mixer"``.
-        keeps: Budgets; tuned at ``tuned_at``.
+        keeps: The budgets.
         tuned_at: The budget at which the learning rate is chosen.
-        steps: Of training.
-        rates: Candidates.
-        pretrained_steps: As in ``Run``.
+        steps: The number of training steps.
+        rates: The learning rates that are tried.
+        pretrained_steps: The steps of training a dense network first; 0 for a random start.
     """
 
     title: str
@@ -77,7 +77,7 @@ class Cells:
         self.folder = RESULTS / "from_scratch" / name
 
     def path(self, run: Run) -> Path:
-        """Of one run."""
+        """The file of one run."""
         return self.folder / f"{run.method.replace(' ', '-')}-{run.keep}-{run.rate}-{run.seed}.json"
 
     def read(self, run: Run) -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ class Cells:
                         yield run
 
     def records(self) -> dict[tuple[str, float], list[dict[str, Any]]]:
-        """Those at the best rate, by method and budget."""
+        """The records of the runs at the best rate, by method and budget."""
         found: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for method in METHODS:
             rate = self.best_rate(method)

@@ -44,7 +44,7 @@ def random_segments() -> tuple[Tensor, Tensor]:
 
 
 def learned_segments(files: Sequence[Path]) -> tuple[Tensor, Tensor]:
-    """Those of every layer in files that from_scratch.py wrote, drawn with repetition and scaled to the budget."""
+    """The segments of every layer that from_scratch.py wrote to files, drawn with repetition, scaled to the budget."""
     starts, widths = [], []
     for file in files:
         for layer in json.loads(file.read_text()).values():

@@ -48,7 +48,7 @@ ODD: tuple[Format, ...] = (
     BlockSparse(108, 76, flat_butterfly((4, 4), stride=2), rank=3),
     LowRank(77, 91, rank=13),
 )
-"""At which the kernels are checked first."""
+"""The odd sizes at which the kernels are checked first."""
 ODD_TOKENS = (1, 5, 67)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -60,7 +60,7 @@ LAYERS = {
 SHAPES = ((4096, 4096), (4096, 11008))
 TOKENS = (1, 8, 1024, 4096)
 DECODE = 8
-"""Up to so many tokens are decoding."""
+"""Calls of up to this many tokens count as decoding."""
 
 MODEL = "llama-7b"
 MODELS = {
@@ -72,7 +72,7 @@ MODELS = {
 GENERATED = (10, 100, 1000)
 PROMPT = 1024
 RATIO_TARGET = 0.62
-"""Of the dense time, at keep 0.5; the authors of BLAST report 0.74 on an A100."""
+"""The share of the dense time to reach at keep 0.5; the authors of BLAST report 0.74 on an A100."""
 
 ALGORITHMS = ("whole", TRITON)
 

@@ -25,7 +25,7 @@ from vision import Run
 RESULTS = Path(__file__).parent / "results" / "sensitivity"
 SEEDS = (0, 1)
 USUAL = Run("vit", "gaudi-gblr", 0.125, 4e-3, 0, 400)
-"""At a learning rate from the middle of those that from_scratch.py tries for Gaudi-GBLR."""
+"""The usual run; its learning rate is in the middle of those that from_scratch.py tries for Gaudi-GBLR."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "usual": {},
@@ -93,7 +93,7 @@ TABLE: dict[str, dict[str, str]] = {
 
 
 def path(name: str, seed: int, folder: Path) -> Path:
-    """Of the results of one run."""
+    """The file with the results of one run."""
     return folder / f"{name.replace(', ', '_').replace(' ', '-')}-{seed}.json"
 
 

@@ -1,9 +1,9 @@
 """Whether Gaudi-GBLR learns the same structure twice: overlap maps of two seeds, on the ViT of from_scratch.py.
 
-Two runs from one pretrained network, whose fitted structure they share and then train in another order of the data,
-and two from random weights of their own. The similarity of two maps is what they share when both sum to 1
-(``structmat.inspect.learned.map_similarity``); beside it that of the same segments at random places, which is what maps of
-such sizes share by chance. Every run is kept as JSON; a second call makes those that are missing.
+Two runs start from one pretrained network, whose fitted structure they share, and train in another order of the data;
+two others start from random weights of their own. The similarity of two maps is what they share when both sum to 1
+(``inspect.learned.map_similarity``). Beside it stands the similarity of the same segments at random places, which is
+what maps of such sizes share by chance. Every run is kept as JSON; a second call makes those that are missing.
 
     python benchmarks/structure_stability.py                # five minutes on 2 cores, alone
 """
@@ -56,7 +56,7 @@ def record_of(run: Run, seed: int, data: vision.Data) -> dict[str, Any]:
 
 
 def soft_segments(model: torch.nn.Module) -> Segments:
-    """Those of Gaudi-GBLR layers."""
+    """The segments of Gaudi-GBLR layers."""
     found: Segments = {}
     for name, layer in model.named_modules():
         if isinstance(layer, sm.StructuredLinear) and isinstance(layer.format, sm.GaudiGblr):
@@ -126,7 +126,7 @@ def table(folder: Path) -> str:
 
 
 def path(start: str, seed: int, folder: Path) -> Path:
-    """Of the results of one run."""
+    """The file with the results of one run."""
     return folder / f"{start}-{seed}.json"
 
 

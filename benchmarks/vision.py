@@ -174,9 +174,9 @@ class Run:
         method: ``"dense"``, a key of ``FORMATS``, or ``"learned ranks"``.
         keep: Share of the dense multiplications of the structured layers.
         rate: Highest learning rate.
-        seed: Of weights and data order.
-        steps: Of the optimizer, with batches of 128.
-        pretrained_steps: Of training a dense network first, which is then compressed; 0 for a random start.
+        seed: The seed of weights and data order.
+        steps: The number of steps of the optimizer, with batches of 128.
+        pretrained_steps: The steps of training a dense network first, which is then compressed; 0 for a random start.
         structure: What differs from ``learning``'s settings of ``StructureLearning``.
         options: What differs from the usual in ``make_plan``.
         structure_rate: Learning rate of widths and locations.

@@ -1,4 +1,4 @@
-"""``structmat.compress.api`` that is killed, interrupted or started twice: the result is that of one quiet run."""
+"""``structmat compress`` that is killed, interrupted or started twice: the result is that of one quiet run."""
 
 import json
 import os
