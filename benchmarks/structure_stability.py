@@ -49,10 +49,18 @@ def record_of(run: Run, seed: int, data: vision.Data) -> dict[str, Any]:
     vision.train(run, model, data)
     sm.harden_(model)
     return {
-        "seed": seed, "steps": run.steps, "keep": run.keep, "pretrained_steps": run.pretrained_steps, "rate": run.rate,
-        "development": vision.accuracy(model, data.development), "test": vision.accuracy(model, data.test),
-        "start": start, "learned": segments(model), "data": data.name, "hardware": hardware(),
-    }  # fmt: skip
+        "seed": seed,
+        "steps": run.steps,
+        "keep": run.keep,
+        "pretrained_steps": run.pretrained_steps,
+        "rate": run.rate,
+        "development": vision.accuracy(model, data.development),
+        "test": vision.accuracy(model, data.test),
+        "start": start,
+        "learned": segments(model),
+        "data": data.name,
+        "hardware": hardware(),
+    }
 
 
 def soft_segments(model: torch.nn.Module) -> Segments:
@@ -113,11 +121,13 @@ def table(folder: Path) -> str:
         "",
         "| layer | " + " | ".join(f"{start}: two runs (by chance) | with its start" for start in pairs) + " |",
         "|---|" + "---|---|" * len(pairs),
-    ]  # fmt: skip
+    ]
     names = list(one["learned"])
     rows = {name: [row(runs, name) for runs in pairs.values()] for name in names}
-    mean = [tuple(statistics.mean(values) for values in zip(*column, strict=True))
-            for column in zip(*rows.values(), strict=True)]  # fmt: skip
+    mean = [
+        tuple(statistics.mean(values) for values in zip(*column, strict=True))
+        for column in zip(*rows.values(), strict=True)
+    ]
     for name, columns in [*rows.items(), ("**mean**", mean)]:
         texts = [f"{learned:.3f} ({by_chance:.3f}) | {begun:.3f}" for learned, by_chance, begun in columns]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")

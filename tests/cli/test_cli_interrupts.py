@@ -15,7 +15,7 @@ import pytest
 
 from training import tiny
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 KILLS = 20
 

@@ -16,6 +16,7 @@ from structmat.demo import Settings, run_demo, speed, structures, usual_structur
 from structmat.demo.settings import plans_for, rule_for
 from structmat.demo.show import spread
 from structmat.demo.vit import VisionTransformer
+from structmat.fit import DEFAULT_METHODS, GradientFit
 from structmat.formats import FORMATS, Factors, FactorSpec, Format, TiledGblr, register_format
 
 
@@ -103,8 +104,9 @@ def test_speeds_are_those_of_hardened_layers_beside_dense_ones(halves: str) -> N
 
 @pytest.mark.usefixtures("small")
 def test_a_run_with_the_structure_of_another_package(
-    halves: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    halves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setitem(DEFAULT_METHODS, Halves, GradientFit(steps=20))
     content = run_demo(Settings(0.6, ("gaudi_gblr", halves), out=tmp_path / "out", quick=True))
     assert json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8")) == content
     assert [result["name"] for result in content["results"]] == ["dense", "gaudi_gblr", "halves"]
@@ -120,9 +122,19 @@ def test_a_run_with_the_structure_of_another_package(
     assert rows.count("dense") == rows.count("Gaudi-GBLR") == rows.count("two halves") == 2
     first = next(line for line in lines if line.startswith("structure"))
     assert first.split() == [
-        "structure", "keep", "parameters", "mult./image", "of", "dense", "weight", "error", "compressed", "retrained",
-        "from", "scratch",
-    ]  # fmt: skip
+        "structure",
+        "keep",
+        "parameters",
+        "mult./image",
+        "of",
+        "dense",
+        "weight",
+        "error",
+        "compressed",
+        "retrained",
+        "from",
+        "scratch",
+    ]
     assert any("times as fast" in line for line in lines)
 
 

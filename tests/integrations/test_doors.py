@@ -166,3 +166,22 @@ def test_an_integration_that_is_imported_directly_says_what_to_install(name: str
     assert finished.returncode == 1
     message = f"ImportError: expected {name} to be installed; run: pip install 'structmat[{extra}]'"
     assert finished.stderr.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize("name", ["transformers", "diffusers"])
+def test_public_names_of_an_integration_are_sorted_and_there(name: str) -> None:
+    package = importlib.import_module(f"structmat.integrations.{name}")
+    assert package.__all__ == sorted(package.__all__, key=lambda one: (not one[0].isupper(), one))
+    assert {one for one in dir(package) if not one.startswith("_")} >= set(package.__all__)
+    assert all(getattr(package, one).__name__ == one for one in package.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # noqa: B018 - looked up alone
+
+
+def test_an_integration_imports_what_is_used_alone() -> None:
+    code = """
+import sys, structmat.integrations.transformers
+print([name.rpartition(".")[2] for name in sys.modules if name.startswith("structmat.integrations.transformers.")])
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert finished.stdout == "['quantizer']\n"

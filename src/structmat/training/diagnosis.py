@@ -21,7 +21,7 @@ CLIFF = 0.1
 SMEARED = 0.1
 """The share of a matrix' energy outside its segments, at the end of the smoothing, above which there is a warning."""
 
-STRIDES = 16
+STRIDES = 64
 """The number of parts in which the shrinkage until the last phase is predicted; the continuous rule changes it."""
 
 
