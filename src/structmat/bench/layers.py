@@ -49,8 +49,8 @@ def bench_layers(
     A timed run calls a stack of layers one after the other, each with weights of its own, as in a network. A stack has
     more layers than the caches hold (``stacks.MOST_COPIES`` at most), and the dense stack has as many. On a CPU an
     untimed run of the same stack precedes each timed one, so that none is the first after another. First every format
-    is checked against its dense definition in every dtype, at a small size with odd blocks and at the smallest shape;
-    the layer of each stack is checked again before it is timed.
+    is checked against its dense definition in every dtype, at a small size with odd blocks and at the smallest shape,
+    and each stack's layer again before it is timed.
 
     Args:
         formats: The rules, each with a ``keep``, by labels.
@@ -63,8 +63,7 @@ def bench_layers(
         rounds: How often each is timed.
         mode: ``"eager"``, ``"graphs"`` (the whole stack as one CUDA graph) or ``"compile"`` (each layer through
             ``torch.compile``), for dense and structured alike.
-        choose: A function that chooses algorithms for this machine, such as ``autotune_``; where it changes something,
-            the layer is timed with the automatic algorithm and with the chosen one.
+        choose: A function that chooses algorithms, such as ``autotune_``, which are timed beside the automatic one.
         algorithms: The algorithms to time beside the automatic one, in the formats that have them.
         cold: The bytes of the weights in a stack, at least; None for the number that suits the device's caches.
         peaks: The peaks by the names of the dtypes; None for measuring them now.
@@ -99,18 +98,13 @@ def bench_layers(
             bar.update()
         for dtype in dtypes:
             name = dtype_name(dtype)
-            if name not in measured:
-                measured[name] = measure_peak(dtype, device, large=cold > 0)
+            peak = measured[name] = measured.get(name) or measure_peak(dtype, device, large=cold > 0)
             for shape in shapes:
                 stacks = Stacks(planned[shape], dtype, device, cold, mode)
-                ways = _ways(stacks, choose, algorithms, tokens)
-                for label, rule in formats.items():
-                    every = sorted({way for some in ways[label].values() for way in some})
-                    check_format(_small(rule), dtype, device, [7], gradients=gradients, algorithms=every)
+                ways = _checked_ways(stacks, formats, choose, algorithms, tokens, gradients)
                 for count in tokens:
                     bar.set_postfix_str(f"{shape[0]} x {shape[1]}, {count} tokens, {name}")
-                    here = {label: ways[label][count] for label in ways}
-                    times += stacks.time(count, here, steps, rounds, measured[name])
+                    times += stacks.time(count, {label: ways[label][count] for label in ways}, steps, rounds, peak)
                     bar.update()
     settings = {"device": str(device), "mode": mode, "rounds": rounds, "cold_bytes": cold}
     return LayerBench(tuple(times), measured, settings=settings)
@@ -150,19 +144,26 @@ def _small(rule: Rule) -> Format:
     return dataclasses.replace(rule, keep=max(rule.keep or 0.0, SMALL_KEEP)).format_for(21 * I, 27 * J)
 
 
-def _ways(
-    stacks: Stacks, chooser: Chooser | None, algorithms: Sequence[str], tokens: Sequence[int]
+def _checked_ways(
+    stacks: Stacks,
+    rules: Mapping[str, Rule],
+    chooser: Chooser | None,
+    algorithms: Sequence[str],
+    tokens: Sequence[int],
+    gradients: bool,
 ) -> dict[str, dict[int, list[str]]]:
-    """What is timed beside the automatic algorithm, for each format and number of tokens."""
+    """What is timed beside the automatic algorithm, for each format and number of tokens, checked at a small size."""
     found: dict[str, dict[int, list[str]]] = {}
     for label, format in stacks.formats.items():
         wanted = [name for name in algorithms if name in format.algorithms]
         found[label] = {count: list(wanted) for count in tokens}
-        if chooser is None:
-            continue
-        layer = StructuredLinear(format, bias=False, dtype=stacks.dtype, device=stacks.device)
-        chooser(nn.Sequential(layer), tokens)
-        for count in tokens:
-            name = layer.algorithms.get(bucket(count))
-            found[label][count] += [] if name is None or name in wanted else [name]
+        if chooser is not None:
+            layer = StructuredLinear(format, bias=False, dtype=stacks.dtype, device=stacks.device)
+            chooser(nn.Sequential(layer), tokens)
+            for count in tokens:
+                name = layer.algorithms.get(bucket(count))
+                found[label][count] += [] if name is None or name in wanted else [name]
+        every = sorted({way for ways in found[label].values() for way in ways})
+        small = _small(rules[label])
+        check_format(small, stacks.dtype, stacks.device, [7], gradients=gradients, algorithms=every)
     return found

@@ -69,14 +69,7 @@ class Stacks:
             One entry for each step, format and algorithm.
         """
         x = torch.randn(tokens, self.shape[1], device=self.device).to(self.dtype)
-        stacks: dict[tuple[str, str], list[nn.Module]] = {("dense", "automatic"): self.layers["dense"]}
-        for label in self.formats:
-            stacks[label, "automatic"] = self.layers[label]
-            for algorithm in ways[label]:
-                stacks[label, algorithm] = [_set_to(layer, tokens, algorithm) for layer in self.layers[label]]
-        for (label, _), layers in stacks.items():
-            if isinstance(layers[0], StructuredLinear):
-                check_layer(layers[0], x, self.weights[label])
+        stacks = self._checked(x, ways)
         times: list[LayerTime] = []
         for step in steps:
             if self.mode == "compile":
@@ -89,6 +82,18 @@ class Stacks:
                     seconds = found[f"{label}|{way}"].each(self.copies)
                     times.append(self._result(label, way, tokens, step, seconds, dense, peak))
         return times
+
+    def _checked(self, x: Tensor, ways: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], list[nn.Module]]:
+        """The stack of each label and algorithm, whose first layer computes what its dense definition says."""
+        stacks: dict[tuple[str, str], list[nn.Module]] = {("dense", "automatic"): self.layers["dense"]}
+        for label in self.formats:
+            stacks[label, "automatic"] = self.layers[label]
+            for algorithm in ways[label]:
+                stacks[label, algorithm] = [_set_to(layer, len(x), algorithm) for layer in self.layers[label]]
+        for (label, _), layers in stacks.items():
+            if isinstance(layers[0], StructuredLinear):
+                check_layer(layers[0], x, self.weights[label])
+        return stacks
 
     def _result(
         self, label: str, way: str, tokens: int, step: str, seconds: Timing, dense: Timing, peak: Peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -51,9 +52,8 @@ def check_format(
         IncorrectResultError: If a result deviates from the dense definition in float64.
     """
     layer = StructuredLinear(format, bias=False, dtype=dtype, device=device)
-    for count in tokens:
-        for algorithm in algorithms:
-            _check(layer, torch.randn(count, format.N, device=device).to(dtype), algorithm, gradients)
+    for count, algorithm in itertools.product(tokens, algorithms):
+        _check(layer, torch.randn(count, format.N, device=device).to(dtype), algorithm, gradients)
 
 
 @torch.no_grad()

@@ -92,13 +92,9 @@ def draw(found: Accuracies, settings: Settings) -> list[Path]:
     Returns:
         The files.
     """
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for result in found.results.values():
-        point = (result.relative_multiplications, statistics.mean(result.after))
-        curves.setdefault(label(result.name), []).append(point)
     title = f"ViT on digits, compressed and retrained for {settings.epochs[1]} epochs"
     reference = (1.0, statistics.mean(found.dense.before))
-    files = [_save(settings.out / "trade_off.png", trade_off(curves, reference=reference, title=title))]
+    files = [_save(settings.out / "trade_off.png", trade_off(_curves(found), reference=reference, title=title))]
     drawings: dict[str, Callable[[str, Mapping[str, StructuredModule]], Figure | None]] = {
         "couplings": _couplings,
         "structure": _structure,
@@ -109,6 +105,15 @@ def draw(found: Accuracies, settings: Settings) -> list[Path]:
         for name, figure in drawn.items():
             files.append(_save(settings.out / (f"{stem}.png" if len(drawn) == 1 else f"{stem}-{name}.png"), figure))
     return files
+
+
+def _curves(found: Accuracies) -> dict[str, list[tuple[float, float]]]:
+    """The multiplications and the accuracy after retraining for every budget, by the label of the structure."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for result in found.results.values():
+        point = (result.relative_multiplications, statistics.mean(result.after))
+        curves.setdefault(label(result.name), []).append(point)
+    return curves
 
 
 def _couplings(name: str, layers: Mapping[str, StructuredModule]) -> Figure | None:

@@ -53,21 +53,20 @@ class StructuredConv2d(StructuredModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(format, bias, factors=factors, generator=generator, device=device, dtype=dtype)
-        kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
-        if format.N % math.prod(kernel_size):
-            raise ValueError(
-                f"expected N to be a multiple of the kernel's {math.prod(kernel_size)} positions, got {format.N}"
-            )
-        _checks.one_of(padding_mode, get_args(PaddingMode), "padding_mode")
-        if isinstance(padding, str):
-            _checks.one_of(padding, ("same", "valid"), "padding")
-            if padding == "same" and stride != (1, 1):
-                raise ValueError(f"expected stride (1, 1) with padding='same', got {stride}; give it in numbers")
-        self.kernel_size = kernel_size
-        self.stride = stride
+        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
         self.padding = padding if isinstance(padding, str) else _pair(padding)
-        self.dilation = dilation
         self.padding_mode: PaddingMode = padding_mode
+        self._check_geometry()
+
+    def _check_geometry(self) -> None:
+        positions = math.prod(self.kernel_size)
+        if self.format.N % positions:
+            raise ValueError(f"expected N to be a multiple of the kernel's {positions} positions, got {self.format.N}")
+        _checks.one_of(self.padding_mode, get_args(PaddingMode), "padding_mode")
+        if isinstance(self.padding, str):
+            _checks.one_of(self.padding, ("same", "valid"), "padding")
+            if self.padding == "same" and self.stride != (1, 1):
+                raise ValueError(f"expected stride (1, 1) with padding='same', got {self.stride}; give it in numbers")
 
     @property
     def in_channels(self) -> int:

@@ -52,30 +52,26 @@ class StructuredModule(nn.Module):
         if not isinstance(format, Format):
             raise TypeError(f"expected a structmat format, got {format!r}")
         super().__init__()
-        self.format = format
-        self.algorithms: dict[int, str] = {}
         dtype = dtype or torch.get_default_dtype()
         if factors is None:
             factors = format.init(generator=generator, dtype=dtype, device=device)
         else:
             format.check_factors(factors)
+        options = {"copy": True, "memory_format": torch.contiguous_format}
+        kinds = {name: spec.dtype or dtype for name, spec in format.factor_specs().items()}
+        self._hold(format, {name: factors[name].detach().to(device, kinds[name], **options) for name in kinds})
+        self.register_parameter("bias", _fresh_bias(format, generator, device, dtype) if bias else None)
+
+    def _hold(self, format: Format, factors: Mapping[str, Tensor], learns: bool = True) -> None:
+        """Register the factors of a format: parameters and buffers under their own names."""
+        self.format = format
+        self.algorithms: dict[int, str] = {}
         self._factor_names = tuple(format.factor_specs())
         for name, spec in format.factor_specs().items():
-            tensor = (
-                factors[name].detach().to(device, spec.dtype or dtype, copy=True, memory_format=torch.contiguous_format)
-            )
             if spec.trainable:
-                self.register_parameter(name, nn.Parameter(tensor))
+                self.register_parameter(name, nn.Parameter(factors[name], requires_grad=learns))
             else:
-                self.register_buffer(name, tensor)
-        if bias:
-            value = torch.empty(format.M, device=device, dtype=dtype)
-            if not value.is_meta:
-                bound = 1 / math.sqrt(format.N)
-                value.copy_((torch.rand(format.M, generator=generator, device="cpu") * 2 - 1) * bound)
-            self.bias = nn.Parameter(value)
-        else:
-            self.register_parameter("bias", None)
+                self.register_buffer(name, factors[name])
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -112,13 +108,7 @@ class StructuredModule(nn.Module):
         learns = any(factor.requires_grad for factor in self.factors.values())
         new = copy.copy(self)
         new._parameters, new._buffers = {}, {}
-        new.format, new._factor_names, new.algorithms = format, tuple(format.factor_specs()), {}
-        for name, spec in format.factor_specs().items():
-            tensor = factors[name].detach()
-            if spec.trainable:
-                new.register_parameter(name, nn.Parameter(tensor, requires_grad=learns))
-            else:
-                new.register_buffer(name, tensor)
+        new._hold(format, {name: factor.detach() for name, factor in factors.items()}, learns)
         new.register_parameter("bias", self.bias)
         return new
 
@@ -152,6 +142,17 @@ class StructuredModule(nn.Module):
             algorithm = next((name for most, name in self.algorithms.items() if most // 2 < tokens <= most), "")
         y = self.format.matmul(x, self.factors, algorithm)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _fresh_bias(
+    format: Format, generator: torch.Generator | None, device: torch.device | str | None, dtype: torch.dtype
+) -> nn.Parameter:
+    """A bias with the distribution of a fresh ``nn.Linear``; on the meta device nothing is drawn."""
+    value = torch.empty(format.M, device=device, dtype=dtype)
+    if not value.is_meta:
+        bound = 1 / math.sqrt(format.N)
+        value.copy_((torch.rand(format.M, generator=generator, device="cpu") * 2 - 1) * bound)
+    return nn.Parameter(value)
 
 
 class StructuredLinear(StructuredModule):

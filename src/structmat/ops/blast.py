@@ -1,4 +1,10 @@
-"""Product with a BLAST matrix: the operators and their gradients."""
+"""Product with a BLAST matrix: the operators and their gradients.
+
+The couplings decide the speed: written with broadcasting they materialise an ``I J T R`` tensor. For many tokens they
+are one product of ``(R, I, J)`` with ``(R, J, T)``, whose operands are strided views of the neighbouring products. The
+backward computes the intermediates again; where factors learn on a CPU from many tokens, ``blast_matmul_keeping`` keeps
+the first, ``J R`` numbers per token, half of what PyTorch's own operators would keep.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +46,7 @@ BACKWARD_BUFFER = 12
 def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str = "") -> Tensor:
     """Compute ``x @ W.T`` for blocks ``W_ij = left_i Diag(diag_ij) right_j`` (BLAST, Algorithm 1).
 
-    ``R (M + N + I J)`` multiplications per token. The couplings are the trap: written with broadcasting they
-    materialise an ``I J T R`` tensor. For many tokens they are one product of ``(R, I, J)`` with ``(R, J, T)``, whose
-    operands are strided views of the neighbouring products. The operator is ``torch.ops.structmat.blast_matmul``. Its
-    backward computes the intermediates again; where factors learn on a CPU from many tokens, ``blast_matmul_keeping``
-    keeps the first, ``J R`` numbers per token, half of what PyTorch's own operators would keep.
+    It takes ``R (M + N + I J)`` multiplications per token. The operator is ``torch.ops.structmat.blast_matmul``.
 
     Args:
         x: Input ``(..., J Q)``.

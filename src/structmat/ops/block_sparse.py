@@ -121,6 +121,12 @@ def _matmul_backward(
         pattern = _pattern(tuple(counts), tuple(columns), x.device)
         upstream, x, blocks = side_by_side(upstream, x, blocks)
         return kernels.block_sparse_backward(upstream, x, blocks, *pattern, block_columns)
+    return _gradients(upstream, x, blocks, counts, columns, block_columns)
+
+
+def _gradients(
+    upstream: Tensor, x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int
+) -> tuple[Tensor, Tensor]:
     P, Q = blocks.shape[1:]
     segments = x.unflatten(1, (block_columns, Q)).transpose(0, 1)  # (J, T, Q)
     upstream_segments = upstream.unflatten(1, (len(counts), P)).transpose(0, 1)  # (I, T, P)

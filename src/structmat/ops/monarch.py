@@ -47,14 +47,12 @@ def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool 
         x: Input ``(..., J Q)``.
         left: ``(I, P, J, t)``.
         right: ``(J, I, t, Q)``.
-        permute_output: Whether entry ``p`` of output block ``i`` comes at ``p I + i`` (Dao et al. 2022), not at
-            ``i P + p``.
+        permute_output: Whether entry ``p`` of output block ``i`` comes at ``p I + i`` (Dao et al. 2022).
         algorithm: One of ``ALGORITHMS``; empty for the one that suits the tokens, the dtype and the device.
 
     Returns:
         Output ``(..., I P)``.
     """
-    I, P = left.shape[:2]
     x, left, right = cast(x, left, right)
     tokens = x.reshape(-1, x.shape[-1])
     if plain():
@@ -63,7 +61,7 @@ def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool 
         y = torch.ops.structmat.monarch_matmul_keeping(tokens, left, right, permute_output)[0]
     else:
         y = torch.ops.structmat.monarch_matmul(tokens, left, right, permute_output, algorithm)
-    return y.view(*x.shape[:-1], I * P)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @torch.library.custom_op("structmat::monarch_matmul", mutates_args=())

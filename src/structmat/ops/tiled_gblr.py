@@ -112,6 +112,13 @@ def _tiled_backward(
 
         upstream, x = side_by_side(upstream, x)
         return kernels.tile_matmul_backward(upstream, x, _side_by_side(inputs), _side_by_side(outputs))
+    return _gradients(upstream, x, inputs, outputs)
+
+
+def _gradients(upstream: Tensor, x: Tensor, inputs: Inputs, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the input, and of the tiles of the input and the output axis."""
+    right, right_groups, right_place, right_rows, right_offsets = inputs
+    left, left_groups, left_place, left_index = outputs
     left_rows, left_offsets = sorted_rows(left_index.long(), len(right_offsets))
     right_index = rows_to_components(right_rows, right_offsets)
     z = tile_project(x, *inputs)

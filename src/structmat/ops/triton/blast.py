@@ -141,12 +141,9 @@ def blast_forward(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, variant:
     def run(choice: Choice) -> None:
         _WAYS[str(choice["variant"])](x, left, diag, right, y)
 
-    if variant is None:
-        choices: list[Choice] = [{"variant": name} for name in blast_variants(T, I, J, Q)]
-        key = f"blast {I}x{J}x{P}x{Q}x{R} t{tuning.bucket(T)} {x.dtype} {precision(x.dtype)}"
-        run(tuning.choose(key, x.device, choices, run))
-    else:
-        run({"variant": variant})
+    names = blast_variants(T, I, J, Q) if variant is None else [variant]
+    key = f"blast {I}x{J}x{P}x{Q}x{R} t{tuning.bucket(T)} {x.dtype} {precision(x.dtype)}"
+    run(tuning.choose(key, x.device, [{"variant": name} for name in names], run))
     return y
 
 

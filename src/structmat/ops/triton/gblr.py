@@ -61,18 +61,22 @@ def tile_matmul_backward(
     """
     right, right_groups, right_place, right_rows, right_offsets = inputs
     left, left_groups, left_place, left_index = outputs
-    K = len(right_offsets)
     ordered, left_rows = left_index.sort(stable=True)
-    left_offsets = torch.searchsorted(ordered, torch.arange(K, dtype=ordered.dtype, device=x.device))
-    places = torch.arange(len(right_rows), dtype=right_offsets.dtype, device=x.device)
-    components = torch.searchsorted(right_offsets, places, right=True) - 1  # of the sorted rows
-    right_index = torch.empty_like(components).index_put((right_rows.long(),), components)
+    components = torch.arange(len(right_offsets), dtype=ordered.dtype, device=x.device)
+    left_offsets, right_index = torch.searchsorted(ordered, components), _components(right_rows, right_offsets)
     z = tile_project(x, *inputs)
     left_gradient = _outer(z, upstream, left, left_groups, left_place, left_index)
     z_gradient = tile_project(upstream, left, left_groups, left_place, left_rows, left_offsets)
     right_gradient = _outer(z_gradient, x, right, right_groups, right_place, right_index)
     x_gradient = tile_spread(z_gradient, right, right_groups, right_place, right_index, x.shape[1])
     return x_gradient, right_gradient, left_gradient
+
+
+def _components(rows: Tensor, offsets: Tensor) -> Tensor:
+    """``tiling.rows_to_components`` without waiting for the device."""
+    places = torch.arange(len(rows), dtype=offsets.dtype, device=rows.device)
+    components = torch.searchsorted(offsets, places, right=True) - 1  # of the sorted rows
+    return torch.empty_like(components).index_put((rows.long(),), components)
 
 
 def tile_project(

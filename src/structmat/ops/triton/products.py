@@ -285,8 +285,7 @@ def tile_choices(
     for *blocks, warps, stages in ((16, 16, 16, 1, 1),) if tuning.interpreted() else shapes:
         blocks[2] = blocks[2] * 2 // dtype.itemsize
         fitting = [max(min(b, triton.next_power_of_2(n)), 16) for b, n in zip(blocks, sizes, strict=True)]
-        choice: Choice = dict(zip(names, fitting, strict=True))
-        choice |= {"warps": warps, "stages": stages}
+        choice: Choice = {**dict(zip(names, fitting, strict=True)), "warps": warps, "stages": stages}
         if choice not in choices:
             choices.append(choice)
     return choices
