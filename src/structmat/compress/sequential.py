@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from structmat.compress.states import Block, Forward, States
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar, WorkList, with_error
 from structmat.fit import Fit
-from structmat.network.calls import call, device_of, evaluating, moved
+from structmat.network.calls import call, copied, device_of, evaluating, moved
 from structmat.network.capture import mask_of
 from structmat.network.chain import Chain, Extras, Relay, find_chain
 from structmat.network.surgery import put_fits_, with_fits
@@ -118,6 +117,7 @@ class SequentialRun:
             if self.blocks.chain is not None:
                 return self._run_chain(self.blocks.chain, bar)
             block = self._block("", self.model, self._inputs(), _call_model)
+            block.ends = True
             return self._fit(block, planned, bar, keep_outputs=self.refinement is not None)[0]
 
     def _run_chain(self, chain: Chain, bar: FitBar) -> dict[str, Fit]:
@@ -160,7 +160,8 @@ class SequentialRun:
         planned = [name for name in self.work.sites if name.startswith(f"{block.name}.")]
         numbers = range(len(states.dense))
         if planned:
-            fits, outputs = self._fit(block, planned, bar, keep_outputs=True)
+            fits, returned = self._fit(block, planned, bar, keep_outputs=True)
+            outputs = [tensors[0] for tensors in returned]
         else:
             fits, outputs = {}, [block.output(i, dense=True) for i in numbers]
         same = block.working is block.dense and not states.differ
@@ -172,7 +173,7 @@ class SequentialRun:
 
     def _fit(
         self, block: Block, planned: list[str], bar: FitBar, *, keep_outputs: bool
-    ) -> tuple[dict[str, Fit], list[Tensor]]:
+    ) -> tuple[dict[str, Fit], list[list[Tensor]]]:
         """Fit layers of a block in a copy of it, which becomes the block's working one.
 
         Args:
@@ -184,7 +185,7 @@ class SequentialRun:
         Returns:
             The fits by full name, and the outputs.
         """
-        block.working = copy.deepcopy(block.dense)
+        block.working = copied(block.dense)
         run = BlockFits(block, planned, self.work, self.store, bar, self.overhead)
         outputs = run.run(keep_outputs=keep_outputs)
         if keep_outputs and self.refinement is not None:
