@@ -9,6 +9,7 @@ and the maximum over the weights, and the time relative to the default's.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from dataclasses import replace
@@ -70,6 +71,7 @@ def variants() -> dict[str, Lee2024Blast]:
 
 def main() -> None:
     """Run all variants and write results and table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     weights = trained_weights()
     shapes = groupby(sorted(weights.values(), key=lambda w: tuple(w.shape)), key=lambda w: tuple(w.shape))
     groups = {shape: list(group) for shape, group in shapes}

@@ -26,6 +26,7 @@ import transformers
 
 import structmat as sm
 from hardware import hardware, hardware_line
+from structmat.compress import Calibration
 from structmat.data import read_texts, token_batches
 from structmat.evaluate import perplexity
 
@@ -120,16 +121,23 @@ class Bench:
         score = self.score(model)
         kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
         return {
-            "row": row, "keep": keep, "calibration": calibration, "blocks": blocks, "kept": kept, "seconds": seconds,
-            "perplexity": score["token"], "word_perplexity": score["word"],
+            "row": row,
+            "keep": keep,
+            "calibration": calibration,
+            "blocks": blocks,
+            "kept": kept,
+            "seconds": seconds,
+            "perplexity": score["token"],
+            "word_perplexity": score["word"],
             "ln": math.log(score["token"] / self.dense["token"]),
             "weight_error": math.sqrt(sum(fit.error**2 for fit in fits.values()) / len(fits)),
-            "hardware": hardware(), "transformers": transformers.__version__,
-        }  # fmt: skip
+            "hardware": hardware(),
+            "transformers": transformers.__version__,
+        }
 
 
 @functools.cache
-def dense_moments(calibration: int, bench: Bench) -> tuple[sm.compress.calibration.Calibration, float]:
+def dense_moments(calibration: int, bench: Bench) -> tuple[Calibration, float]:
     """The statistics of the dense model on one of ``CALIBRATIONS``, for every row, and the seconds that they took."""
     model = bench.load()
     start = time.perf_counter()

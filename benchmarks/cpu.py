@@ -106,7 +106,7 @@ def model_cell(dtype: torch.dtype, vocabulary: int) -> dict[str, Any]:
 
 
 def cells() -> dict[str, Cell]:
-    """What there is to measure, by name, in this order."""
+    """Everything to measure, by name, in this order."""
     found: dict[str, Cell] = {}
     for gradients in (False, True):
         for dtype in DTYPES:

@@ -222,16 +222,26 @@ def summary(results: dict[str, Any]) -> str:
         blast, others = results[part]["blast"], results[part]["others"]
         lines += [f"## {title}", "", "BLAST: the default against the published schedule, medians over the weights.", ""]
         head = (
-            "weights", "keep", "blocks", "count", "published error", "default error", "default / published",
-            "default time / published", "reached at time", "reached at sweeps", "equal time: error / published",
-        )  # fmt: skip
+            "weights",
+            "keep",
+            "blocks",
+            "count",
+            "published error",
+            "default error",
+            "default / published",
+            "default time / published",
+            "reached at time",
+            "reached at sweeps",
+            "equal time: error / published",
+        )
         rows: list[tuple[str, ...]] = [head]
         cells = sorted({(r["weight"].split(".")[0], r["asked"], r["format"]["blocks"][0]) for r in blast}, reverse=True)
         for source, asked, blocks in cells:
             group = [
-                r for r in blast
+                r
+                for r in blast
                 if r["weight"].split(".")[0] == source and r["asked"] == asked and r["format"]["blocks"][0] == blocks
-            ]  # fmt: skip
+            ]
             rows.append((source, f"{asked:.3g}", f"{blocks} x {blocks}", *_medians(group)))
         rows.append(("all, pooled", "", "", *_medians(blast)))
         lines += [_markdown(rows), ""]
@@ -283,10 +293,13 @@ def _structures(blast: list[dict[str, Any]], others: list[dict[str, Any]]) -> li
 
     def cell(source: str, asked: float, name: str, blocks: int | None) -> str:
         group = [
-            r for r in records
-            if r["weight"].split(".")[0] == source and r["asked"] == asked and r["format"]["format"] == name
+            r
+            for r in records
+            if r["weight"].split(".")[0] == source
+            and r["asked"] == asked
+            and r["format"]["format"] == name
             and (blocks is None or r["format"]["blocks"][0] == blocks)
-        ]  # fmt: skip
+        ]
         if not group:
             refused = any(r["weight"].split(".")[0] == source and r["asked"] == asked for r in others if "refused" in r)
             return "does not fit" if refused and name == "monarch" else "not run"

@@ -10,6 +10,7 @@ the other.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from pathlib import Path
@@ -40,10 +41,12 @@ def cell(name: str, weight: Tensor, keep: float) -> dict[str, Any]:
     for key, fit in {"published": published, "default": default}.items():
         hard, factors = harden(format, fit.factors)
         record[key] = {
-            "error": fit.error, "seconds": fit.seconds, "parameters": hard.num_parameters(),
+            "error": fit.error,
+            "seconds": fit.seconds,
+            "parameters": hard.num_parameters(),
             "components": hard.components,
             "error_hardened": float((hard.to_dense(factors) - weight).norm() / weight.norm()),
-        }  # fmt: skip
+        }
     for key, fit in {"low_rank": low_rank, "blast": blast}.items():
         record[key] = {"error": fit.error, "seconds": fit.seconds, "parameters": fit.format.num_parameters()}
     return record
@@ -86,13 +89,17 @@ def table(found: dict[str, Any]) -> str:
     better = sum(r["default"]["error"] < r["published"]["error"] for r in records)
     below = sum(r["default"]["error"] < r["low_rank"]["error"] for r in records)
     over = sum(max(r[k]["parameters"] for k in ("default", "published")) > r["budget"] for r in records)
-    lines += ["", f"The default is below the published one on {better} of {len(records)} weights, below low-rank on "
-              f"{below}; {over} fits are over the budget."]  # fmt: skip
+    lines += [
+        "",
+        f"The default is below the published one on {better} of {len(records)} weights, below low-rank on "
+        f"{below}; {over} fits are over the budget.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Fit what is missing and write JSON and table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     path = RESULTS / "fit_gblr.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"records": []}
     done = {(r["weight"], r["asked"]) for r in found["records"]}

@@ -40,13 +40,13 @@ class Grid:
     """One experiment.
 
     Attributes:
-        title: For the table.
+        title: The heading of its table.
         network: ``"vit"`` or ``"mixer"``.
-        keeps: Budgets; tuned at ``tuned_at``.
+        keeps: The budgets.
         tuned_at: The budget at which the learning rate is chosen.
-        steps: Of training.
-        rates: Candidates.
-        pretrained_steps: As in ``Run``.
+        steps: The number of training steps.
+        rates: The learning rates that are tried.
+        pretrained_steps: The steps of training a dense network first; 0 for a random start.
     """
 
     title: str
@@ -77,7 +77,7 @@ class Cells:
         self.folder = RESULTS / "from_scratch" / name
 
     def path(self, run: Run) -> Path:
-        """Of one run."""
+        """The file of one run."""
         return self.folder / f"{run.method.replace(' ', '-')}-{run.keep}-{run.rate}-{run.seed}.json"
 
     def read(self, run: Run) -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ class Cells:
                         yield run
 
     def records(self) -> dict[tuple[str, float], list[dict[str, Any]]]:
-        """Those at the best rate, by method and budget."""
+        """The records of the runs at the best rate, by method and budget."""
         found: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for method in METHODS:
             rate = self.best_rate(method)
@@ -148,11 +148,16 @@ def table() -> str:
         keeps = [keep for keep in grid.keeps if any(k == keep for _, k in records)]
         lines += ["", f"## {grid.title}, {grid.steps} steps", ""]
         if grid.pretrained_steps:
-            lines += [f"The dense network was trained for {grid.pretrained_steps} steps, then compressed with each "
-                      "method's default fit (without data). In brackets the accuracy before fine-tuning (held-out "
-                      "images).", ""]  # fmt: skip
-        lines += ["| method | rate | " + " | ".join(f"keep {keep}" for keep in keeps) + " |",
-                  "|---|---|" + "---|" * len(keeps)]  # fmt: skip
+            lines += [
+                f"The dense network was trained for {grid.pretrained_steps} steps, then compressed with each "
+                "method's default fit (without data). In brackets the accuracy before fine-tuning (held-out "
+                "images).",
+                "",
+            ]
+        lines += [
+            "| method | rate | " + " | ".join(f"keep {keep}" for keep in keeps) + " |",
+            "|---|---|" + "---|" * len(keeps),
+        ]
         for method in METHODS:
             if not any(m == method for m, _ in records):
                 continue
@@ -161,9 +166,13 @@ def table() -> str:
                 runs = records.get((method, 1.0 if method == "dense" else keep), [])
                 texts.append(cell(runs) if runs else "")
             lines.append(f"| {method} | {cells.best_rate(method)} | " + " | ".join(texts) + " |")
-        lines += ["", f"Tuning: accuracy on held-out images, seed 0, keep {grid.tuned_at}.", "",
-                  "| method | " + " | ".join(map(str, grid.rates)) + " |",
-                  "|---|" + "---|" * len(grid.rates)]  # fmt: skip
+        lines += [
+            "",
+            f"Tuning: accuracy on held-out images, seed 0, keep {grid.tuned_at}.",
+            "",
+            "| method | " + " | ".join(map(str, grid.rates)) + " |",
+            "|---|" + "---|" * len(grid.rates),
+        ]
         for method in METHODS:
             found = [cells.read(run) for run in cells.tuning(method)]
             if any(found):
@@ -186,8 +195,11 @@ def picture() -> None:
     records = Cells("vit").records()
     figure, axes = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
     for method in METHODS:
-        points = [(statistics.mean(r["keep"] for r in runs), [100 * r["test"] for r in runs])
-                  for (name, _), runs in records.items() if name == method]  # fmt: skip
+        points = [
+            (statistics.mean(r["keep"] for r in runs), [100 * r["test"] for r in runs])
+            for (name, _), runs in records.items()
+            if name == method
+        ]
         if not points:
             continue
         if method == "dense":
@@ -199,8 +211,9 @@ def picture() -> None:
         axes.fill_between(
             shares, [min(t) for _, t in points], [max(t) for _, t in points], alpha=0.15, color=line.get_color()
         )
-    axes.set(xlabel="multiplications, relative to dense", ylabel="test accuracy (%)", xscale="log",
-             title=GRIDS["vit"].title)  # fmt: skip
+    axes.set(
+        xlabel="multiplications, relative to dense", ylabel="test accuracy (%)", xscale="log", title=GRIDS["vit"].title
+    )
     axes.set_xticks([0.0625, 0.125, 0.25], ["0.0625", "0.125", "0.25"])
     axes.minorticks_off()
     figure.legend(loc="outside right center", frameon=False)
@@ -216,8 +229,11 @@ def segments(model: torch.nn.Module) -> dict[str, Any]:
             factors, order = layer.factors, layer.factors["order"].long()
             start = [factors["start"][0], factors["start"][1][order]]
             width = [factors["width"][0], factors["width"][1][order]]
-            found[name] = {"shape": layer.format.shape, "start": [row.tolist() for row in start],
-                           "width": [row.tolist() for row in width]}  # fmt: skip
+            found[name] = {
+                "shape": layer.format.shape,
+                "start": [row.tolist() for row in start],
+                "width": [row.tolist() for row in width],
+            }
     return found
 
 
@@ -236,15 +252,24 @@ def main() -> None:
         for run in cells.missing(options.only):
             record, model = vision.execute(run, data)
             record.update(
-                network=run.network, method=run.method, asked=run.keep, rate=run.rate, seed=run.seed, steps=run.steps,
-                hardware=hardware(), timm=timm.__version__,
-            )  # fmt: skip
+                network=run.network,
+                method=run.method,
+                asked=run.keep,
+                rate=run.rate,
+                seed=run.seed,
+                steps=run.steps,
+                hardware=hardware(),
+                timm=timm.__version__,
+            )
             if run.method == "gaudi-gblr" and run.seed == 0:
                 kept = RESULTS / "from_scratch" / f"segments-{name}-{run.keep}-{run.rate}.json"
                 kept.write_text(json.dumps(segments(model)))
             cells.path(run).write_text(json.dumps(record))
-            print(f"{name}: {run.method} {run.keep} rate {run.rate} seed {run.seed}: test {record['test']:.4f}, keep "
-                  f"{record['keep']:.4f}, {record['seconds']:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"{name}: {run.method} {run.keep} rate {run.rate} seed {run.seed}: test {record['test']:.4f}, keep "
+                f"{record['keep']:.4f}, {record['seconds']:.0f} s",
+                flush=True,
+            )
             (RESULTS / "from_scratch.md").write_text(table())
     (RESULTS / "from_scratch.md").write_text(table())
     picture()

@@ -44,7 +44,7 @@ def random_segments() -> tuple[Tensor, Tensor]:
 
 
 def learned_segments(files: Sequence[Path]) -> tuple[Tensor, Tensor]:
-    """Those of every layer in files that from_scratch.py wrote, drawn with repetition and scaled to the budget."""
+    """The segments of every layer that from_scratch.py wrote to files, drawn with repetition, scaled to the budget."""
     starts, widths = [], []
     for file in files:
         for layer in json.loads(file.read_text()).values():
@@ -97,9 +97,15 @@ def cell(segments: tuple[Tensor, Tensor], multiple: int) -> dict[str, Any]:
     reference = x @ format.to_dense({n: f.double() if f.is_floating_point() else f for n, f in factors.items()}).T
     torch.testing.assert_close(tiled.matmul(x, exact), reference)
     return {
-        "multiple": multiple, "multiplications": format.keep, "with_padding": tiled.keep, "copies": copies,
-        "out_groups": tiled.out_groups, "in_groups": tiled.in_groups, "blocks": tiled.block_sizes, "seconds": times,
-    }  # fmt: skip
+        "multiple": multiple,
+        "multiplications": format.keep,
+        "with_padding": tiled.keep,
+        "copies": copies,
+        "out_groups": tiled.out_groups,
+        "in_groups": tiled.in_groups,
+        "blocks": tiled.block_sizes,
+        "seconds": times,
+    }
 
 
 def table(found: dict[str, Any]) -> str:

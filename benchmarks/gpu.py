@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from hardware import hardware, hardware_line
+from hardware import hardware, hardware_line, same_machine
 from structmat import Blast, BlockDiagonal, BlockSparse, LowRank, Monarch, Rule
 from structmat._files import write_atomically
 from structmat.bench import LayerBench, bench_layers, check_format
@@ -48,7 +48,7 @@ ODD: tuple[Format, ...] = (
     BlockSparse(108, 76, flat_butterfly((4, 4), stride=2), rank=3),
     LowRank(77, 91, rank=13),
 )
-"""At which the kernels are checked first."""
+"""The odd sizes at which the kernels are checked first."""
 ODD_TOKENS = (1, 5, 67)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -60,7 +60,7 @@ LAYERS = {
 SHAPES = ((4096, 4096), (4096, 11008))
 TOKENS = (1, 8, 1024, 4096)
 DECODE = 8
-"""Up to so many tokens are decoding."""
+"""Calls of up to this many tokens count as decoding."""
 
 MODEL = "llama-7b"
 MODELS = {
@@ -72,7 +72,7 @@ MODELS = {
 GENERATED = (10, 100, 1000)
 PROMPT = 1024
 RATIO_TARGET = 0.62
-"""Of the dense time, at keep 0.5; the authors of BLAST report 0.74 on an A100."""
+"""The share of the dense time to reach at keep 0.5; the authors of BLAST report 0.74 on an A100."""
 
 ALGORITHMS = ("whole", TRITON)
 
@@ -114,9 +114,15 @@ def first_launches() -> Iterator[None]:
 def layers(device: torch.device, mode: str, rounds: int) -> dict[str, Any]:
     """Decoding and prompts, layer by layer."""
     found = bench_layers(
-        LAYERS, shapes=SHAPES, tokens=TOKENS, dtypes=[torch.bfloat16], device=device, rounds=rounds, mode=mode,
+        LAYERS,
+        shapes=SHAPES,
+        tokens=TOKENS,
+        dtypes=[torch.bfloat16],
+        device=device,
+        rounds=rounds,
+        mode=mode,
         algorithms=algorithms_on(device),
-    )  # fmt: skip
+    )
     return found.to_dict()
 
 
@@ -128,9 +134,15 @@ def generation(device: torch.device, mode: str, rounds: int) -> dict[str, Any]:
     shapes = sorted({layer.format.shape for model in models.values() for layer in structured(model)})
     tokens = (1, PROMPT)
     fastest = bench_layers(
-        MODELS, shapes=shapes, tokens=tokens, dtypes=[torch.bfloat16], device=device, rounds=rounds, mode=mode,
+        MODELS,
+        shapes=shapes,
+        tokens=tokens,
+        dtypes=[torch.bfloat16],
+        device=device,
+        rounds=rounds,
+        mode=mode,
         algorithms=algorithms_on(device),
-    )  # fmt: skip
+    )
     chosen = choices(fastest)
     for model in models.values():
         for layer in structured(model):
@@ -239,7 +251,7 @@ def measure(
     start = time.perf_counter()
     found: dict[str, Any] = {"hardware": hardware(), "mode": mode, "seconds": 0.0}
     file = out / "gpu.json"
-    if file.exists() and (before := json.loads(file.read_text()))["hardware"] == found["hardware"]:
+    if file.exists() and same_machine((before := json.loads(file.read_text()))["hardware"], found["hardware"]):
         found = before
         start -= before["seconds"]
     runs = {

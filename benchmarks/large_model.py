@@ -34,9 +34,13 @@ ALL_BLOCKS = 22
 def build() -> transformers.LlamaForCausalLM:
     """The model."""
     config = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=ALL_BLOCKS,
-        num_attention_heads=32, num_key_value_heads=4,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=ALL_BLOCKS,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
     torch.set_default_dtype(torch.bfloat16)
     model = transformers.LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
@@ -133,9 +137,11 @@ def main() -> None:
         raise SystemExit(finished.stderr[-2000:])
     result = json.loads(finished.stdout.splitlines()[-1])
     result |= {
-        "calibrated": options.calibrate, "estimate": estimate_of(finished.stderr), "hardware": hardware(),
+        "calibrated": options.calibrate,
+        "estimate": estimate_of(finished.stderr),
+        "hardware": hardware(),
         "transformers": transformers.__version__,
-    }  # fmt: skip
+    }
     name = f"large_model-{'calibrated' if options.calibrate else 'plain'}.json"
     (RESULTS / name).write_text(json.dumps(result, indent=1))
     (RESULTS / "large_model.md").write_text(table())

@@ -93,19 +93,39 @@ class Bench:
         before = self.score(model, self.development)
         with tempfile.TemporaryDirectory() as out:
             args = StructuredTrainingArguments(
-                output_dir=out, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=rate,
-                lr_scheduler_type="cosine", warmup_steps=20, weight_decay=0.01, distill_logits=1.0, task_weight=0.5,
-                seed=seed, data_seed=seed, save_strategy="no", report_to="none", logging_steps=50, use_cpu=True,
+                output_dir=out,
+                max_steps=STEPS,
+                per_device_train_batch_size=BATCH,
+                learning_rate=rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=20,
+                weight_decay=0.01,
+                distill_logits=1.0,
+                task_weight=0.5,
+                seed=seed,
+                data_seed=seed,
+                save_strategy="no",
+                report_to="none",
+                logging_steps=50,
+                use_cpu=True,
                 disable_tqdm=True,
-            )  # fmt: skip
+            )
             start = time.perf_counter()
             retrain(model, self.tokenizer, self.train, None, args, teacher=self.load(), length=LENGTH)
         return {
-            "start": name, "learning_rate": rate, "seed": seed, "steps": STEPS, "batch": BATCH, "length": LENGTH,
-            "seconds": time.perf_counter() - start, "before": before,
-            "development": self.score(model, self.development), "test": self.score(model, self.test),
-            "hardware": hardware(), "transformers": transformers.__version__,
-        }  # fmt: skip
+            "start": name,
+            "learning_rate": rate,
+            "seed": seed,
+            "steps": STEPS,
+            "batch": BATCH,
+            "length": LENGTH,
+            "seconds": time.perf_counter() - start,
+            "before": before,
+            "development": self.score(model, self.development),
+            "test": self.score(model, self.test),
+            "hardware": hardware(),
+            "transformers": transformers.__version__,
+        }
 
 
 def compressed(model: Any, plan: sm.Plan, batches: list[Any]) -> Any:

@@ -25,7 +25,7 @@ from vision import Run
 RESULTS = Path(__file__).parent / "results" / "sensitivity"
 SEEDS = (0, 1)
 USUAL = Run("vit", "gaudi-gblr", 0.125, 4e-3, 0, 400)
-"""At a learning rate from the middle of those that from_scratch.py tries for Gaudi-GBLR."""
+"""The usual run; its learning rate is in the middle of those that from_scratch.py tries for Gaudi-GBLR."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "usual": {},
@@ -60,40 +60,61 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 TABLE: dict[str, dict[str, str]] = {
     "components K of each matrix": {
-        "32": "components 32", "64": "components 64", "128 (usual)": "usual", "256": "components 256",
+        "32": "components 32",
+        "64": "components 64",
+        "128 (usual)": "usual",
+        "256": "components 256",
     },
     "smoothing sigma": {
-        "none (usual)": "usual", "1 to 100": "sigma 1 to 100", "1 to 30": "sigma 1 to 30",
-        "10 to 100": "sigma 10 to 100", "100 throughout": "sigma 100",
+        "none (usual)": "usual",
+        "1 to 100": "sigma 1 to 100",
+        "1 to 30": "sigma 1 to 30",
+        "10 to 100": "sigma 10 to 100",
+        "100 throughout": "sigma 100",
     },
     "initialisation": {
-        "equal widths, random places (usual)": "usual", "equal widths along the diagonal": "diagonal",
-        "random widths and places": "uneven", "low-rank: K 10, nearly full widths": "components 10",
+        "equal widths, random places (usual)": "usual",
+        "equal widths along the diagonal": "diagonal",
+        "random widths and places": "uneven",
+        "low-rank: K 10, nearly full widths": "components 10",
     },
     "cost at the start, of the budget": {
-        "0.5": "start 0.5", "1 (usual)": "usual", "1.5": "start 1.5", "2": "start 2",
+        "0.5": "start 0.5",
+        "1 (usual)": "usual",
+        "1.5": "start 1.5",
+        "2": "start 2",
     },
     "learning rate of the structure": {
-        "0 (random, fixed)": "structure rate 0", "3e-4": "structure rate 3e-4", "1e-3 (usual)": "usual",
-        "3e-3": "structure rate 3e-3", "1e-2": "structure rate 1e-2",
+        "0 (random, fixed)": "structure rate 0",
+        "3e-4": "structure rate 3e-4",
+        "1e-3 (usual)": "usual",
+        "3e-3": "structure rate 3e-3",
+        "1e-2": "structure rate 1e-2",
     },
     "shrinkage lambda, from 1.5 times the budget": {
-        "0.02": "start 1.5, shrinkage 0.02", "0.2 (usual)": "start 1.5", "2": "start 1.5, shrinkage 2",
+        "0.02": "start 1.5, shrinkage 0.02",
+        "0.2 (usual)": "start 1.5",
+        "2": "start 1.5, shrinkage 2",
     },
     "rule, from the budget": {"switch (usual)": "usual", "continuous": "continuous", "shrink": "shrink"},
     "rule, from 1.5 times the budget": {
-        "switch (usual)": "start 1.5", "continuous": "start 1.5, continuous", "shrink": "start 1.5, shrink",
+        "switch (usual)": "start 1.5",
+        "continuous": "start 1.5, continuous",
+        "shrink": "start 1.5, shrink",
     },
     "segments rounded to multiples of": {
-        "1 (usual)": "usual", "8": "multiple 8", "1, K 64": "components 64", "8, K 64": "components 64, multiple 8",
+        "1 (usual)": "usual",
+        "8": "multiple 8",
+        "1, K 64": "components 64",
+        "8, K 64": "components 64, multiple 8",
         "16, K 64": "components 64, multiple 16",
     },
-}  # fmt: skip
+}
 """The rows of the table by factor: what a row is called, and which setting it shows."""
 
 
 def path(name: str, seed: int, folder: Path) -> Path:
-    """Of the results of one run."""
+    """The file with the results of one run."""
     return folder / f"{name.replace(', ', '_').replace(' ', '-')}-{seed}.json"
 
 
@@ -104,10 +125,15 @@ def record_of(name: str, seed: int, data: vision.Data, steps: int) -> dict[str, 
     hard = [entry for entry in record["history"] if run.learning and run.learning.is_hard(entry["step"] / steps)]
     soft = record["history"][: -len(hard)] or record["history"][:1]
     return {
-        **record, "setting": name, "seed": seed, "steps": steps, "rate": run.rate,
-        "share_before": soft[-1]["structure_share"], "dead": record["history"][-1]["structure_dead"],
+        **record,
+        "setting": name,
+        "seed": seed,
+        "steps": steps,
+        "rate": run.rate,
+        "share_before": soft[-1]["structure_share"],
+        "dead": record["history"][-1]["structure_dead"],
         "hardware": hardware(),
-    }  # fmt: skip
+    }
 
 
 def table(folder: Path) -> str:
@@ -129,11 +155,15 @@ def table(folder: Path) -> str:
         "Accuracies in %, mean over the seeds and in brackets their spread (max - min); multiplications relative to "
         "dense: before the last phase, which takes off what exceeds the budget, and at the end; dead: components "
         "without a block at the end; gap: the largest relative change of a matrix by hardening.",
-    ]  # fmt: skip
+    ]
     for factor, rows in TABLE.items():
-        lines += ["", f"## {factor[0].upper()}{factor[1:]}", "",
-                  "| | held-out | test | mult. before | at the end | dead | gap | seeds |",
-                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            "",
+            f"## {factor[0].upper()}{factor[1:]}",
+            "",
+            "| | held-out | test | mult. before | at the end | dead | gap | seeds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for label, name in rows.items():
             lines.append(f"| {label} | {cells(runs[name])} |")
     return "\n".join(lines) + "\n"
@@ -174,8 +204,11 @@ def main() -> None:
                 continue
             record = record_of(name, seed, data, options.steps)
             file.write_text(json.dumps(record))
-            print(f"{name}, seed {seed}: held-out {record['development']:.4f}, keep {record['keep']:.4f}, "
-                  f"{record['seconds']:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"{name}, seed {seed}: held-out {record['development']:.4f}, keep {record['keep']:.4f}, "
+                f"{record['seconds']:.0f} s",
+                flush=True,
+            )
             options.results.with_suffix(".md").write_text(table(options.results))
     options.results.with_suffix(".md").write_text(table(options.results))
 

@@ -1,9 +1,9 @@
 """Whether Gaudi-GBLR learns the same structure twice: overlap maps of two seeds, on the ViT of from_scratch.py.
 
-Two runs from one pretrained network, whose fitted structure they share and then train in another order of the data,
-and two from random weights of their own. The similarity of two maps is what they share when both sum to 1
-(``structmat.inspect.learned.map_similarity``); beside it that of the same segments at random places, which is what maps of
-such sizes share by chance. Every run is kept as JSON; a second call makes those that are missing.
+Two runs start from one pretrained network, whose fitted structure they share, and train in another order of the data;
+two others start from random weights of their own. The similarity of two maps is what they share when both sum to 1
+(``inspect.learned.map_similarity``). Beside it stands the similarity of the same segments at random places, which is
+what maps of such sizes share by chance. Every run is kept as JSON; a second call makes those that are missing.
 
     python benchmarks/structure_stability.py                # five minutes on 2 cores, alone
 """
@@ -49,14 +49,22 @@ def record_of(run: Run, seed: int, data: vision.Data) -> dict[str, Any]:
     vision.train(run, model, data)
     sm.harden_(model)
     return {
-        "seed": seed, "steps": run.steps, "keep": run.keep, "pretrained_steps": run.pretrained_steps, "rate": run.rate,
-        "development": vision.accuracy(model, data.development), "test": vision.accuracy(model, data.test),
-        "start": start, "learned": segments(model), "data": data.name, "hardware": hardware(),
-    }  # fmt: skip
+        "seed": seed,
+        "steps": run.steps,
+        "keep": run.keep,
+        "pretrained_steps": run.pretrained_steps,
+        "rate": run.rate,
+        "development": vision.accuracy(model, data.development),
+        "test": vision.accuracy(model, data.test),
+        "start": start,
+        "learned": segments(model),
+        "data": data.name,
+        "hardware": hardware(),
+    }
 
 
 def soft_segments(model: torch.nn.Module) -> Segments:
-    """Those of Gaudi-GBLR layers."""
+    """The segments of Gaudi-GBLR layers."""
     found: Segments = {}
     for name, layer in model.named_modules():
         if isinstance(layer, sm.StructuredLinear) and isinstance(layer.format, sm.GaudiGblr):
@@ -113,11 +121,13 @@ def table(folder: Path) -> str:
         "",
         "| layer | " + " | ".join(f"{start}: two runs (by chance) | with its start" for start in pairs) + " |",
         "|---|" + "---|---|" * len(pairs),
-    ]  # fmt: skip
+    ]
     names = list(one["learned"])
     rows = {name: [row(runs, name) for runs in pairs.values()] for name in names}
-    mean = [tuple(statistics.mean(values) for values in zip(*column, strict=True))
-            for column in zip(*rows.values(), strict=True)]  # fmt: skip
+    mean = [
+        tuple(statistics.mean(values) for values in zip(*column, strict=True))
+        for column in zip(*rows.values(), strict=True)
+    ]
     for name, columns in [*rows.items(), ("**mean**", mean)]:
         texts = [f"{learned:.3f} ({by_chance:.3f}) | {begun:.3f}" for learned, by_chance, begun in columns]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
@@ -126,7 +136,7 @@ def table(folder: Path) -> str:
 
 
 def path(start: str, seed: int, folder: Path) -> Path:
-    """Of the results of one run."""
+    """The file with the results of one run."""
     return folder / f"{start}-{seed}.json"
 
 

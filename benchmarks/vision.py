@@ -174,9 +174,9 @@ class Run:
         method: ``"dense"``, a key of ``FORMATS``, or ``"learned ranks"``.
         keep: Share of the dense multiplications of the structured layers.
         rate: Highest learning rate.
-        seed: Of weights and data order.
-        steps: Of the optimizer, with batches of 128.
-        pretrained_steps: Of training a dense network first, which is then compressed; 0 for a random start.
+        seed: The seed of weights and data order.
+        steps: The number of steps of the optimizer, with batches of 128.
+        pretrained_steps: The steps of training a dense network first, which is then compressed; 0 for a random start.
         structure: What differs from ``learning``'s settings of ``StructureLearning``.
         options: What differs from the usual in ``make_plan``.
         structure_rate: Learning rate of widths and locations.
@@ -270,9 +270,12 @@ def train(run: Run, model: nn.Module, data: Data, every: int = 50) -> list[dict[
     groups = parameter_groups(model, run.rate, WEIGHT_DECAY, structure_learning_rate=run.structure_rate)
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=run.steps, pct_start=0.1,
+        optimizer,
+        [group["lr"] for group in optimizer.param_groups],
+        total_steps=run.steps,
+        pct_start=0.1,
         cycle_momentum=False,
-    )  # fmt: skip
+    )
     learning = run.learning
     if learning is not None:
         set_sigma_(model, learning.sigma_at(0))
@@ -290,8 +293,12 @@ def train(run: Run, model: nn.Module, data: Data, every: int = 50) -> list[dict[
         optimizer.step()
         if learning is not None:
             state = structure_step_(model, learning, optimizer.param_groups[-1]["lr"], progress)
-            noted = {"structure_share": state.share, "structure_dead": state.dead, "structure_sigma": state.sigma,
-                     "costs": dict(state.costs)}  # fmt: skip
+            noted = {
+                "structure_share": state.share,
+                "structure_dead": state.dead,
+                "structure_sigma": state.sigma,
+                "costs": dict(state.costs),
+            }
         schedule.step()
         if (step + 1) % every == 0 or step + 1 == run.steps:
             history.append({"step": step + 1, "loss": loss.item(), **noted})
@@ -335,11 +342,16 @@ def execute(run: Run, data: Data) -> tuple[dict[str, Any], nn.Module]:
     if run.method == "gaudi-gblr":
         gaps = sm.harden_(model)
     record: dict[str, Any] = {
-        "before": before, "development": accuracy(model, data.development), "test": accuracy(model, data.test),
-        "keep": kept(run, model, dense), "unhardened_development": soft,
-        "hardening_gap": max(gaps.values(), default=0.0), "history": history,
-        "seconds": time.perf_counter() - started, "data": data.name,
-    }  # fmt: skip
+        "before": before,
+        "development": accuracy(model, data.development),
+        "test": accuracy(model, data.test),
+        "keep": kept(run, model, dense),
+        "unhardened_development": soft,
+        "hardening_gap": max(gaps.values(), default=0.0),
+        "history": history,
+        "seconds": time.perf_counter() - started,
+        "data": data.name,
+    }
     return record, model
 
 

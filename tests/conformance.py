@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from structmat import Blast, BlockDiagonal, BlockSparse, Dense, Format, GaudiGblr, Gblr, LowRank, Monarch
-from structmat.formats import Factors, FactorSpec, TiledGblr, flat_butterfly
+from structmat.formats import FORMATS, Factors, FactorSpec, TiledGblr, flat_butterfly
+from third_party.btt import BlockTensorTrain
+
+FORMATS.pop("btt", None)  # other tests see the library's own formats alone
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ CASES: dict[str, Format] = {
     "gblr full segments": Gblr(8, 6, 3, (24, 18)),
     "tiled gblr": TiledGblr(12, 12, 7, (3, 3), (4, 2), (4, 3)),
     "tiled gblr, several groups": TiledGblr(10, 21, 6, (1, 4, 1, 2), (1, 5, 1, 3, 1, 2), (5, 8)),
+    "third party square": BlockTensorTrain(12, 12, ((4, 3), (3, 4)), 2),
+    "third party wide, rank 1": BlockTensorTrain(10, 21, ((5, 2), (3, 7)), 1),
+    "third party tall": BlockTensorTrain(14, 9, ((2, 7), (3, 3)), 3),
     "gaudi square": GaudiGblr(12, 12, 12, 0.5),
     "gaudi wide, few components": GaudiGblr(9, 21, 2, 0.4),
     "gaudi tall, multiple 4": GaudiGblr(16, 12, 10, 0.6, multiple=4),
@@ -90,6 +96,7 @@ LARGE: dict[str, Format] = {
     "block-sparse empty row, low rank": BlockSparse(96, 160, ("1100", "0000", "1111", "0101"), rank=16),
     "gblr": Gblr(96, 160, 96, (2000, 3000)),
     "tiled gblr": TiledGblr(96, 160, 96, (6, 48), (4, 50, 6, 46), (16, 16)),
+    "third party": BlockTensorTrain(96, 160, ((12, 8), (10, 16)), 3),
     "gaudi": GaudiGblr(96, 160, 96, 0.25),
     "gaudi, few components, multiple 8": GaudiGblr(96, 160, 48, 0.75, multiple=8),
 }

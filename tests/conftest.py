@@ -9,7 +9,7 @@ from hypothesis import settings
 
 import torchvision_ops
 
-collect_ignore = ["support"]  # programs that tests run
+collect_ignore = ["support", "third_party/btt.py"]  # programs that tests run, and a package that they install
 
 torch.set_num_threads(1)
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported; kernels run without a GPU then

@@ -299,7 +299,11 @@ def test_another_structure_is_refused(file: Path) -> None:
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     save_file({"first.weight": torch.zeros(2)}, tmp_path / "m")
-    refused(tmp_path / "m", ValueError, "expected a checkpoint written by structmat.save_model, got '.*m' without its header")
+    refused(
+        tmp_path / "m",
+        ValueError,
+        "expected a checkpoint written by structmat.save_model, got '.*m' without its header",
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip file, as torch.save writes it"])

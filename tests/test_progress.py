@@ -68,6 +68,14 @@ def test_the_end_is_told_once(started: Started, clock: Clock) -> None:
     assert file.getvalue() == "train: 100% (2 of 2), 00:03 so far\n"
 
 
+def test_an_end_that_was_told_is_not_told_again(started: Started, clock: Clock) -> None:
+    bar, file = started(total=2, desc="train")
+    clock.now += 10
+    bar.update(2)
+    bar.close()
+    assert file.getvalue() == "train: 100% (2 of 2), 00:10 so far\n"
+
+
 def test_a_bar_that_vanishes_says_nothing_at_its_end(started: Started) -> None:
     bar, file = started(total=2, leave=False)
     bar.update(2)

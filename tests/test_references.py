@@ -12,6 +12,7 @@ import typer
 
 import structmat
 from structmat.cli.app import COMMANDS, app
+from test_architecture import LEVELS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(structmat.__file__).parent
@@ -76,6 +77,13 @@ def test_links_lead_to_files(path: Path) -> None:
 def test_commands_and_options_exist(path: Path) -> None:
     found = COMMAND.findall(path.read_text(encoding="utf-8").replace("…", ""))
     assert [problem for name, words in found for problem in problems_of_command(name, words)] == []
+
+
+def test_contributing_names_the_levels() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| ((?:`\w+` ?)+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert {int(level): tuple(re.findall(r"\w+", parts)) for level, parts in rows} == LEVELS
 
 
 def test_commands_and_options_of_the_help_exist() -> None:

@@ -17,7 +17,7 @@ class _Lines(tqdm):
     """A progress bar for logs: a line of plain text every ten seconds, and one at the end."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._said, self._closing = time.monotonic(), False
+        self._said, self._last, self._closing = time.monotonic(), "", False
         super().__init__(*args, **{**options, "mininterval": INTERVAL})
 
     def __str__(self) -> str:
@@ -36,9 +36,10 @@ class _Lines(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Print the line, if the last one is old enough."""
         now = time.monotonic()
-        if self._closing or now - self._said >= INTERVAL:
-            self._said = now
-            self.fp.write(f"{self if msg is None else msg}\n")
+        line = str(self) if msg is None else msg
+        if line != self._last and (self._closing or now - self._said >= INTERVAL):
+            self._said, self._last = now, line
+            self.fp.write(f"{line}\n")
             self.fp.flush()
 
     def close(self) -> None:

@@ -97,6 +97,14 @@ def test_choices_are_stored_and_set_again(tmp_path: Path):
     assert all(choice.seconds <= choice.automatic_seconds for choice in found.choices)
 
 
+def test_old_names_of_algorithms_are_read(tmp_path: Path):
+    found = sm.autotune_(network(), tokens=[1], rounds=1)
+    choices = [{**vars(choice), "algorithm": "vectors first"} for choice in found.choices]
+    (tmp_path / "old.json").write_text(json.dumps({"hardware": found.hardware, "choices": choices}))
+    loaded = sm.bench.autotune.Tuning.load(tmp_path / "old.json")
+    assert {choice.algorithm for choice in loaded.choices} == {"vectors_first"}
+
+
 def test_choices_from_other_hardware_are_set_with_a_warning(tmp_path: Path):
     found = sm.autotune_(network(), tokens=[1], rounds=1)
     text = json.dumps({"hardware": {**found.hardware, "threads": "99"}, "choices": [vars(c) for c in found.choices]})

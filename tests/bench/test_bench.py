@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import json
+import shutil
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from structmat.bench import (
     bench_layers,
     check_format,
     hardware,
+    machine,
     measure_peak,
     stacks,
     time_in_turn,
@@ -162,6 +166,39 @@ def test_the_machine_is_named() -> None:
     assert peak.bytes > 0
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_named_where_there_is_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        names = ["-c", "user.name=me", "-c", "user.email=me@here", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *names, *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def facts() -> dict[str, str]:
+        machine._checkout.cache_clear()
+        return {name: value for name, value in hardware().items() if name in ("commit", "dirty")}
+
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert facts() == {}
+    git("init")
+    assert facts() == {}  # without a commit
+    for name in ("src", "benchmarks/results", "docs"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text("first", encoding="utf-8")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert facts() == {"commit": git("rev-parse", "HEAD"), "dirty": "no"}
+    for name in ("benchmarks/results", "docs"):  # neither changes what is measured
+        (tmp_path / name / "file").write_text("second", encoding="utf-8")
+    assert facts()["dirty"] == "no"
+    (tmp_path / "src" / "file").write_text("second", encoding="utf-8")
+    assert facts()["dirty"] == "yes"
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert facts() == {}
+    monkeypatch.undo()
+    machine._checkout.cache_clear()
+
+
 def test_layers_are_timed_beside_dense_ones() -> None:
     found = quick(tokens=[1, 3], dtypes=[torch.float32, torch.bfloat16], steps=["forward", "backward", "training"])
     settings = [(t.dtype, t.tokens, t.step, t.format, t.algorithm) for t in found.times]
@@ -224,9 +261,12 @@ def test_chosen_algorithms_are_timed_too() -> None:
 
     found = quick(tokens=(2, 5), choose=choose)
     assert [(t.tokens, t.format, t.algorithm) for t in found.times] == [
-        (2, "blast", "automatic"), (2, "low-rank", "automatic"),
-        (5, "blast", "automatic"), (5, "blast", "whole"), (5, "low-rank", "automatic"),
-    ]  # fmt: skip
+        (2, "blast", "automatic"),
+        (2, "low-rank", "automatic"),
+        (5, "blast", "automatic"),
+        (5, "blast", "whole"),
+        (5, "low-rank", "automatic"),
+    ]
     found = quick(algorithms=["vectors", "linear"])
     assert [t.algorithm for t in found.times] == ["automatic", "vectors", "automatic", "linear"]
     assert quick(choose=lambda model, tokens: autotune_(model, tokens=tokens, rounds=1)).times

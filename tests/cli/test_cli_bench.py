@@ -40,7 +40,19 @@ def shown(capsys: pytest.CaptureFixture[str]) -> tuple[list[list[str]], str]:
 def test_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "--formats", "blast", "--formats", "low_rank:keep=0.3", "--blocks", "2", "--blocks", "4x2"]
     words += ["--shapes", "16x32", "--shapes", "32x16"]
-    words += ["--tokens", "1", "--tokens", "3", "--dtypes", "float32", "--dtypes", "bfloat16", "--backward", "--rounds", "1"]
+    words += [
+        "--tokens",
+        "1",
+        "--tokens",
+        "3",
+        "--dtypes",
+        "float32",
+        "--dtypes",
+        "bfloat16",
+        "--backward",
+        "--rounds",
+        "1",
+    ]
     assert main([*words, "--device", "cpu", "-o", str(tmp_path / "out")]) == 0
     lines, told = shown(capsys)
     assert lines[0][:9] == [
@@ -83,7 +95,20 @@ def test_models(which: str, folder: Path, tmp_path: Path, capsys: pytest.Capture
     dense, small = str(folder / "dense"), str(folder / "small")
     named = {"structured": [small], "dense": [dense], "both": [dense, small]}[which]
     expected = {"structured": ["dense", small], "dense": [dense, "blast 2x2 keep 0.5"], "both": [dense, small]}[which]
-    words = ["bench", *named, "--formats", "blast", "--blocks", "2", "--prefill", "4", "--generate", "2", "--generate", "5"]
+    words = [
+        "bench",
+        *named,
+        "--formats",
+        "blast",
+        "--blocks",
+        "2",
+        "--prefill",
+        "4",
+        "--generate",
+        "2",
+        "--generate",
+        "5",
+    ]
     words += ["--most-tokens", "3", "--rounds", "1", "--device", "cpu", "--backward", "-o", str(tmp_path)]
     assert main(words) == 0
     lines, told = shown(capsys)
@@ -124,10 +149,16 @@ def test_without_matplotlib(
         (["--dtypes", "int8"], "expected --dtypes to be one of 'float32', 'bfloat16', 'float16', got 'int8'"),
         (["--rounds", "0"], "expected --rounds to be an integer of at least 1, got 0"),
         (["--keep", "2"], "expected --keep to be in (0, 1], got 2.0"),
-        (["--formats", "blast:size=2"], "expected the option of blast in --formats blast:size=2 to be one of 'keep', 'blocks'"),
+        (
+            ["--formats", "blast:size=2"],
+            "expected the option of blast in --formats blast:size=2 to be one of 'keep', 'blocks'",
+        ),
         (["--mode", "graphs"], "expected a CUDA device for the mode 'graphs', got the CPU; take 'eager' or 'compile'"),
         (["--shape", "llama-8b"], "expected --shape to be one of 'llama-7b', 'llama-tiny', got 'llama-8b'"),
-        (["--shape", "llama-7b", "--dtypes", "float32", "--dtypes", "float16"], "expected one of --dtypes for models, got 2"),
+        (
+            ["--shape", "llama-7b", "--dtypes", "float32", "--dtypes", "float16"],
+            "expected one of --dtypes for models, got 2",
+        ),
     ],
 )
 def test_wrong_options(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

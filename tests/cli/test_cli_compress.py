@@ -1,4 +1,4 @@
-"""``structmat.compress.api`` in one process: what it writes, what it refuses, and the folder that appears when complete."""
+"""``structmat compress`` in one process: what it writes, what it refuses, and the folder that appears when complete."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_a_plan_from_a_file(folder: Path, tmp_path: Path) -> None:
 
 def test_the_published_algorithm(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = structmat.fit.Lee2024Blast.published
-    monkeypatch.setattr(structmat.fit.Lee2024Blast, "published", lambda: published(sweeps=2))
+    monkeypatch.setattr(structmat.fit.Lee2024Blast, "published", staticmethod(lambda: published(sweeps=2)))
     assert compress(folder, tmp_path / "out", "--method", "published") == 0
     record = json.loads((tmp_path / "out/structmat.json").read_text())
     assert record["options"]["method"] == "published"

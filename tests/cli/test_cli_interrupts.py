@@ -1,4 +1,4 @@
-"""``structmat.compress.api`` that is killed, interrupted or started twice: the result is that of one quiet run."""
+"""``structmat compress`` that is killed, interrupted or started twice: the result is that of one quiet run."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 
 from training import tiny
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 KILLS = 20
 

@@ -9,7 +9,7 @@ import pytest
 
 from structmat import Blast, Dense, LowRank, Monarch, Plan, Rule
 from structmat.cli import main, models
-from structmat.cli.formats import format_class, read_blocks, read_format, read_rule
+from structmat.cli.formats import format_class, read_blocks, read_rule
 from structmat.cli.selection import PlanOptions, PlanOrFile, usual_layers
 from training import tiny
 
@@ -88,7 +88,10 @@ def test_rules_read(text: str, expected: tuple[str, Rule]) -> None:
     [
         ("blast", "expected --rule such as '.*', got 'blast'"),
         ("a=butterfly", "expected --rule to be one of 'dense', .*, got 'butterfly'"),
-        ("a=blast:rank=3", "expected the option of blast in --rule blast:rank=3 to be one of 'keep', 'blocks', got 'rank'"),
+        (
+            "a=blast:rank=3",
+            "expected the option of blast in --rule blast:rank=3 to be one of 'keep', 'blocks', got 'rank'",
+        ),
         ("a=blast:keep=half", "expected keep in --rule blast:keep=half to be a number, got 'half'"),
         ("a=blast:blocks=8by8", "expected blocks in --rule .* to be blocks such as 16, .*, got '8by8'"),
         ("a=low_rank:blocks=8", "expected the option of low_rank in .* to be one of 'keep', got 'blocks'"),
@@ -102,13 +105,18 @@ def test_rules_that_do_not_read(text: str, message: str) -> None:
 def test_block_counts_and_formats() -> None:
     assert (read_blocks("16"), read_blocks("8x4")) == (16, (8, 4))
     assert format_class("Low-Rank", "--format") is LowRank
-    with pytest.raises(ValueError, match="expected --blocks to be blocks such as 16, or 8x16 for rows x columns, got '8x'"):
+    with pytest.raises(
+        ValueError, match="expected --blocks to be blocks such as 16, or 8x16 for rows x columns, got '8x'"
+    ):
         read_blocks("8x")
 
 
 def test_the_plan_is_shown_and_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
-    assert main(["plan", str(folder), "--blocks", "4", "--layers", ".*up_proj", "--layers", ".*q_proj", "-o", str(file)]) == 0
+    assert (
+        main(["plan", str(folder), "--blocks", "4", "--layers", ".*up_proj", "--layers", ".*q_proj", "-o", str(file)])
+        == 0
+    )
     captured = capsys.readouterr()
     lines = [re.sub(" +", " ", line).strip() for line in captured.out.splitlines()]
     assert lines[0] == "layer format parameters keep"
@@ -149,11 +157,17 @@ def write_config(folder: Path, **changes: Any) -> None:
         (["{empty}"], "expected a model in the folder '.*', but it has no config.json"),
         (["{folder}", "--keep", "2"], r"expected --keep to be in \(0, 1\], got 2.0"),
         (["{folder}", "--format", "butterfly"], "expected --format to be one of .*, got 'butterfly'"),
-        (["{folder}", "--blocks", "a"], "expected --blocks to be blocks such as 16, or 8x16 for rows x columns, got 'a'"),
+        (
+            ["{folder}", "--blocks", "a"],
+            "expected --blocks to be blocks such as 16, or 8x16 for rows x columns, got 'a'",
+        ),
         (["{folder}", "--layers", "("], r"expected a regular expression for --layers, got '\(': .*"),
         (["{folder}", "--exclude", "["], r"expected a regular expression for --exclude, got '\[': .*"),
         (["{folder}", "--rule", "*=blast"], r"expected a regular expression for --rule, got '\*': .*"),
-        (["{folder}", "--layers", "nothing"], "expected --layers 'nothing' to pick a dense linear layer or convolution.*"),
+        (
+            ["{folder}", "--layers", "nothing"],
+            "expected --layers 'nothing' to pick a dense linear layer or convolution.*",
+        ),
         (["{folder}", "--blocks", "5"], "layer 'model.layers.0.self_attn.q_proj' does not fit: .*"),
         (["{unnamed}"], "expected the configuration of '.*' to name a class of transformers .*, got 'Lama'"),
         (["{quantized}"], "expected a model with dense weights, got '.*', which is quantized; dequantize it"),

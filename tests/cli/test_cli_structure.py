@@ -173,7 +173,10 @@ def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path, capsys: pytest.
     assert compress(folder, tmp_path / "a", "--stream") == 1
     assert "expected no gaudi_gblr with --stream" in capsys.readouterr().err
     assert main(["compress", str(folder / "dense"), "-o", str(tmp_path / "a"), "--blocks", "2", "--learn"]) == 1
-    assert "expected a layer of a format that learns with --learn, got none; pass --format gaudi_gblr" in capsys.readouterr().err
+    assert (
+        "expected a layer of a format that learns with --learn, got none; pass --format gaudi_gblr"
+        in capsys.readouterr().err
+    )
     assert main(["harden", str(folder / "dense"), "-o", str(tmp_path / "a")]) == 1
     assert "expected a network with GaudiGblr layers, got none" in capsys.readouterr().err
     assert main(["compress", str(folder / "dense"), "-o", str(tmp_path / "a"), "--format", "gblr"]) == 1

@@ -1,4 +1,4 @@
-"""``structmat.inspect.reports``, ``generate``, ``densify``, ``import-blast`` and ``evaluate``."""
+"""``structmat report``, ``generate``, ``densify``, ``import-blast`` and ``evaluate``."""
 
 import json
 import re
@@ -194,7 +194,18 @@ def test_tasks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(module, "lm_eval_tasks", tasks)
     file = tmp_path / "found.json"
-    words = ["evaluate", str(folder / "small"), "--tasks", "chess", "--tasks", "go", "--limit", "5", "--json", str(file)]
+    words = [
+        "evaluate",
+        str(folder / "small"),
+        "--tasks",
+        "chess",
+        "--tasks",
+        "go",
+        "--limit",
+        "5",
+        "--json",
+        str(file),
+    ]
     assert main([*words, "--task-folder", str(tmp_path)]) == 0
     figures = json.loads(file.read_text())["models"][str(folder / "small")]
     assert figures["chess acc"] == 0.5

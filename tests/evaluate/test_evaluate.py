@@ -228,11 +228,14 @@ def counted(model: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize(
     "format",
     [
-        LowRank(24, 24, 5), Blast(24, 24, 3, 6), Monarch(24, 24, 4, 2), BlockDiagonal(24, 24, 4),
+        LowRank(24, 24, 5),
+        Blast(24, 24, 3, 6),
+        Monarch(24, 24, 4, 2),
+        BlockDiagonal(24, 24, 4),
         BlockSparse(24, 24, flat_butterfly((4, 4), stride=1)),
     ],
     ids=lambda format: format.name,
-)  # fmt: skip
+)
 def test_operations_are_those_of_the_dense_network(format: Format) -> None:
     x = torch.randn(2, 4, 5, 5)
     model = apply_plan_(Network(), {"conv": LowRank(8, 36, 3), "second": format})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structmat import Blast, BlockDiagonal, BlockSparse, Dense, Fit, Format, LowRank, Monarch, default_method
 from structmat.fit import DEFAULT_METHODS, Dao2022Monarch, GradientFit, Lee2024Blast, Magnitude, Method, TruncatedSvd
-from structmat.formats import Factors, FactorSpec, flat_butterfly
+from structmat.formats import FORMATS, Factors, FactorSpec, flat_butterfly, register_format
 
 FAST_GRADIENT = GradientFit(steps=250, learning_rate=0.1)
 BUTTERFLY = flat_butterfly((3, 3), 1)
@@ -494,10 +494,21 @@ def test_default_methods() -> None:
 
 
 @pytest.mark.parametrize("format", [Dense(4, 4), Scaling(4, 4)])
-def test_a_format_without_a_default_method_is_refused(format: Format) -> None:
-    message = re.escape(f"got {format}; pass method=, GradientFit() fits any")
-    with pytest.raises(ValueError, match=r"expected a format with a default method \(LowRank, .*" + message):
-        default_method(format)
+def test_a_format_without_an_entry_in_the_table_is_fitted_by_gradient_descent(format: Format) -> None:
+    assert default_method(format) == GradientFit()
+
+
+def test_a_format_is_registered_with_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(FORMATS, "scaling", raising=False)
+    monkeypatch.setitem(DEFAULT_METHODS, Scaling, GradientFit())  # undone in the end
+    monkeypatch.setitem(FORMATS, "scaling", Scaling)
+    register_format(Scaling, method=GradientFit(steps=7))
+    assert default_method(Scaling(4, 4)) == GradientFit(steps=7)
+
+
+def test_the_published_algorithm_is_the_default_where_the_paper_says_no_more() -> None:
+    assert TruncatedSvd.published() == TruncatedSvd()
+    assert default_method(Blast(4, 4, 2, 1)).published() == Lee2024Blast.published()
 
 
 def test_magnitude_refuses_a_negative_tolerance() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance import CASES
-from structmat import Blast, BlockDiagonal, BlockSparse, Dense, Format, LowRank, Monarch
-from structmat.formats import RankedFormat, flat_butterfly, to_blast
+from structmat import Blast, BlockDiagonal, BlockSparse, Dense, Format, Gblr, LowRank, Monarch
+from structmat.formats import FORMATS, RankedFormat, flat_butterfly, register_format, to_blast
 
 
 def cases_of(kind: type[Format]) -> pytest.MarkDecorator:
@@ -380,3 +380,63 @@ def test_other_formats_are_not_blast(format: Format):
 def test_to_blast_checks_the_factors():
     with pytest.raises(ValueError, match="missing left"):
         to_blast(LowRank(4, 4, 1), {})
+
+
+def test_facts_follow_from_what_a_format_defines():
+    assert {kind.name for kind in FORMATS.values() if kind.has_overlap} == {"gblr", "gaudi_gblr"}
+    assert {kind.name for kind in FORMATS.values() if kind.has_couplings} == {"blast"}
+    assert {kind.name for kind in FORMATS.values() if kind.has_inference_layout} == {"gblr"}
+    assert {kind.name for kind in FORMATS.values() if kind.learns} == {"gaudi_gblr"}
+    assert {kind.name for kind in FORMATS.values() if not kind.replaces} == {"dense"}
+    for kind in FORMATS.values():
+        assert bool(kind.drawn_by) == (kind.has_overlap or kind.has_couplings)
+        assert kind.label
+
+
+def test_what_a_format_does_not_have_is_refused():
+    format = LowRank(4, 4, 1)
+    with pytest.raises(TypeError, match="expected a format with segments, such as Gblr or GaudiGblr, got LowRank"):
+        format.overlap(format.init())
+    with pytest.raises(TypeError, match="expected a format with couplings, such as Blast, got LowRank"):
+        format.couplings(format.init())
+    with pytest.raises(TypeError, match="expected a format that learns its structure, such as GaudiGblr, got LowRank"):
+        format.hardened(format.init())
+    assert format.for_inference(format.init()) is None
+    empty = Gblr(4, 4, 0, (0, 0))
+    assert empty.for_inference(empty.init()) is None
+
+
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [
+        (Dense(4, 4), ""),
+        (BlockDiagonal(8, 8, 4), "blocks 4"),
+        (Monarch(8, 8, (2, 4), 1), "2 x 4 blocks, rank 1"),
+        (Monarch(8, 8, (2, 4), 1, permute_output=True), "2 x 4 blocks, rank 1, permute_output"),
+        (BlockSparse(8, 8, ("10", "11"), 3), "3 of 2 x 2 blocks, rank 3"),
+        (Gblr(8, 8, 4, (9, 10)), "components 4, entries [9, 10]"),
+    ],
+    ids=str,
+)
+def test_settings_are_short_text(format: Format, text: str):
+    assert format.settings() == text
+
+
+def test_only_formats_with_their_facts_and_a_name_of_their_own_are_registered(monkeypatch: pytest.MonkeyPatch):
+    class Nameless(LowRank):
+        pass
+
+    class Anonymous(Format):
+        def factor_specs(self):
+            return {}
+
+        def to_dense(self, factors):
+            return torch.zeros(self.shape)
+
+    with pytest.raises(TypeError, match="expected a subclass of Format, got 3"):
+        register_format(3)  # pyright: ignore
+    with pytest.raises(ValueError, match="expected Anonymous to state name and scale_exponents as class attributes"):
+        register_format(Anonymous)
+    with pytest.raises(ValueError, match="expected a name that no other format has, but 'low_rank' is LowRank"):
+        register_format(Nameless)
+    assert register_format(LowRank) is LowRank

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import structmat as sm
-from structmat.formats import overlap
 from structmat.inspect.learned import effective_rank, gini, map_similarity, structure_numbers
 
 
@@ -77,10 +76,10 @@ def test_the_report_has_them_where_they_are_asked_for() -> None:
     assert set(found.structure) == {"0"}
     assert "0: 100.0% of the learned budget, keep 0." in str(found)
     assert found.to_dict()["structure"]["0"]["concentration"] == found.structure["0"].concentration
-    counts = overlap(model[0].format, model[0].factors)
+    counts = model[0].format.overlap(model[0].factors)
     assert found.structure["0"].covered == pytest.approx(float((counts > 0).float().mean()))
 
 
 def test_other_formats_have_none() -> None:
-    with pytest.raises(TypeError, match="expected a Gblr or GaudiGblr format, got LowRank"):
+    with pytest.raises(TypeError, match="expected a format with segments, such as Gblr or GaudiGblr, got LowRank"):
         structure_numbers(sm.LowRank(4, 4, 1), sm.LowRank(4, 4, 1).init())

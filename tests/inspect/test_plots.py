@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from structmat import Blast, GaudiGblr, LowRank, StructuredLinear
-from structmat.formats import harden, overlap
+from structmat.formats import harden
 from structmat.inspect.plots import (
     COLORS,
     KINDS,
@@ -95,7 +95,7 @@ def test_couplings_of_a_zero_layer() -> None:
 
 
 def test_couplings_need_a_blast_layer() -> None:
-    with pytest.raises(TypeError, match="expected a layer with a Blast format, got LowRank"):
+    with pytest.raises(TypeError, match="expected a format with couplings, such as Blast, got LowRank"):
         couplings(StructuredLinear(LowRank(4, 4, 1)))
 
 
@@ -135,7 +135,7 @@ def test_structure_maps_count_the_components_over_each_entry() -> None:
 def test_only_sums_of_blocks_have_structure_maps() -> None:
     with pytest.raises(ValueError, match="expected at least one GBLR or Gaudi-GBLR layer to draw, got none"):
         structure_maps({})
-    with pytest.raises(TypeError, match="expected a Gblr or GaudiGblr format, got LowRank"):
+    with pytest.raises(TypeError, match="expected a format with segments, such as Gblr or GaudiGblr, got LowRank"):
         structure_maps({"a": StructuredLinear(LowRank(4, 4, 1))})
 
 
@@ -143,7 +143,7 @@ def test_structure_maps_of_large_matrices_are_averaged() -> None:
     layer = StructuredLinear(GaudiGblr(64, 1024, 40, 0.3), generator=torch.Generator().manual_seed(0))
     image = structure_maps({"model.layers.10.a_rather_long_name.of_a_layer": layer}).axes[0].images[0].get_array()
     assert image.shape == (64, 256)
-    whole = overlap(layer.format, layer.factors).unflatten(1, (256, 4)).mean(2)
+    whole = layer.format.overlap(layer.factors).unflatten(1, (256, 4)).mean(2)
     torch.testing.assert_close(torch.tensor(image), whole)
 
 

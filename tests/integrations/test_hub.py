@@ -1,4 +1,4 @@
-"""Loading in one line, and the doors through which frameworks come in."""
+"""Loading in one line."""
 
 import json
 import sys
@@ -11,7 +11,6 @@ import torch
 from diffusers import DiTTransformer2DModel
 from huggingface_hub.errors import EntryNotFoundError
 from networks import build, compressed, same_state
-from torch import nn
 from transformers import AutoModel, BertForMaskedLM, LlamaForCausalLM, LlamaModel
 
 from structmat import LowRank, apply_plan_, load_pretrained
@@ -81,53 +80,15 @@ def test_a_class_that_the_framework_has_not(config: dict[str, Any], tmp_path: Pa
 def test_a_framework_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "transformers")
     with pytest.raises(ImportError, match=r"expected transformers to be installed; run: pip install 'structmat\[trans"):
         load_pretrained(tmp_path)
 
 
-# Doors
-
-
-def test_doors_open_for_subclasses_of_a_framework_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr(doors.importlib, "import_module", opened.append)
-
-    class Mine(LlamaForCausalLM):
-        pass
-
-    doors.open_doors(nn.Linear(2, 2))
-    assert opened == []
-    doors.open_doors(nn.Sequential(Mine(build("LlamaForCausalLM").config)))
-    assert opened == ["structmat.integrations.transformers.quantizer"]
-    doors.open_doors(DiTTransformer2DModel(2, 8, num_layers=1, sample_size=8))
-    assert opened[1:] == ["structmat.integrations.diffusers"]
-
-
-def test_a_class_that_only_says_so_opens_no_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    Fake = type("Fake", (nn.Module,), {"__module__": "transformers.fake"})
-    monkeypatch.delitem(sys.modules, "transformers")
-    doors.open_doors(Fake())
-    assert "transformers" not in sys.modules
-
-
-def test_the_watch_is_kept_once() -> None:
-    doors.watch()
-    doors.watch()
-    watchers = [finder for finder in sys.meta_path if isinstance(finder, doors._Watcher)]
-    assert len(watchers) == 1
-    assert watchers[0].find_spec("json", None) is None
-
-
-def test_what_is_watched_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "watched_for_a_test.py").write_text("value = 3\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(doors.FRAMEWORKS, "nothing", "watched_for_a_test")
-    imported: list[str] = []
-    original = doors.importlib.import_module
-    monkeypatch.setattr(doors.importlib, "import_module", lambda name: imported.append(name))
-    module = __import__("watched_for_a_test")
-    monkeypatch.setattr(doors.importlib, "import_module", original)
-    assert module.value == 3
-    assert imported == ["structmat.integrations.nothing"]
-    assert not isinstance(module.__loader__, doors._Follower)
-    del sys.modules["watched_for_a_test"]
+def test_a_framework_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(doors, "version", lambda name: "4.57.6")
+    with pytest.raises(
+        ImportError, match=r"expected transformers 5\.17 or newer, got 4\.57\.6; run: pip install --upg"
+    ):
+        load_pretrained(tmp_path)

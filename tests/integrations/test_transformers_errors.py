@@ -1,9 +1,12 @@
 """What can go wrong with a structured checkpoint of transformers is an error that says what, never random weights."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +168,9 @@ def test_importing_the_library_is_enough(how: str, folder: Path) -> None:
 # What is saved
 
 
-def test_the_state_dict_that_was_asked_for_is_saved(folder: Path) -> None:
-    model = LlamaForCausalLM.from_pretrained(folder)
+@pytest.mark.parametrize("how", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_state_dict_that_was_asked_for_is_saved(how: Callable[[Any], Any], folder: Path) -> None:
+    model = how(LlamaForCausalLM.from_pretrained(folder))
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder / "more", state_dict=state)
     loaded = LlamaForCausalLM.from_pretrained(folder / "more")

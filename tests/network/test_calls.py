@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from structmat.integrations.transformers.quantizer import without_cache
+from structmat.network.adapters import ADAPTERS
 from structmat.network.calls import call, device_of, evaluating, moved, widened
 
 Pair = namedtuple("Pair", ["a", "b"])
@@ -63,6 +65,7 @@ def test_widening_takes_what_is_narrower_and_leaves_the_rest() -> None:
 
 
 def test_evaluating_is_undone_after_an_error_too() -> None:
+    assert ADAPTERS["transformers"].stateless is without_cache
     model = nn.Sequential(nn.Dropout(), nn.Dropout().eval()).train()
     model[1].eval()
     model.config = SimpleNamespace(use_cache=True)  # pyright: ignore

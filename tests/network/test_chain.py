@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from chains import ResNet, Variant, transformer, transformer_batch
 from small_networks import Block, Stack, mlp, padding, sequences
+from structmat.network.adapters import ADAPTERS, Adapter
 from structmat.network.calls import tensor_of
 from structmat.network.chain import Chain, Relay, find_chain
 from structmat.network.sites import find_sites
@@ -202,8 +203,17 @@ X = torch.ones(2)
     [X, (X, None), [X, 3], {"logits": X}, {"loss": torch.zeros(()), "last_hidden_state": X}, SimpleNamespace(sample=X)],
     ids=["tensor", "tuple", "list", "logits", "mapping", "object"],
 )
-def test_the_tensor_of_an_output(output: Any) -> None:
+def test_the_tensor_of_an_output(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ADAPTERS, "a framework", Adapter(outputs=("last_hidden_state", "sample")))
     assert tensor_of(output) is X
+
+
+def test_the_tensor_of_an_output_under_one_name() -> None:
+    assert tensor_of({"logits": X, "other": torch.zeros(2)}, ["logits"]) is X
+    with pytest.raises(
+        TypeError, match="expected a tensor, or a tuple or object that holds one, from a block, got dict"
+    ):
+        tensor_of({"logits": X}, ["sample"])
 
 
 @pytest.mark.parametrize("output", [None, (), (None, X), {"loss": X}, 3])

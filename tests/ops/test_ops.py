@@ -25,11 +25,17 @@ WITH_ALGORITHMS = {
 OPERATORS = {
     name: CASES[name]
     for name in (
-        "low-rank square", "block-diagonal wide", "monarch 3x7 blocks, I > J", "monarch permuted, I < J",
-        "blast 3x7 blocks, I > J", "block-sparse 3x7 blocks, unequal rows", "block-sparse empty first row", "gblr wide",
+        "low-rank square",
+        "block-diagonal wide",
+        "monarch 3x7 blocks, I > J",
+        "monarch permuted, I < J",
+        "blast 3x7 blocks, I > J",
+        "block-sparse 3x7 blocks, unequal rows",
+        "block-sparse empty first row",
+        "gblr wide",
         "tiled gblr, several groups",
     )
-}  # fmt: skip
+}
 KEEPING = ("monarch 3x7 blocks, I > J", "monarch permuted, I < J", "blast 3x7 blocks, I > J")
 """Those whose operators keep intermediates for many tokens."""
 

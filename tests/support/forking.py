@@ -11,6 +11,7 @@ import sys
 import time
 
 import structmat.cli.app
+import structmat.cli.compress  # noqa: F401
 from structmat.integrations.transformers import quantizer  # noqa: F401
 
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401  # isort: skip

@@ -22,7 +22,7 @@ from structmat._files import write_atomically
 from structmat.bench.machine import hardware
 from structmat.bench.timing import time_side_by_side
 from structmat.formats import Format
-from structmat.network.calls import call, evaluating
+from structmat.network.capture import count_vectors
 from structmat.network.surgery import densify_, tile_
 from structmat.nn import StructuredModule
 from structmat.nn.linear import bucket
@@ -33,26 +33,26 @@ DENSE = "dense"
 TILED = "tiled"
 
 COLD_BYTES = 96 * 2**20
-"""Copies of a layer are measured in turn until they hold this much together, so that no cache holds them all."""
+"""The memory that the copies of a layer hold together, which are measured in turn so that no cache holds them all."""
 
 GAIN = 0.95
-"""What another way must take at most, relative to the automatic one: less is within the noise."""
+"""The time, relative to the automatic way, below which another way is taken; a smaller gain is within the noise."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured for one layer and one number of tokens, and what was chosen.
+    """The measurement of one layer at one number of tokens, and the way that was chosen.
 
     Attributes:
-        layer: Name of the layer.
-        format: Its format, as text.
-        tokens: Vectors that it multiplies in a call.
-        dtype: Of the product.
+        layer: The name of the layer.
+        format: The format of the layer, as text.
+        tokens: The number of vectors that the layer multiplies in a call.
+        dtype: The dtype of the product.
         algorithm: One of the format's ``algorithms``, ``"automatic"``, ``"tiled"`` or ``"dense"``.
-        seconds: That the choice takes.
-        automatic_seconds: That the automatic way takes.
-        dense_seconds: That a dense product takes.
-        dense_bytes: What the dense weight would take beyond the factors.
+        seconds: The time that the chosen way takes.
+        automatic_seconds: The time that the automatic way takes.
+        dense_seconds: The time that a dense product takes.
+        dense_bytes: The memory that the dense weight would take beyond that of the factors.
     """
 
     layer: str
@@ -76,8 +76,8 @@ class Tuning:
     """The choices for a network; ``print`` shows them as a table.
 
     Attributes:
-        choices: One for each layer and number of tokens.
-        hardware: What they were measured on.
+        choices: The choices, one for each layer and number of tokens.
+        hardware: The facts of the machine on which they were measured.
     """
 
     choices: tuple[Choice, ...]
@@ -92,7 +92,7 @@ class Tuning:
         """Write the choices as JSON, in one step.
 
         Args:
-            path: Of the file.
+            path: The file.
         """
         text = json.dumps(
             {"hardware": dict(self.hardware), "choices": [dataclasses.asdict(choice) for choice in self.choices]}
@@ -101,10 +101,10 @@ class Tuning:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tuning:
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote; names of algorithms in old files, such as ``"in place"``, get their underscores.
 
         Args:
-            path: Of the file.
+            path: The file.
 
         Returns:
             The choices, for ``apply_``.
@@ -114,7 +114,8 @@ class Tuning:
         """
         try:
             found = json.loads(Path(path).read_text())
-            return cls(tuple(Choice(**choice) for choice in found["choices"]), dict(found["hardware"]))
+            choices = [{**choice, "algorithm": choice["algorithm"].replace(" ", "_")} for choice in found["choices"]]
+            return cls(tuple(Choice(**choice) for choice in choices), dict(found["hardware"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"expected choices that Tuning.save wrote in {os.fspath(path)!r}, got something else: {error}"
@@ -200,10 +201,10 @@ def autotune_(
     Args:
         model: The network, on the device and in the dtype in which it will run.
         example_inputs: A batch that it is called on: a tensor, a tuple of arguments or a mapping of keyword arguments.
-        tokens: Numbers of vectors to measure all layers at, instead of calling the network: for generation, those of
-            the prompt and of one step, say.
+        tokens: The numbers of vectors to measure all layers at, instead of calling the network, such as those of the
+            prompt and of one step of a generation.
         allow_dense: Whether layers for which a dense product is faster, over all of their calls, are made dense.
-        rounds: How often each way is timed.
+        rounds: The number of times that each way is timed.
 
     Returns:
         The choices.
@@ -222,7 +223,7 @@ def autotune_(
         raise ValueError("expected either example_inputs or tokens, got " + ("neither" if tokens is None else "both"))
     layers = _layers(model)
     if tokens is None:
-        calls = _observed(model, layers, example_inputs)
+        calls = count_vectors(model, layers, example_inputs)
     else:
         counts = [_checks.positive_int(count, "tokens") for count in tokens]
         if not counts:
@@ -339,25 +340,6 @@ def _in_turn(way: tuple[Format, Mapping[str, Tensor], str], x: Tensor) -> Callab
 def _copies(tensors: Iterable[Tensor]) -> int:
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return max(1, min(8, -(-COLD_BYTES // max(held, 1))))
-
-
-def _observed(
-    model: nn.Module, layers: Mapping[str, StructuredModule], batch: Any
-) -> dict[str, Counter[tuple[int, torch.dtype]]]:
-    """How often each layer is called with how many vectors and in which dtype."""
-    calls: dict[str, Counter[tuple[int, torch.dtype]]] = {name: Counter() for name in layers}
-
-    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda layer, _, y: calls[name].update([(y.numel() // layers[name].format.M, y.dtype)])
-
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: Counter({key: times for key, times in calls[name].items() if key[0]}) for name in layers}
 
 
 def _layers(model: nn.Module) -> dict[str, StructuredModule]:

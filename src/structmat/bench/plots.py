@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from structmat.bench.models import GenerationBench
 from structmat.bench.results import LayerBench, LayerTime
-from structmat.inspect.plots import COLORS, MARKERS, _figure
+from structmat.inspect.plots import COLORS, MARKERS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def layer_speeds(found: LayerBench) -> Figure:
     columns = list(dict.fromkeys(time.shape for time in found.times))
     rows = list(dict.fromkeys((time.dtype, time.step) for time in found.times))
     size = 3.6 * len(columns) + 1, 2.6 * len(rows) + 0.6
-    figure, grid = _figure(*size, nrows=len(rows), ncols=len(columns), squeeze=False, sharex=True, sharey=True)
+    figure, grid = new_figure(*size, nrows=len(rows), ncols=len(columns), squeeze=False, sharex=True, sharey=True)
     formats = list(dict.fromkeys(time.format for time in found.times))
     for (dtype, step), line in zip(rows, grid, strict=True):
         for shape, axes in zip(columns, line, strict=True):
@@ -75,7 +75,7 @@ def model_speeds(found: GenerationBench) -> Figure:
     """
     steps = list(dict.fromkeys((time.step, time.tokens) for time in found.times))
     models = list(dict.fromkeys(time.model for time in found.times))
-    figure, axes = _figure(max(6.4, 0.5 * len(steps) * len(models)), 3.8)
+    figure, axes = new_figure(max(6.4, 0.5 * len(steps) * len(models)), 3.8)
     width = 0.8 / len(models)
     for k, name in enumerate(models):
         speeds = {(time.step, time.tokens): time.speedup for time in found.times if time.model == name}

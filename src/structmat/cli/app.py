@@ -167,5 +167,6 @@ def hint(line: str, loose: dict[str, str]) -> str:
     Returns:
         What to add to the line; mostly nothing.
     """
-    meant = [spelled for word, spelled in loose.items() if re.search(rf"(?<![\w./-]){re.escape(word)}(?!\w)", line)]
-    return f"; an option is repeated for each of its values: {' '.join(meant)}" if meant else ""
+    if not any(re.search(rf"(?<![\w./-]){re.escape(word)}(?!\w)", line) for word in loose):
+        return ""
+    return f"; an option is repeated for each of its values: {' '.join(loose.values())}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from structmat import _checks
+from structmat.cli.formats import NAMES
 from structmat.cli.options import Options
 
 
@@ -28,7 +30,9 @@ class DemoOptions(Options):
     formats: Annotated[
         tuple[str, ...],
         typer.Option(
-            "--formats", metavar="NAME", help="A structure to compare, repeated for several; by default all of them."
+            "--formats",
+            metavar="NAME",
+            help=f"A structure to compare, repeated for several: {NAMES}; by default those with a method of their own.",
         ),
     ] = ()
     seeds: Annotated[int, typer.Option(help="The number of seeds to average over.")] = 1
@@ -42,15 +46,10 @@ class DemoOptions(Options):
 
 def demo(options: DemoOptions) -> None:
     """Run ``structmat demo``."""
-    from structmat.demo import (  # noqa: PLC0415 - the demo's own dependencies
-        Settings,
-        run_demo,
-        structures,
-        usual_structures,
-    )
-
-    names = tuple(dict.fromkeys(options.formats or usual_structures()))
+    module = importlib.import_module("structmat.demo")
+    names = tuple(dict.fromkeys(options.formats or module.usual_structures()))
     for name in names:
-        _checks.one_of(name, structures(), "--formats")
+        _checks.one_of(name, module.structures(), "--formats")
     keep = _checks.fraction(options.keep, "--keep")
-    run_demo(Settings(keep, names, _checks.positive_int(options.seeds, "--seeds"), options.out, options.quick))
+    seeds = _checks.positive_int(options.seeds, "--seeds")
+    module.run_demo(module.Settings(keep, names, seeds, options.out, options.quick))

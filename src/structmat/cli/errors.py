@@ -11,8 +11,8 @@ from types import TracebackType
 PACKAGE = Path(__file__).parents[1]
 """The folder of the package."""
 
-TOLD = (ValueError, TypeError, ImportError, OSError, ArithmeticError, RuntimeError)
-"""The kinds of errors that the package raises to tell a user what to change."""
+TOLD = (ValueError, ImportError, OSError, ArithmeticError, RuntimeError)
+"""The kinds of errors that the package raises to tell a user what to change; a wrong type is a fault of a caller."""
 
 KNOWN = {
     "OSError": "builtins",

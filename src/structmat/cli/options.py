@@ -83,7 +83,7 @@ def command_of(function: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: _given(kind, values) for name, kind in groups.items()}
         return function(**given, **{name: _tuple(hints[name], value) for name, value in values.items()})
 
-    setattr(command, "__signature__", inspect.Signature([*parameters, DEBUG]))  # noqa: B010 - no attribute of functions
+    vars(command)["__signature__"] = inspect.Signature([*parameters, DEBUG])
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 

@@ -21,10 +21,10 @@ from structmat._version import __version__
 from structmat.cli.show import say
 
 RECORD = "structmat.json"
-"""In a finished folder: what made it, and what came out."""
+"""The file in a finished folder that says what made it, and what came out."""
 
 SCHEMA = 1
-"""Of the record."""
+"""The version of the record."""
 
 
 class Output:
@@ -35,7 +35,7 @@ class Output:
 
     Args:
         path: The folder.
-        command: Name of the command.
+        command: The name of the command.
         options: What the result depends on, as JSON-compatible data.
         overwrite: Whether to replace a result that is there.
         resume: Whether a run that was interrupted goes on with other options.
@@ -51,7 +51,7 @@ class Output:
 
     @property
     def folder(self) -> Path:
-        """Where the model is written before it moves."""
+        """The folder in which the model is written before it moves."""
         return self.partial / "model"
 
     @property
@@ -160,7 +160,7 @@ class Output:
         """The empty folder for the model; what an earlier run wrote there is removed.
 
         Returns:
-            Its path.
+            The folder.
         """
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
@@ -171,7 +171,7 @@ class Output:
 
         Args:
             facts: What came out, as JSON-compatible data.
-            folder: With everything else that is to appear.
+            folder: The folder with everything else that is to appear.
         """
         written = {"schema": SCHEMA, "command": self.command, "options": self.options, "versions": versions(), **facts}
         write_json(folder / RECORD, written)
@@ -185,7 +185,7 @@ class Output:
         """Let a folder with a record be the output.
 
         Args:
-            folder: Inside the partial one.
+            folder: A folder inside the partial one.
         """
         if os.path.lexists(self.path):
             if _is_empty(self.path):
@@ -226,13 +226,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def fingerprint(source: str | os.PathLike[str] | None) -> str | None:
-    """What a file or the files of a folder are, by their names, sizes and times; None where there are none.
+    """Hash the names, sizes and times of a file or of the files of a folder.
 
     Args:
         source: A path, or the name of something on the Hub.
 
     Returns:
-        A hash.
+        The hash; None where there is no such file or folder.
     """
     if source is None or not Path(source).exists():
         return None
@@ -246,7 +246,7 @@ def fingerprint(source: str | os.PathLike[str] | None) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """The versions of the libraries that compute."""
     found = {"structmat": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers"):
         try:

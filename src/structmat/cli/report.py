@@ -21,6 +21,7 @@ from structmat.cli.options import Model, Options
 from structmat.cli.output import read_record
 from structmat.cli.show import say
 from structmat.formats import Format
+from structmat.inspect.plots import budget_shares, couplings, structure_maps
 from structmat.inspect.reports import NUMBERS, Report
 from structmat.inspect.reports import report as report_on
 from structmat.nn import StructuredModule
@@ -136,13 +137,11 @@ def draw(model: str, filled: Any, folder: Path) -> None:
     Raises:
         ValueError: If no layer has a structure with a picture.
     """
-    from structmat.inspect.plots import budget_shares, couplings, structure_maps  # noqa: PLC0415 - the extra ``plot``
-
     layers = {name: module for name, module in structured(filled).items() if module.format.drawn_by}
     if not layers:
         raise ValueError(f"expected GBLR, Gaudi-GBLR or BLAST layers to draw, got none in {model!r}")
-    coupled = {name: layer for name, layer in layers.items() if draws_couplings(layer)}
-    learned = {name: layer for name, layer in layers.items() if name not in coupled}
+    coupled = {name: layer for name, layer in layers.items() if layer.format.has_couplings}
+    learned = {name: layer for name, layer in layers.items() if layer.format.has_overlap}
     if learned:
         for module in learned.values():
             hollow_(module)
@@ -154,11 +153,6 @@ def draw(model: str, filled: Any, folder: Path) -> None:
             say("no budget.png: there is no trainer_state.json with two entries or more of a structure's learning")
     for name, layer in coupled.items():
         save(couplings(layer, title=name), folder / f"couplings-{name}.png")
-
-
-def draws_couplings(layer: StructuredModule) -> bool:
-    """Whether the picture of a layer is that of its couplings, and not that of its segments."""
-    return type(layer.format).couplings is not Format.couplings
 
 
 def hollow_(module: StructuredModule) -> None:

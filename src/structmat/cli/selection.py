@@ -15,7 +15,7 @@ from structmat import _checks
 from structmat.cli.formats import HINT, NAMES, options_text, read_blocks, read_format, read_rule
 from structmat.cli.options import Options
 from structmat.network.sites import find_sites
-from structmat.plan import Plan, make_plan
+from structmat.plan import Plan, Rule, make_plan
 
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 """Names of output layers, beside those that the model itself tells."""
@@ -104,7 +104,9 @@ class PlanOptions(Options):
             ValueError: If an option does not read or does not fit the model, or there is nothing to compress.
         """
         chosen = read_format(self.format, "--format")
-        rules: dict[Any, Rule] = {checked_pattern(pattern, "--rule"): rule for pattern, rule in map(read_rule, self.rules)}
+        rules: dict[Any, Rule] = {
+            checked_pattern(pattern, "--rule"): rule for pattern, rule in map(read_rule, self.rules)
+        }
         exclude = [checked_pattern(pattern, "--exclude") for pattern in self.exclude]
         layers = [checked_pattern(pattern, "--layers") for pattern in self.layers]
         keep, blocks = _checks.fraction(self.keep, "--keep"), read_blocks(self.blocks)

@@ -10,6 +10,7 @@ from structmat._files import write_atomically
 from structmat._tables import print_table
 from structmat.bench import LayerBench
 from structmat.bench.models import GenerationBench, ModelTime
+from structmat.bench.plots import layer_speeds, model_speeds
 from structmat.bench.results import LayerTime
 from structmat.cli.output import write_json
 from structmat.cli.show import say
@@ -71,8 +72,6 @@ def write(found: LayerBench | GenerationBench, folder: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         say("no bench.png, which needs matplotlib: pip install 'structmat[plot]'")
         return
-    from structmat.bench.plots import layer_speeds, model_speeds  # noqa: PLC0415 - the extra ``plot``
-
     figure = layer_speeds(found) if isinstance(found, LayerBench) else model_speeds(found)
     write_atomically(folder / "bench.png", lambda temporary: figure.savefig(temporary, format="png"))
     say(f"wrote {folder / 'bench.png'}")

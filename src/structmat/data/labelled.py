@@ -23,7 +23,7 @@ class LabelledTexts:
 
     Attributes:
         texts: The texts.
-        labels: The class of each, counted from 0.
+        labels: The class of each text, counted from 0.
         classes: The names of the classes, where the source has them.
     """
 
@@ -35,12 +35,12 @@ class LabelledTexts:
         """The texts as a model takes them.
 
         Args:
-            tokenizer: Of ``transformers``; it adds its own special tokens.
-            length: Tokens at which a text is cut.
+            tokenizer: A tokenizer of transformers; it adds its own special tokens.
+            length: The number of tokens at which a text is cut.
 
         Returns:
-            What the tokenizer makes of each text, with its class under ``"labels"``; a ``DataCollatorWithPadding``
-            makes batches of them.
+            The tokens of each text as the tokenizer returns them, with the class under ``"labels"``; a
+            ``DataCollatorWithPadding`` makes batches of them.
         """
         encoded = (tokenizer(text, truncation=True, max_length=length) for text in self.texts)
         return [{**dict(one), "labels": label} for one, label in zip(encoded, self.labels, strict=True)]
@@ -53,9 +53,9 @@ def read_labelled_texts(
 
     Args:
         source: A table, a folder or the name of a Hub data set, as in ``read_texts``; a slice picks entries.
-        split: Of a source with several.
-        column: Of the texts; None for one with a usual name, or the only one that holds strings.
-        label_column: Of the classes, which are integers from 0 or strings; None for one with a usual name.
+        split: The split, of a source with several.
+        column: The column of the texts; None for one with a usual name, or the only one that holds strings.
+        label_column: The column of the classes, which are integers from 0 or strings; None for one with a usual name.
 
     Returns:
         The texts with their classes. Classes that are strings are numbered in alphabetical order, so give every split
@@ -77,15 +77,15 @@ def read_labelled_texts(
 class Images(Dataset[dict[str, Any]]):
     """Images as a model takes them: ``{"pixel_values": (channels, height, width), "labels": int}``.
 
-    Each is read, changed and processed when it is asked for, so that data loader workers share the work.
+    Each image is read, changed and processed when it is asked for, so that data loader workers share the work.
 
     Args:
         table: A ``datasets.Dataset`` with a column of images.
-        processor: An image processor of ``transformers``.
-        column: Of the images.
-        labels: The class of each.
+        processor: An image processor of transformers.
+        column: The column of the images.
+        labels: The class of each image.
         classes: The names of the classes.
-        augment: Changes a ``PIL`` image before the processor gets it; None for no change.
+        augment: A function that changes a ``PIL`` image before the processor gets it; None for no change.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ def read_images(
     Args:
         source: A folder with one folder of images per class (or ``train/CLASS/…`` and so on), or the name of a Hub
             data set; a slice picks entries.
-        processor: An image processor of ``transformers``, called as ``processor(images=…, return_tensors="pt")``.
-        split: Of a source with several.
-        column: Of the images; None for the only one.
-        label_column: Of the classes; None for one with a usual name.
-        augment: Changes a ``PIL`` image before the processor gets it: for training.
+        processor: An image processor of transformers, called as ``processor(images=…, return_tensors="pt")``.
+        split: The split, of a source with several.
+        column: The column of the images; None for the only one.
+        label_column: The column of the classes; None for one with a usual name.
+        augment: A function that changes a ``PIL`` image before the processor gets it, for training.
 
     Returns:
         A data set for a ``DataLoader``.
@@ -149,7 +149,7 @@ def _numbered(table: Any, column: str, name: str) -> tuple[list[int], tuple[str,
     values, feature = list(table[column]), table.features[column]
     if hasattr(feature, "names"):
         return values, tuple(feature.names)
-    if all(isinstance(value, str) for value in values):
+    if all(isinstance(value, str) for value in values):  # `class_encode_column` would write all images anew
         classes = sorted(set(values))
         return [classes.index(value) for value in values], tuple(classes)
     if not all(isinstance(value, int) and value >= 0 for value in values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Source:
 
     Attributes:
         name: The source without the slice.
-        part: Which entries, of the whole.
+        part: The slice of its entries.
     """
 
     name: str
@@ -30,28 +31,27 @@ class Source:
         """Read the spelling.
 
         Args:
-            source: As above.
+            source: The source, as the user spells it.
 
         Returns:
-            Its parts.
+            The source.
 
         Raises:
-            ValueError: If what stands in brackets is no slice, or there is no name.
+            ValueError: If the brackets hold no slice, or there is no name.
         """
-        name, bracket, inside = source.partition("[") if source.endswith("]") and not Path(source).exists() else (
-            source, "", "",
-        )  # fmt: skip
-        found = re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*\]", inside) if bracket else None
-        if bracket and found is None:
+        sliced = source.endswith("]") and not Path(source).exists()
+        name, _, inside = source.partition("[") if sliced else (source, "", ":]")
+        found = re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*\]", inside)
+        if found is None:
             raise ValueError(f"expected a slice such as [:1500] or [-300:] after the source, got {source!r}")
         if not name:
             raise ValueError(f"expected a file, a folder or the name of a data set on the Hub, got {source!r}")
-        start, stop = (None if text is None else int(text) for text in (found.groups() if found else (None, None)))
+        start, stop = (None if text is None else int(text) for text in found.groups())
         return cls(name, slice(start, stop))
 
     @property
     def ending(self) -> str:
-        """The ending of the name, in small letters and without that of a compression."""
+        """The ending of the name in small letters, where the ending of a compression does not count."""
         path = Path(self.name)
         return Path(path.stem if path.suffix.lower() in COMPRESSIONS else path.name).suffix.lower()
 
@@ -59,7 +59,7 @@ class Source:
         """The entries as a data set of the ``datasets`` library.
 
         Args:
-            split: Which split; None where there is only one.
+            split: The split; None where there is only one.
 
         Returns:
             A ``datasets.Dataset``.
@@ -67,16 +67,23 @@ class Source:
         Raises:
             ImportError: If ``datasets`` is not installed.
             ValueError: If the file is of an unknown kind, the split is not there or not given, or the slice is empty.
-            FileNotFoundError: If neither here nor on the Hub there is such a thing, or the Hub is out of reach.
+            FileNotFoundError: If there is no such file, folder or data set, or the Hub is out of reach.
         """
+        loaded = self._loaded()
+        chosen = _choose_split(loaded, split, self.name) if isinstance(loaded, dict) else loaded
+        picked = range(len(chosen))[self.part]  # `datasets` slices neither text files nor what was saved to disk
+        if not picked:
+            raise ValueError(f"expected at least one of the {len(chosen)} entries of {self.name!r}, got none")
+        return chosen.select(picked)
+
+    def _loaded(self) -> Any:
+        """The whole data set, or a dictionary of its splits."""
         try:
-            import datasets  # noqa: PLC0415 - an optional dependency
-            from datasets.exceptions import DatasetsError  # noqa: PLC0415 - likewise
+            datasets = importlib.import_module("datasets")
         except ImportError as error:
             raise ImportError(
                 f"reading {self.name!r} needs the package datasets; pip install 'structmat[train]'"
             ) from error
-        loaded: Any
         path = Path(self.name)
         if path.is_file():
             if self.ending not in TABLES:
@@ -85,24 +92,16 @@ class Source:
                     f"got {self.name!r}"
                 )
             options: dict[str, Any] = {"sep": "\t"} if self.ending == ".tsv" else {}
-            loaded = datasets.load_dataset(TABLES[self.ending], data_files=str(path), **options)
-        elif path.is_dir() and (path / "state.json").exists():
-            loaded = datasets.Dataset.load_from_disk(str(path))
-        elif path.is_dir() and (path / "dataset_dict.json").exists():
-            loaded = datasets.DatasetDict.load_from_disk(str(path))
-        else:
-            name, _, configuration = self.name.partition(":")
-            try:
-                loaded = datasets.load_dataset(name, configuration or None)
-            except (OSError, DatasetsError) as error:
-                raise FileNotFoundError(
-                    f"expected a file, a folder or the name of a data set on the Hub, got {self.name!r}: {error}"
-                ) from error
-        chosen = _choose_split(loaded, split, self.name) if isinstance(loaded, dict) else loaded
-        indices = list(range(len(chosen))[self.part])
-        if not indices:
-            raise ValueError(f"expected at least one of the {len(chosen)} entries of {self.name!r}, got none")
-        return chosen.select(indices)
+            return datasets.load_dataset(TABLES[self.ending], data_files=str(path), **options)
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(path))
+        name, _, configuration = self.name.partition(":")
+        try:
+            return datasets.load_dataset(name, configuration or None)
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise FileNotFoundError(
+                f"expected a file, a folder or the name of a data set on the Hub, got {self.name!r}: {error}"
+            ) from error
 
 
 def _choose_split(splits: dict[str, Any], split: str | None, name: str) -> Any:
@@ -114,19 +113,19 @@ def _choose_split(splits: dict[str, Any], split: str | None, name: str) -> Any:
 
 
 def choose_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str], what: str) -> str:
-    """The column to read: the one asked for, one with a usual name, or the only one.
+    """Choose the column to read: the one asked for, one with a usual name, or the only one.
 
     Args:
-        columns: Those that could be meant.
-        wanted: What the caller says.
-        usual: Names in the order in which they are tried.
-        what: What it holds, for the message.
+        columns: The columns that could be meant.
+        wanted: The name that the caller gave; None for no name.
+        usual: The usual names, in the order in which they are tried.
+        what: The contents of the column, for the message.
 
     Returns:
-        Its name.
+        The name of the column.
 
     Raises:
-        ValueError: If it is not there, or several could be meant.
+        ValueError: If the column is not there, or several could be meant.
     """
     candidates = [wanted] if wanted is not None else [*usual, *(columns if len(columns) == 1 else ())]
     found = next((name for name in candidates if name in columns), None)

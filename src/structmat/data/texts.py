@@ -10,7 +10,7 @@ from pathlib import Path
 from structmat.data.sources import Source, choose_column
 
 END_OF_TEXT = "<|endoftext|>"
-"""What separates the documents of a text file unless the caller says otherwise."""
+"""The text between the documents of a text file, unless the caller says otherwise."""
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "story")
 
@@ -30,20 +30,22 @@ def read_texts(
         source: One of
 
             - a text file, ``.txt``, ``.txt.xz`` or ``.txt.gz``, in UTF-8;
-            - a table, ``.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``, possibly compressed likewise;
+            - a table, ``.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet``, which ``.xz`` or ``.gz`` may follow;
             - a folder that ``datasets`` can load;
-            - the name of a data set on the Hub, ``Salesforce/wikitext:wikitext-2-raw-v1`` with its configuration;
+            - the name of a data set on the Hub, with its configuration behind a colon if it has several, such as
+              ``Salesforce/wikitext:wikitext-2-raw-v1``.
 
-            all but the text file through the package ``datasets``. A slice behind it, ``stories.txt.xz[:1500]``,
-            ``stories.txt.xz[-300:]``, picks documents.
-        split: Of a folder or a Hub data set with several, ``"train"``, say.
-        separator: Between the documents of a text file. None for ``<|endoftext|>``, without which the file is one
+            All but the text file are read with the package ``datasets``. A slice behind the source, as in
+            ``stories.txt.xz[:1500]`` or ``stories.txt.xz[-300:]``, picks documents.
+        split: The split of a folder or Hub data set with several, such as ``"train"``.
+        separator: The text between the documents of a text file. None for ``<|endoftext|>``; a file without it is one
             document.
-        column: Of a table; None for one with a usual name such as ``"text"``, or the only one that holds strings.
+        column: The column of a table; None for one with a usual name such as ``"text"``, or the only one that holds
+            strings.
 
     Returns:
-        The documents, without the white space around them; empty ones are left out, and do not count in the slice of a
-        text file.
+        The documents, without the white space around them. Empty ones are left out; in a text file, they do not count
+        in the slice.
 
     Raises:
         ValueError: If there is no document, or an option does not go with the source.

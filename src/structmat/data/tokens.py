@@ -11,7 +11,7 @@ from torch import Tensor
 from structmat import _checks
 
 Tokenizer = Any
-"""A tokenizer of ``transformers``, or anything that is called and has the same ids of special tokens."""
+"""A tokenizer of transformers, or anything else that is called like one and has the same ids of special tokens."""
 
 
 def token_rows(tokenizer: Tokenizer, texts: Iterable[str], *, length: int, packed: bool = False) -> list[list[int]]:
@@ -20,11 +20,11 @@ def token_rows(tokenizer: Tokenizer, texts: Iterable[str], *, length: int, packe
     A BOS token is put in front of each document where the tokenizer has one and does not add it itself.
 
     Args:
-        tokenizer: Of ``transformers``.
+        tokenizer: A tokenizer of transformers.
         texts: The documents.
-        length: Tokens of a row, at most.
+        length: The most tokens of a row.
         packed: False for a row per document, cut at ``length``. True for rows of exactly ``length`` tokens, cut from
-            all documents one after the other with an EOS token behind each; what does not fill a last row is dropped.
+            all documents one after the other with an EOS token behind each; a last row that is not full is dropped.
 
     Returns:
         The ids of each row.
@@ -69,17 +69,17 @@ def token_batches(
     """Tokenize documents into batches, for calibration and evaluation.
 
     Args:
-        tokenizer: As in ``token_rows``, and so are ``texts``, ``length`` and ``packed``.
+        tokenizer: A tokenizer of transformers.
         texts: The documents.
-        length: Tokens of a row, at most.
-        batch_size: Rows of a batch; the last may have fewer.
-        packed: Whether rows are cut from all documents one after the other.
+        length: The most tokens of a row.
+        batch_size: The number of rows of a batch; the last batch may have fewer.
+        packed: Whether rows are cut from all documents one after the other, as in ``token_rows``.
 
     Returns:
         Batches ``{"input_ids": (rows, T), "attention_mask": (rows, T)}``, padded on the right to their longest row.
 
     Raises:
-        ValueError: If ``batch_size`` is no positive integer, or as in ``token_rows``.
+        ValueError: If ``batch_size`` is no positive integer, or ``token_rows`` refuses the texts.
     """
     _checks.positive_int(batch_size, "batch_size")
     rows = token_rows(tokenizer, texts, length=length, packed=packed)
@@ -94,7 +94,7 @@ def padding_id(tokenizer: Tokenizer) -> int:
 
 
 def pad(rows: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
-    """Rows of ids as ``{"input_ids": (rows, T), "attention_mask": (rows, T)}``, filled up on the right."""
+    """Fill up rows of ids on the right: ``{"input_ids": (rows, T), "attention_mask": (rows, T)}``."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], dtype=torch.long)
     lengths = torch.tensor([len(row) for row in rows])
@@ -102,7 +102,9 @@ def pad(rows: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
 
 
 def language_collator(tokenizer: Tokenizer) -> Callable[[Sequence[Sequence[int]]], dict[str, Tensor]]:
-    """A collator for training: rows of ids to a padded batch with ``labels``, which are -100 on the padding."""
+    """Make a collator for training: it turns rows of ids into a padded batch with ``labels``, -100 on the padding."""
+    # DataCollatorForLanguageModeling gives rows of ids no mask, needs a padding token, and where that is the EOS token
+    # too, nothing is learned from any EOS token
     padding = padding_id(tokenizer)
 
     def collate(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     """Train, compress, retrain and time, and show the results.
 
     Everything that is printed also goes to ``results.json`` in the folder, beside ``trade_off.png``, ``couplings.png``
-    (of BLAST) and ``structure.png`` (of Gaudi-GBLR). The network is trained on one thread, so that a seed gives the same
-    accuracies on any number of cores; the layers are timed on all threads.
+    (of BLAST) and ``structure.png`` (of Gaudi-GBLR). The network is trained on one thread, so that a seed gives the
+    same accuracies on any number of cores; the layers are timed on all threads.
 
     Args:
         settings: What to do.
@@ -52,7 +52,8 @@ def run_demo(settings: Settings) -> dict[str, Any]:
         torch.set_num_threads(threads)
     speeds, slow = measure_speeds(settings)
     print_accuracies(found, settings, len(digits().test_labels))
-    print_speeds(speeds, settings, threads)
+    if speeds:
+        print_speeds(speeds, settings, threads)
     for (name, keep), reason in refused.items():
         print(f"{name} does not fit keep {keep:g}: {reason}")
     for name, reason in slow.items():

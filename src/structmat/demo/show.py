@@ -25,9 +25,9 @@ def print_accuracies(found: Accuracies, settings: Settings, images: int) -> None
     """Print the first table: the dense network, and every structure at the budget of the table."""
     seeds = "one seed" if settings.seeds == 1 else f"{settings.seeds} seeds, mean ± standard deviation"
     print(
-        f"\nAccuracy of a small Vision Transformer on {images} test images of handwritten digits ({seeds}; one image is "
-        f"{1 / images:.1%}).\nAt most {settings.keep:g} of the parameters of its linear layers are kept: after "
-        "compression without data, after retraining, and\ntrained from scratch.\n"
+        f"\nAccuracy of a small Vision Transformer on {images} test images of handwritten digits ({seeds}; one image "
+        f"is {1 / images:.1%}),\nwith at most {settings.keep:g} of the parameters in its linear layers: compressed "
+        "without data, then retrained; and trained from scratch.\n"
     )
     rows = [_row(result) for result in (found.dense, *found.results.values()) if result.keep in (1.0, settings.keep)]
     head = ("structure", "keep", "parameters", "mult./image", "of dense")
@@ -52,14 +52,15 @@ def _row(result: Result) -> tuple[str, ...]:
 def print_speeds(speeds: Sequence[Speed], settings: Settings, threads: int) -> None:
     """Print the second table: how many times as fast as dense a layer of a real size is."""
     print(
-        f"\nSpeed of one layer of a real size: {SIZE} x {SIZE} in float32 at most {settings.keep:g} of the parameters, "
-        f"on {threads} thread{'s' if threads > 1 else ''}.\nEach number says how many times as fast as the dense layer "
-        "(nn.Linear) it is; the dense row has the time of a call.\n"
+        f"\nSpeed of one layer of {SIZE} x {SIZE} with at most {settings.keep:g} of the parameters, in float32 on "
+        f"{threads} thread{'s' if threads > 1 else ''}: how many times as fast\nas the dense layer (nn.Linear) it "
+        f"multiplies {', '.join(map(str, TOKENS[:-1]))} or {TOKENS[-1]} tokens at once. The first row is the time of "
+        "a dense call.\n"
     )
     rows = [("dense", "1.000", *(_dense_time(speeds, tokens) for tokens in TOKENS))]
     for name in dict.fromkeys(speed.name for speed in speeds):
         here = {speed.tokens: speed for speed in speeds if speed.name == name}
-        rows.append((label(name), f"{here[1].keep:.3f}", *(f"{here[tokens].speedup:.2f}" for tokens in TOKENS)))
+        rows.append((label(name), f"{here[TOKENS[0]].keep:.3f}", *(f"{here[tokens].speedup:.2f}" for tokens in TOKENS)))
     head = ("structure", "keep", *(f"{tokens} token{'s' if tokens > 1 else ''}" for tokens in TOKENS))
     print_table(head, rows, right=range(1, 5))
 
@@ -112,15 +113,14 @@ def draw(found: Accuracies, settings: Settings) -> list[Path]:
 
 def _couplings(name: str, layers: Mapping[str, StructuredModule]) -> Figure | None:
     layer = layers.get(DRAWN_LAYER)
-    strengths = None if layer is None else layer.format.couplings(layer.factors)
-    if layer is None or strengths is None:
+    if layer is None or not layer.format.has_couplings:
         return None
-    I, J, R = strengths.shape
+    I, J, R = layer.format.couplings(layer.factors).shape
     return couplings(layer, title=f"{DRAWN_LAYER} as {label(name)}, {I} x {J} blocks, {R} components")
 
 
 def _structure(name: str, layers: Mapping[str, StructuredModule]) -> Figure | None:
-    if not all(layer.format.overlap(layer.factors) is not None for layer in layers.values()):
+    if not all(layer.format.has_overlap for layer in layers.values()):
         return None
     return structure_maps(layers, title=f"components over each matrix, {label(name)} after retraining")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from structmat._progress import progress_bar
 from structmat.bench import autotune_
 from structmat.demo.settings import Settings, rule_for
+from structmat.formats import Factors, Format
 from structmat.nn import StructuredLinear
 
 SIZE = 2048
@@ -19,8 +19,8 @@ SIZE = 2048
 TOKENS = (1, 16, 512)
 """The numbers of vectors that a call multiplies."""
 
-ROUNDS = 7
-"""How often each way to multiply is timed."""
+ROUNDS, QUICK_ROUNDS = 7, 3
+"""How often each way to multiply is timed, and how often in a quick run."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def measure_speeds(settings: Settings) -> tuple[list[Speed], dict[str, str]]:
     """Time a layer of every structure, as ``autotune_`` leaves it, in turn with a dense product.
 
     Every call multiplies with another copy of the weights, so that no cache holds them. Structures that learn are
-    hardened from their random init; ``autotune_`` lays GBLR out in tiles where that is faster.
+    hardened from their random init, and formats with a faster layout for inference, such as tiles, are laid out so.
 
     Args:
         settings: The structures and the budget.
@@ -68,29 +68,28 @@ def measure_speeds(settings: Settings) -> tuple[list[Speed], dict[str, str]]:
     with progress_bar(total=len(settings.formats), desc="time layers") as bar:
         for name in settings.formats:
             try:
-                layer = _layer(name, settings.keep)
+                format, factors = _hardened(name, settings.keep)
             except ValueError as error:
                 refused[name] = str(error)
             else:
-                found += _timed(name, layer, TOKENS)
+                found += _timed(name, format, factors, QUICK_ROUNDS if settings.quick else ROUNDS)
             bar.update()
     return found, refused
 
 
-def _layer(name: str, keep: float) -> StructuredLinear:
-    """A layer with random factors, hardened if its structure is learned."""
+def _hardened(name: str, keep: float) -> tuple[Format, Factors]:
+    """A format and random factors, made final if the structure is learned."""
     format = rule_for(name, keep).format_for(SIZE, SIZE)
     factors = format.init(generator=torch.Generator().manual_seed(0))
-    if format.learns and (hardened := format.hardened(factors)) is not None:
-        format, factors = hardened
-    return StructuredLinear(format, bias=False, factors=factors)
+    return format.hardened(factors) if format.learns else (format, factors)
 
 
-def _timed(name: str, layer: StructuredLinear, tokens: Sequence[int]) -> list[Speed]:
-    format = layer.format
-    keep = format.num_parameters(layer.factors) / (format.M * format.N)
-    tuning = autotune_(nn.Sequential(layer).eval(), tokens=tokens, rounds=ROUNDS)
+def _timed(name: str, format: Format, factors: Factors, rounds: int) -> list[Speed]:
+    keep = format.num_parameters(factors) / (SIZE * SIZE)
+    timed, factors = format.for_inference(factors) or (format, factors)
+    layer = StructuredLinear(timed, bias=False, factors=factors)
+    tuning = autotune_(nn.Sequential(layer).eval(), tokens=TOKENS, rounds=rounds)
     return [
-        Speed(name, str(format), keep, choice.tokens, choice.algorithm, choice.seconds, choice.dense_seconds)
+        Speed(name, str(timed), keep, choice.tokens, choice.algorithm, choice.seconds, choice.dense_seconds)
         for choice in tuning.choices
     ]

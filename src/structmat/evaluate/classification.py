@@ -52,7 +52,7 @@ def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Any] | tuple[Any, 
     with evaluating(model):
         for batch in batches:
             inputs, labels = _split(batch)
-            logits = tensor_of(call(model, moved(inputs, device)))
+            logits = tensor_of(call(model, moved(inputs, device)), ["logits"])
             if logits.shape[:-1] != labels.shape:
                 raise ValueError(f"expected logits ({len(labels)}, classes), got shape {tuple(logits.shape)}")
             correct += int((logits.argmax(-1) == labels.to(logits.device)).sum())

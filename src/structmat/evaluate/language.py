@@ -168,7 +168,7 @@ def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[in
 def _nll(model: nn.Module, windows: Sequence[tuple[list[int], int]], padding: int) -> float:
     """The negative log-likelihood of the scored positions."""
     batch = {name: tensor.to(device_of(model)) for name, tensor in pad([ids for ids, _ in windows], padding).items()}
-    logits = tensor_of(model(**batch))[:, :-1]  # (B, T - 1, vocabulary)
+    logits = tensor_of(model(**batch), ["logits"])[:, :-1]  # (B, T - 1, vocabulary)
     positions = torch.arange(1, batch["input_ids"].shape[1], device=logits.device)
     begins = torch.tensor([scored_from for _, scored_from in windows], device=logits.device)[:, None]
     scored = (positions >= begins) & batch["attention_mask"][:, 1:].bool().to(logits.device)

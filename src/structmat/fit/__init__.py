@@ -11,7 +11,10 @@ from structmat.fit.lee2024blast import Lee2024Blast
 from structmat.fit.lee2024gblr import Lee2024Gblr
 from structmat.fit.magnitude import Magnitude
 from structmat.fit.svd import TruncatedSvd
-from structmat.formats import DEFAULT_METHODS, Blast, BlockDiagonal, BlockSparse, Format, GaudiGblr, LowRank, Monarch
+from structmat.formats import Blast, BlockDiagonal, BlockSparse, Format, GaudiGblr, LowRank, Monarch, registry
+
+DEFAULT_METHODS: dict[type[Format], Method[Any]] = registry.DEFAULT_METHODS
+"""The method that fits each format where none is given; ``GradientFit`` fits the formats that have none here."""
 
 DEFAULT_METHODS |= {
     LowRank: TruncatedSvd(),
@@ -24,23 +27,15 @@ DEFAULT_METHODS |= {
 
 
 def default_method(format: Format) -> Method[Any]:
-    """The method for a format where none is given.
+    """Look up the method for a format where none is given.
 
     Args:
         format: The format.
 
     Returns:
-        Its entry in ``DEFAULT_METHODS``.
-
-    Raises:
-        ValueError: If the table has none.
+        The entry of the format in ``DEFAULT_METHODS``; ``GradientFit()``, which fits any format, where there is none.
     """
-    if type(format) not in DEFAULT_METHODS:
-        known = ", ".join(f.__name__ for f in DEFAULT_METHODS)
-        raise ValueError(
-            f"expected a format with a default method ({known}), got {format}; pass method=, GradientFit() fits any"
-        )
-    return DEFAULT_METHODS[type(format)]
+    return DEFAULT_METHODS.get(type(format), GradientFit())
 
 
 __all__ = [

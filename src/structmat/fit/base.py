@@ -71,7 +71,7 @@ class Method(abc.ABC, Generic[FormatT]):
         """Fit one weight.
 
         Args:
-            weight: ``(M, N)``, any floating-point dtype, any device; left as it is.
+            weight: ``(M, N)``, any floating-point dtype, any device; never changed.
             format: The format to fit.
             second_moment: The second moment ``C = E[x x^T] (N, N)`` of the inputs, on any scale, possibly singular;
                 None for the Frobenius norm.

@@ -15,13 +15,13 @@ from structmat.fit import blast_systems as systems
 from structmat.fit.linalg import conjugate_gradients, factorize
 
 DAMPING = 1e-4
-"""Of the preconditioners, relative to their mean diagonal."""
+"""The damping of the preconditioners, relative to their mean diagonal."""
 
 BASIS_ITERATIONS = 3
-"""Conjugate-gradient steps for ``left`` and for ``right``, whose preconditioners are Cholesky factors."""
+"""The conjugate-gradient steps for ``left`` and for ``right``, whose preconditioners are Cholesky factors."""
 
 DIAG_ITERATIONS = 5
-"""Those for ``diag``, whose preconditioner is a diagonal."""
+"""The conjugate-gradient steps for ``diag``, whose preconditioner is a diagonal."""
 
 
 class MetricSweeper:
@@ -43,7 +43,7 @@ class MetricSweeper:
         self.error = energy.new_ones(len(weights))
 
     def sweep(self, step: float) -> None:
-        """One step of this size for each factor; ``error`` becomes that of the factors before it."""
+        """Take one step of this size for each factor; ``error`` becomes that of the factors before it."""
         self._left_step(step)
         self._right_step(step)
         self._diag_step(step)

@@ -13,7 +13,7 @@ from torch import Tensor
 from structmat.fit.linalg import conjugate_gradients
 
 CHUNK_BYTES = 8 * 2**20
-"""Temporaries of many ``R x R`` systems are worked on in chunks of this size, which stay in the cache."""
+"""The size of the chunks in which many ``R x R`` systems are worked on, so that they stay in the cache."""
 
 
 def gram_of_rows(right: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def diag_gram(left_grams: Tensor, right_grams: Tensor, out: Tensor | None = None
     Args:
         left_grams: ``A (B, I, R, R)``.
         right_grams: ``C (B, J, R, R)``.
-        out: At least as large; memory in use already is written to several times faster than fresh pages.
+        out: A tensor at least as large; memory that is in use already is written several times faster.
 
     Returns:
         ``(B, I, J, R, R)``.
@@ -123,7 +123,7 @@ def approximately_solved(grams: Tensor, damping: Tensor, rhs: Tensor, iterations
         grams: ``(..., R, R)``.
         damping: ``(...)``, broadcast against the leading dimensions.
         rhs: ``(..., R)``.
-        iterations: How many; each reads ``grams`` once.
+        iterations: The number of iterations, each of which reads ``grams`` once.
 
     Returns:
         ``(..., R)``.

@@ -16,7 +16,7 @@ from structmat.fit.svd import balanced, split_svd
 from structmat.formats import Factors, Format, Monarch
 
 ITERATIONS = 3
-"""Conjugate-gradient steps for ``right`` in each sweep."""
+"""The conjugate-gradient steps for ``right`` in each sweep."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Dao2022Monarch(Method[Monarch]):
     under all of it: ``left`` exactly, ``right`` by conjugate gradients.
 
     Attributes:
-        sweeps: How many of those.
-        step: Their over-relaxation, but for the last tenth of them.
+        sweeps: The number of sweeps of alternating least squares.
+        step: The over-relaxation of these sweeps, but for the last tenth of them.
 
     Raises:
         ValueError: If a setting is out of range.

@@ -18,13 +18,13 @@ from structmat.formats import Factors, Format
 class GradientFit(Method[Format]):
     """Adam on the relative squared error, with a cosine schedule, from the format's random init.
 
-    The method for a format that has no better one, and an independent check of those that have. It keeps the best
-    factors that it met.
+    This fits every format, and is the default of those that have no better method. It keeps the best factors that it
+    met.
 
     Attributes:
-        steps: Number of steps.
-        learning_rate: At the start, relative to the root mean square of each factor.
-        seed: Of the init.
+        steps: The number of steps.
+        learning_rate: The learning rate at the start, relative to the root mean square of each factor.
+        seed: The seed of the init.
 
     Raises:
         ValueError: If ``steps`` is below 1 or ``learning_rate`` is not positive.

@@ -18,43 +18,45 @@ from structmat.fit.metric import roots, times_blocks, whitened_metric
 from structmat.formats import Blast, Factors, Format
 
 WARM_UP = 3
-"""After so many sweeps a weight whose error rises by 5 % goes on without over-relaxation."""
+"""The number of sweeps after which a weight whose error rises by 5 % continues without over-relaxation."""
 
 MEMORY_COST = 80
-"""What it takes to read or write a number, in multiplications of a product (measured on a CPU)."""
+"""The cost of reading or writing a number, in multiplications of a product (``benchmarks/fit.py --part sweep``)."""
 
 PATIENCE = 10
-"""Over how many sweeps the tolerance looks back."""
+"""The number of sweeps over which the tolerance looks back."""
 
 
 @dataclass(frozen=True)
 class Lee2024Blast(Method[Blast]):
-    """Sweeps ``left -> right -> diag``, each step preconditioned by its damped Gram matrix.
+    """Sweeps ``left -> right -> diag`` in which each step is preconditioned by its damped Gram matrix.
 
     With ``step`` 1 and no damping this is alternating least squares. The default over-relaxes: a step near 2 reflects
     each factor at its least-squares solution, which keeps the error while it moves far; the last sweeps at step 1
     then collect the gain. Everything comes from Gram matrices and from ``W_ij right_j^T`` and ``left_i^T W_ij``; the
-    reported error is measured from residuals at the end.
+    reported error is measured from residuals at the end. ``benchmarks/blast_ablation.py`` shows what each setting is
+    worth.
 
     Given the second moment of the inputs, these sweeps see its diagonal blocks only, which keeps their structure (they
     fit ``W_ij C_jj^(1/2)``), and are the start of ``metric_sweeps`` more under all of it.
 
     Attributes:
-        sweeps: How many.
-        step: ``eta`` of the first sweep.
-        settling: Share of the sweeps, at the end, that run at step 1; None for a step that falls linearly to 0.
-        damping: ``delta``; ``epsilon = delta |W - W_hat|_F`` is added to each Gram matrix' diagonal, ``W`` having root
-            mean square 1. None for ``0.09 / sweeps``: longer runs can afford, and gain from, a lower one.
+        sweeps: The number of sweeps.
+        step: The step size ``eta`` of the first sweep.
+        settling: The share of the sweeps, at the end, that run at step 1; None for a step that falls linearly to 0.
+        damping: The number ``delta``; ``epsilon = delta |W - W_hat|_F`` is added to each Gram matrix' diagonal, ``W``
+            having root mean square 1. None for ``0.09 / sweeps``: longer runs can afford, and gain from, a lower one.
         balanced: Whether each sweep begins by giving every component the same size in all three factors, without
             which the damping weighs on them unevenly.
-        start: Standard deviation of the entries of ``left right`` per component times ``R``, before the first sweep.
-        tolerance: Once a weight's error has fallen by less than this share of it over ten sweeps, settle it and stop;
-            0 for never.
-        cg_iterations: Conjugate-gradient steps in place of each of the ``I J`` solves for ``diag``.
-        direct_rank: Up to this rank those systems are solved by Cholesky instead.
-        metric_sweeps: How many under the full second moment of the inputs, where there is one.
-        metric_step: Over-relaxation of those, but for the last ``settling`` of them.
-        seed: Of the start.
+        start: The standard deviation of the entries of ``left right`` per component times ``R``, before the first
+            sweep.
+        tolerance: The share of a weight's error by which it has to fall over ten sweeps; otherwise the weight settles
+            and stops. 0 for never.
+        cg_iterations: The conjugate-gradient steps in place of each of the ``I J`` solves for ``diag``.
+        direct_rank: The rank up to which those systems are solved by Cholesky instead.
+        metric_sweeps: The number of sweeps under the full second moment of the inputs, where it is given.
+        metric_step: The over-relaxation of these sweeps, but for the last ``settling`` of them.
+        seed: The seed of the start.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -104,8 +106,8 @@ class Lee2024Blast(Method[Blast]):
         final error agrees with exact solves to 1e-4; ``cg_iterations=16`` makes it exact to rounding).
 
         Args:
-            sweeps: 300 in the paper.
-            seed: Of the start.
+            sweeps: The number of sweeps, 300 in the paper.
+            seed: The seed of the start.
 
         Returns:
             The method.
@@ -114,16 +116,16 @@ class Lee2024Blast(Method[Blast]):
 
     @property
     def delta(self) -> float:
-        """``damping``, resolved."""
+        """The damping, also where ``damping`` leaves it open."""
         return 0.09 / self.sweeps if self.damping is None else self.damping
 
     @property
     def settling_sweeps(self) -> int:
-        """How many of the sweeps, at the end, run at step 1 (none where the step falls to 0 by itself)."""
+        """The number of sweeps, at the end, that run at step 1 (none where the step falls to 0 by itself)."""
         return 0 if self.settling is None else max(1, round(self.settling * self.sweeps))
 
     def steps(self) -> list[float]:
-        """``eta`` of each sweep."""
+        """The step size ``eta`` of each sweep."""
         if self.settling is None:
             return [self.step * (1 - k / self.sweeps) for k in range(self.sweeps)]
         settling = self.settling_sweeps
@@ -202,7 +204,7 @@ class Lee2024Blast(Method[Blast]):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The sweeps in Frobenius norm."""
         sweeper = Sweeper(weights, *self.initial(weights, format), self)
-        schedule = weights.new_tensor([*self.steps(), 0.0])  # past its end a weight stays as it is
+        schedule = weights.new_tensor([*self.steps(), 0.0])  # past its end a weight no longer changes
         position = torch.zeros(len(weights), dtype=torch.long, device=weights.device)
         history: list[Tensor] = []
         best = weights.new_full((len(weights),), torch.inf)
@@ -338,10 +340,9 @@ class Sweeper:
 
 
 def balancing(left: Tensor, diag: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By what to multiply each component of the three factors, each ``(B, R)``, to give it one size in all of them."""
+    """The scales ``(B, R)`` of the three factors that give each component one size in all of them."""
     sizes = [left.square().mean((1, 2)).sqrt(), diag.square().mean((1, 2)).sqrt(), right.square().mean((1, 3)).sqrt()]
-    target = (
-        (sizes[0].log() + sizes[1].log() + sizes[2].log()).div(3).exp()
-    )  # the geometric mean; 0 for a dead component
+    logarithms = sizes[0].log() + sizes[1].log() + sizes[2].log()
+    target = logarithms.div(3).exp()  # the geometric mean; 0 for a dead component
     a, b, c = (torch.where(target > 0, target / size, 1) for size in sizes)
     return a, b, c

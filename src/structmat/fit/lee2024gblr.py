@@ -16,7 +16,7 @@ from structmat.fit.segments import Segments
 from structmat.formats import Factors, GaudiGblr
 
 FINAL_SWEEPS = 10
-"""Sweeps of the contents after the segments have come to rest."""
+"""The number of sweeps of the contents after the segments have come to rest."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Lee2024Gblr(Method[GaudiGblr]):
     The paper's own initialisation, which learns contents and structure by Adam, is ``Lee2024Gblr.published()``.
 
     The budget is the format's number of parameters, which the result does not exceed. ``sigma`` is infinite, so that
-    ``harden`` keeps the matrix.
+    ``harden`` keeps the matrix. ``benchmarks/fit_gblr.py`` compares the settings' errors with those of the paper's.
 
     Attributes:
-        rounds: Of births and moves.
-        start: Share of the budget for the low-rank start; where it ends worse than the low-rank approximation at the
-            whole budget, that is returned.
-        free: Share of the budget that the moves of the first round leave for births; it falls linearly to 0 at
+        rounds: The number of rounds of births and moves.
+        start: The share of the budget for the low-rank start; where the result is worse than the low-rank approximation
+            at the whole budget, that is returned.
+        free: The share of the budget that the moves of the first round leave for births; it falls linearly to 0 at
             ``settling`` of the rounds.
-        settling: See there.
-        sweeps: Of the contents in each round.
-        step: Over-relaxation of the sweeps.
-        iterations: Conjugate-gradient steps of each sweep, for each factor.
-        seed: Of the places of the births.
+        settling: The share of the rounds after which the moves leave nothing free.
+        sweeps: The number of sweeps of the contents in each round.
+        step: The over-relaxation of the sweeps.
+        iterations: The conjugate-gradient steps of each sweep, for each factor.
+        seed: The seed of the places of the births.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -74,9 +74,9 @@ class Lee2024Gblr(Method[GaudiGblr]):
         """The paper's initialisation: SVD, mask search, Adam on contents and structure.
 
         Args:
-            steps: Of Adam.
-            learning_rate: Of Adam.
-            seed: Not used; there is nothing random in it.
+            steps: The number of steps of Adam.
+            learning_rate: The learning rate of Adam.
+            seed: A number without effect; the initialisation has nothing random in it.
 
         Returns:
             The method.

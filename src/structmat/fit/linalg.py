@@ -59,8 +59,8 @@ def conjugate_gradients(
         apply: A symmetric positive semi-definite operator on each entry of the batch.
         precondition: An approximate inverse of ``apply``.
         rhs: ``(B, ...)``.
-        iterations: How many; each applies the operator once.
-        batch_dimensions: How many leading dimensions of ``rhs`` count separate systems.
+        iterations: The number of iterations, each of which applies the operator once.
+        batch_dimensions: The number of leading dimensions of ``rhs`` that count separate systems.
 
     Returns:
         ``(B, ...)``.

@@ -28,8 +28,8 @@ class Magnitude(Method[BlockDiagonal | BlockSparse]):
     a round; the error never grows from one round to the next.
 
     Attributes:
-        rounds: Most rounds with a low-rank term.
-        tolerance: Stop once a round lowers the relative error by less than this share of it.
+        rounds: The largest number of rounds with a low-rank term.
+        tolerance: The share of the relative error by which a round has to lower it for another to follow.
 
     Raises:
         ValueError: If ``rounds`` is below 1 or ``tolerance`` is negative.
@@ -115,7 +115,7 @@ def _regressed(row: Tensor, metric: Tensor, support: list[int]) -> Tensor:
     Args:
         row: ``(B, J, P, Q)``.
         metric: ``(B, N, N)``.
-        support: Columns of the blocks.
+        support: The columns of the blocks in the grid.
 
     Returns:
         ``(B, len(support), P, Q)``.

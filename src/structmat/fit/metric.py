@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-9
-"""Least eigenvalue of a metric, relative to its largest in the same block."""
+"""The least eigenvalue of a metric, relative to its largest in the same block."""
 
 SHRINKAGE = 1e-6
-"""How much of the diagonal is added to a metric, so that directions without data cannot run away."""
+"""The share of the diagonal that is added to a metric, so that directions without data cannot run away."""
 
 
 def prepared(second_moments: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def prepared(second_moments: Tensor) -> Tensor:
     identity.
 
     Args:
-        second_moments: On any scale.
+        second_moments: The second moments, on any scale.
 
     Returns:
         ``(B, N, N)``, float64, positive definite up to rounding.

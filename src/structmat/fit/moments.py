@@ -11,24 +11,21 @@ from structmat.fit.linalg import factorize
 from structmat.fit.metric import quiet
 
 HELD_OUT_EVERY = 5
-"""Every fifth batch is kept apart until the ridge is chosen."""
-
+"""The period at which a batch is kept apart until the ridge is chosen: every fifth."""
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Candidates for the ridge, relative to each input's own energy."""
-
+"""The candidates for the ridge, relative to each input's own energy."""
 
 DEFAULT_RIDGE = 1e-2
-"""Where there is but one batch, so that nothing can be held out."""
-
+"""The ridge where there is only one batch, so that nothing can be held out."""
 
 ROUNDING = 1e-12
-"""A variance below this share of the second moment is an error of rounding: the input is as good as constant."""
+"""The share of the second moment below which a variance is an error of rounding and the input counts as constant."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of a layer's inputs ``x``, and of those ``t`` that its target output is computed from.
+    """The moments of a layer's inputs ``x``, and of the inputs ``t`` that its target output is computed from.
 
     The two differ where earlier layers are compressed already: the layer then sees ``x``, while the target stays the
     dense network's output ``W t``.
@@ -52,11 +49,11 @@ class Moments:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tensors, in bytes."""
+        """The memory of the tensors, in bytes."""
         return sum(t.nbytes for t in (self.second_moment, self.mean, self.cross, self.target_mean) if t is not None)
 
     def problem(self, weight: Tensor, *, centred: bool = False) -> tuple[Tensor, Tensor]:
-        """What to fit, and in which metric, so that ``E|W t - W_hat x|^2`` is least.
+        """Pose the fitting problem in which ``E|W t - W_hat x|^2`` is least.
 
         With the ridge ``D``, ``W_hat`` is fitted to ``W (E[t x^T] + D)(E[x x^T] + D)^-1`` under ``E[x x^T] + D``;
         directions without data so stay as they are in ``W``.
@@ -118,7 +115,7 @@ class MomentSums:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the sums, in bytes."""
+        """The memory of the sums, in bytes."""
         return sum(tensor.nbytes for sums in self._sums for tensor in sums.values())
 
     @property
@@ -131,7 +128,7 @@ class MomentSums:
 
         Args:
             inputs: ``x (T, N)``.
-            targets: ``t (T, N)``, where they differ.
+            targets: ``t (T, N)`` where the two differ; None where ``t`` is ``x``.
         """
         sums = self._sums[self.batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         self.batches += 1
@@ -171,8 +168,8 @@ def _best_ridge(learnt: Tensor, held_out: Tensor) -> float:
     the rest; too small a ridge takes noise for such relations.
 
     Args:
-        learnt: ``E[x x^T] (N, N)`` of the batches to learn from.
-        held_out: That of the others.
+        learnt: ``E[x x^T] (N, N)`` of the batches that the predictor is learned from.
+        held_out: ``E[x x^T] (N, N)`` of the other batches.
 
     Returns:
         One of ``RIDGES``.

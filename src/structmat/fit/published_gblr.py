@@ -14,7 +14,7 @@ from structmat.fit.base import Method, Progress
 from structmat.formats import Factors, GaudiGblr
 
 SMOOTHING = 1 / 32
-"""Standard deviation of the mask search's Gaussian, as a share of the axis (the paper gives none)."""
+"""The standard deviation of the mask search's Gaussian, as a share of the axis (the paper gives none)."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class PublishedGblr(Method[GaudiGblr]):
     moment of the inputs, the error is that of the output.
 
     Attributes:
-        steps: Of Adam.
-        learning_rate: Of Adam, for contents and structure.
+        steps: The number of steps of Adam.
+        learning_rate: The learning rate of Adam, for contents and structure.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -129,7 +129,7 @@ def subtract_excess_(width: Tensor, format: GaudiGblr, budget: int) -> None:
 
 
 def longest_runs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the longest cyclic run of entries above the mean of each row begins, and its length.
+    """Find the longest cyclic run of entries above the mean of each row: its beginning and its length.
 
     Args:
         matrix: ``(n, n)``.

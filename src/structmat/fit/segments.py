@@ -15,25 +15,25 @@ from torch import Tensor
 from structmat.fit.linalg import conjugate_gradients
 
 SHARES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""Into how many parts births cut each axis."""
+"""The numbers of parts into which births cut each axis."""
 
 LEAST_BIRTH = 0.5
-"""Least size of a birth, relative to each component's part of the budget: smaller ones would use the components up."""
+"""The least size of a birth, relative to each component's part of the budget; smaller ones would use them all up."""
 
 NOTHING = 1e-10
-"""Relative curvature and energy below which a component counts as absent."""
+"""The relative curvature and energy below which a component counts as absent."""
 
 POWER_ITERATIONS = 4
-"""For the best rank-1 approximation of each block of the residual."""
+"""The power iterations for the best rank-1 approximation of each block of the residual."""
 
 BISECTIONS = 20
-"""Of the interval in which the price per entry lies."""
+"""The number of halvings of the interval in which the price per entry lies."""
 
 NEAR = 1.4
-"""The price is first looked for within this factor of the last move's."""
+"""The factor around the last move's price within which the next price is looked for first."""
 
 BISECTIONS_NEAR = 5
-"""There."""
+"""The number of halvings of the smaller interval around the last move's price."""
 
 
 @dataclass
@@ -44,11 +44,11 @@ class Segments:
         weights: ``(B, M, N)``.
         metric: ``(B, N, N)`` in which errors are measured, or None for the Frobenius norm.
         left: ``(B, M, K)``, zero outside the segments.
-        right: ``(B, K, N)``, likewise.
+        right: ``(B, K, N)``, zero outside the segments.
         out: ``(B, K, M)``, bool.
         inn: ``(B, K, N)``, bool.
-        multiple: Entries of each cell.
-        price: Of an entry at the last move, ``(B,)``.
+        multiple: The number of entries of each cell.
+        price: The price of an entry at the last move, ``(B,)``.
     """
 
     weights: Tensor
@@ -81,7 +81,7 @@ class Segments:
         return ((self.times_metric(rest) * rest).sum((1, 2)).clamp_min(0) / energy.where(energy > 0, 1)).sqrt()
 
     def costs(self) -> Tensor:
-        """Entries inside the segments, ``(B,)``."""
+        """The number of entries inside the segments, ``(B,)``."""
         return self.out.sum((1, 2)) + self.inn.sum((1, 2))
 
     # contents
@@ -124,7 +124,7 @@ class Segments:
         cells whose gains exceed their price by most.
 
         Args:
-            budget: Entries on both axes, ``(B,)``.
+            budget: The number of entries on both axes, ``(B,)``.
         """
         rest = self.times_metric(self.residual())
         curvatures = (
@@ -228,7 +228,7 @@ class Segments:
 
 @dataclass
 class _Births:
-    """New components: how much of the residual's energy they capture, and what they are."""
+    """New components, and how much of the residual's energy they capture."""
 
     captured: float
     left: Tensor
@@ -241,8 +241,8 @@ def best_segments(gains: Sequence[Tensor], budget: Tensor, near: Tensor | None =
     """The best runs of cells of each component, at the lowest price per cell at which all of them meet the budget.
 
     Args:
-        gains: Of each cell on each axis, ``(B, K, cells)``, not negative.
-        budget: Cells on all axes, ``(B,)``.
+        gains: The gain of each cell, ``(B, K, cells)`` for each axis, not negative.
+        budget: The number of cells on all axes, ``(B,)``.
         near: A price to search near to, ``(B,)``; None to search everywhere.
 
     Returns:
@@ -270,14 +270,14 @@ def best_segments(gains: Sequence[Tensor], budget: Tensor, near: Tensor | None =
 
 
 def runs(values: Tensor) -> Tensor:
-    """Where the cyclic run with the largest sum lies, along the last dimension; nowhere if no sum is positive."""
+    """The mask of the cyclic run with the largest sum along the last dimension; nowhere if no sum is positive."""
     begin, length = _best_run(values)
     n = values.shape[-1]
     return (torch.arange(n, device=values.device) - begin[..., None]) % n < length[..., None]
 
 
 def _best_run(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Where that run begins, and its length."""
+    """The beginning of that run, and its length."""
     n = values.shape[-1]
     sums = torch.cat([torch.zeros_like(values[..., :1]), values.cumsum(-1)], -1)
     lowest, begins = sums.cummin(-1)

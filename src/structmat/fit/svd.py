@@ -25,10 +25,11 @@ class TruncatedSvd(Method[LowRank]):
     algorithm 4.4); its error is within a fraction of a percent of the exact one for the spectra of trained weights.
 
     Attributes:
-        randomized: Whether to use it; None for where it is much faster: ``16 R <= min(M, N)`` and ``min(M, N) >= 512``.
-        oversample: Columns of the sketch beyond the rank.
-        power_iterations: How often the sketch is multiplied by ``W W^T``.
-        seed: Of the sketch.
+        randomized: Whether to use the randomised form; None for using it where it is much faster, which is at
+            ``16 R <= min(M, N)`` and ``min(M, N) >= 512``.
+        oversample: The number of columns of the sketch beyond the rank.
+        power_iterations: The number of times that the sketch is multiplied by ``W W^T``.
+        seed: The seed of the sketch.
 
     Raises:
         ValueError: If ``oversample`` or ``power_iterations`` is negative.

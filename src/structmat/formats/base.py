@@ -61,6 +61,8 @@ class Format(abc.ABC):
             components; ``training.balance_`` gives every component one size in all of these factors. A factor that
             holds several blocks has the components of each, one block after the other.
         component_size: The measure of that size, ``"norm"`` or ``"root mean square"``.
+        made_from: The name of the format that a user chooses in place of this one, which is made from it; empty where
+            this one can be chosen.
         learns: Whether training changes the structure, so that ``hardened`` gives another format in the end.
         counted_by: The names of the factors without which ``num_parameters`` is not known.
         drawn_by: The names of the factors that ``overlap`` and ``couplings`` need; empty where there is no picture.
@@ -84,6 +86,7 @@ class Format(abc.ABC):
     no_decay: ClassVar[tuple[str, ...]] = ()
     component_axes: ClassVar[dict[str, int]] = {}
     component_size: ClassVar[Literal["norm", "root mean square"]] = "norm"
+    made_from: ClassVar[str] = ""
     learns: ClassVar[bool] = False
     counted_by: ClassVar[tuple[str, ...]] = ()
     drawn_by: ClassVar[tuple[str, ...]] = ()
@@ -249,13 +252,10 @@ class Format(abc.ABC):
         return {n: p for n, p in parameters if n not in fixed and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
     def overlap(self, factors: Factors) -> Tensor:
-        """Count the components that lie over each entry of the matrix, for formats whose components have segments.
+        """Count the components over each entry, ``(M, N)`` in float32, for formats whose components have segments.
 
         Args:
             factors: The factors.
-
-        Returns:
-            ``(M, N)``, float32 whole numbers.
 
         Raises:
             TypeError: If the format has no segments.
@@ -263,13 +263,10 @@ class Format(abc.ABC):
         raise TypeError(f"expected a format with segments, such as Gblr or GaudiGblr, got {self}")
 
     def couplings(self, factors: Factors) -> Tensor:
-        """Measure how much each block uses each shared component, for formats whose blocks share components.
+        """Measure how much each block uses each component, ``(I, J, R)``, for formats whose blocks share components.
 
         Args:
             factors: The factors.
-
-        Returns:
-            ``(I, J, R)``, in units of what the component contributes to a block on average.
 
         Raises:
             TypeError: If the format has no couplings.
@@ -277,13 +274,10 @@ class Format(abc.ABC):
         raise TypeError(f"expected a format with couplings, such as Blast, got {self}")
 
     def hardened(self, factors: Factors) -> tuple[Format, dict[str, Tensor]]:
-        """Make the structure that has been learned final, for formats that learn theirs.
+        """Make the learned structure final, for formats that learn theirs: the format that remains and its factors.
 
         Args:
             factors: The factors.
-
-        Returns:
-            The format that remains, and its factors.
 
         Raises:
             TypeError: If the format does not learn its structure.

@@ -23,9 +23,9 @@ class Blast(RankedFormat):
     ``(I, P, R)``, ``(I, J, R)``, ``(J, R, Q)``.
 
     Attributes:
-        M: Out features.
-        N: In features.
-        blocks: ``(I, J)``, or one count for both.
+        M: The number of out features.
+        N: The number of in features.
+        blocks: The block counts ``(I, J)``, or one count for both.
         rank: ``R``, any positive integer.
 
     Raises:
@@ -73,10 +73,10 @@ class Blast(RankedFormat):
         """The largest rank with at most ``keep M N`` parameters.
 
         Args:
-            M: Out features.
-            N: In features.
-            keep: Share of the dense parameters, in ``(0, 1]``.
-            blocks: ``(I, J)``, or one count for both.
+            M: The number of out features.
+            N: The number of in features.
+            keep: The share of the dense parameters, in ``(0, 1]``.
+            blocks: The block counts ``(I, J)``, or one count for both.
 
         Returns:
             The format; its rank is a multiple of 8 where that loses under 2 %.

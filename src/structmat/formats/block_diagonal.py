@@ -22,8 +22,8 @@ class BlockDiagonal(Format):
     The factor ``blocks (I P, Q)`` stacks them; it is two-dimensional so that sharding cuts a long axis.
 
     Attributes:
-        M: Out features.
-        N: In features.
+        M: The number of out features.
+        N: The number of in features.
         blocks: ``I``, a divisor of both.
 
     Raises:
@@ -51,9 +51,9 @@ class BlockDiagonal(Format):
         """The fewest blocks with at most ``keep M N`` parameters.
 
         Args:
-            M: Out features.
-            N: In features.
-            keep: Share of the dense parameters, in ``(0, 1]``; the block count is at least ``1 / keep``.
+            M: The number of out features.
+            N: The number of in features.
+            keep: The share of the dense parameters, in ``(0, 1]``; the block count is at least ``1 / keep``.
 
         Returns:
             The format.

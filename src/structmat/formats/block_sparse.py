@@ -64,8 +64,8 @@ class BlockSparse(RankedFormat):
     rank there are ``left (M, R)`` and ``right (R, N)`` too.
 
     Attributes:
-        M: Out features.
-        N: In features.
+        M: The number of out features.
+        N: The number of in features.
         mask: ``I`` strings of ``J`` characters each, ``"1"`` for a block that is kept and ``"0"`` for one that is not.
         rank: ``R`` of the low-rank term; 0 for none.
 
@@ -107,8 +107,8 @@ class BlockSparse(RankedFormat):
         """The format for a mask given as a tensor or as nested sequences.
 
         Args:
-            M: Out features.
-            N: In features.
+            M: The number of out features.
+            N: The number of in features.
             mask: ``(I, J)``, true or non-zero where a block is kept.
             rank: ``R`` of the low-rank term.
 
@@ -129,8 +129,8 @@ class BlockSparse(RankedFormat):
 
         Args:
             weight: ``(M, N)``.
-            keep: Share of the blocks that may be kept, in ``(0, 1]``.
-            blocks: ``(I, J)``, or one count for both.
+            keep: The share of the blocks that may be kept, in ``(0, 1]``.
+            blocks: The block counts ``(I, J)``, or one count for both.
 
         Returns:
             The format, without a low-rank term.
@@ -158,11 +158,11 @@ class BlockSparse(RankedFormat):
         """The flat block butterfly of the largest stride, and the largest low-rank term, that the budget allows.
 
         Args:
-            M: Out features.
-            N: In features.
-            keep: Share of the dense parameters, in ``(0, 1]``.
-            blocks: ``(I, J)``, or one count for both.
-            rank: Of the low-rank term: 0 for none, None for what the blocks leave of the budget.
+            M: The number of out features.
+            N: The number of in features.
+            keep: The share of the dense parameters, in ``(0, 1]``.
+            blocks: The block counts ``(I, J)``, or one count for both.
+            rank: The rank of the low-rank term: 0 for none, None for what the blocks leave of the budget.
 
         Returns:
             The format.

@@ -21,7 +21,7 @@ def to_blast(format: Format, factors: Factors) -> tuple[Blast, dict[str, Tensor]
 
     Args:
         format: A low-rank, block-diagonal, BLAST, or (without the output permutation) Monarch format.
-        factors: Its factors.
+        factors: The factors of the format.
 
     Returns:
         The BLAST format and its factors.

@@ -1,4 +1,4 @@
-"""The dense matrix as a format: what a plan says of a layer that is to stay as it is."""
+"""The dense matrix as a format, for layers that a plan leaves alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Dense(Format):
     """A dense matrix with the one factor ``weight (M, N)``.
 
     Attributes:
-        M: Out features.
-        N: In features.
+        M: The number of out features.
+        N: The number of in features.
     """
 
     name: ClassVar[str] = "dense"
@@ -37,10 +37,10 @@ class Dense(Format):
         """The dense format, which fits only the whole budget.
 
         Args:
-            M: Out features.
-            N: In features.
-            keep: Must be 1.
-            **options: None are known.
+            M: The number of out features.
+            N: The number of in features.
+            keep: The share of the dense parameters, which must be 1.
+            **options: Any option is an error.
 
         Returns:
             The format.

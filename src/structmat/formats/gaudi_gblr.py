@@ -30,11 +30,11 @@ class GaudiGblr(LearnedSegments):
     parameters and multiplications are counted as those of that.
 
     Attributes:
-        M: Out features.
-        N: In features.
+        M: The number of out features.
+        N: The number of in features.
         components: ``K``.
-        initial_width: Mean width of a fresh init, as a share of each axis, in (0, 1].
-        multiple: Segments begin and end at multiples of it, for hardware.
+        initial_width: The mean width of a fresh init, as a share of each axis, in (0, 1].
+        multiple: The grid on which segments begin and end, for hardware.
 
     Raises:
         ValueError: If a number is out of range, or ``multiple`` does not divide both axes.
@@ -68,11 +68,11 @@ class GaudiGblr(LearnedSegments):
         """The format whose fresh init has about ``keep M N`` parameters inside its segments, and at most those.
 
         Args:
-            M: Out features.
-            N: In features.
-            keep: Share of the dense parameters, in ``(0, 1]``.
+            M: The number of out features.
+            N: The number of in features.
+            keep: The share of the dense parameters, in ``(0, 1]``.
             components: ``K``; None for ``min(M, N)``, as in the paper.
-            multiple: As in the format.
+            multiple: The multiple of the format.
 
         Returns:
             The format.
@@ -135,13 +135,13 @@ class GaudiGblr(LearnedSegments):
         return torch.where(start >= n, 0, start)
 
     def cost(self, width: Tensor, unit: Unit) -> Tensor:
-        """What components of these widths ``(2, K)`` cost, without dimensions.
+        """The cost of components of these widths ``(2, K)``, without dimensions.
 
-        Those without a block cost nothing, but count in the mean of ``"width"``.
+        Components without a block cost nothing, but count in the mean of ``"width"``.
 
         Args:
-            width: In units of the axes.
-            unit: What to count.
+            width: The widths, in units of the axes.
+            unit: The quantity to count.
 
         Returns:
             The number of entries inside the segments, or ``K`` times the mean width.
@@ -152,7 +152,7 @@ class GaudiGblr(LearnedSegments):
         return (entries.sum(0) * (entries > 0).all(0)).sum()
 
     def dense_cost(self, unit: Unit) -> float:
-        """What the share of a budget is relative to: entries of the dense matrix, or components of full width."""
+        """The cost that the share of a budget is relative to: dense entries, or components of full width."""
         return self.components if unit == "width" else self.M * self.N
 
     def masks(self, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ class GaudiGblr(LearnedSegments):
         return x @ (left @ right).mT
 
     def num_parameters(self, factors: Factors | None = None) -> int:
-        """Entries inside the segments, those of components without a block left out.
+        """The number of entries inside the segments, those of components without a block left out.
 
         Args:
             factors: None, or on the meta device, for those of a fresh init.
@@ -200,11 +200,11 @@ class GaudiGblr(LearnedSegments):
         return int(self.cost(factors["width"].detach(), "parameters"))
 
     def multiplications(self, tokens: int = 1, factors: Factors | None = None) -> int:
-        """Multiplications of the hardened matrix; in training the product runs on full axes and takes more.
+        """The number of multiplications of the hardened matrix; training runs on full axes and takes more.
 
         Args:
-            tokens: Number of input vectors.
-            factors: As in ``num_parameters``.
+            tokens: The number of input vectors.
+            factors: None, or on the meta device, for those of a fresh init.
 
         Returns:
             The count.

@@ -26,10 +26,10 @@ class Gblr(Format):
     other, and so does ``right``, each in its own order of the components.
 
     Attributes:
-        M: Out features.
-        N: In features.
+        M: The number of out features.
+        N: The number of in features.
         components: ``K``.
-        entries: Sum of the widths on the output and on the input axis, the lengths of ``left`` and ``right``.
+        entries: The sums of the widths on the output and on the input axis, the lengths of ``left`` and ``right``.
 
     Raises:
         ValueError: If the components do not fit the entries, each having between one and all of an axis.
@@ -39,6 +39,7 @@ class Gblr(Format):
     entries: tuple[int, int]
 
     name: ClassVar[str] = "gblr"
+    made_from: ClassVar[str] = "gaudi_gblr"
     label: ClassVar[str] = "GBLR"
     drawn_by: ClassVar[tuple[str, ...]] = ("start", "width", "order")
     scale_exponents: ClassVar[dict[str, float]] = {"left": 1 / 2, "right": 1 / 2}
@@ -63,9 +64,9 @@ class Gblr(Format):
         """Components of equal segments with at most ``keep M N`` entries in all.
 
         Args:
-            M: Out features.
-            N: In features.
-            keep: Share of the dense parameters, in ``(0, 1]``.
+            M: The number of out features.
+            N: The number of in features.
+            keep: The share of the dense parameters, in ``(0, 1]``.
             components: ``K``; None for ``min(M, N)``, or fewer where each would have less than one entry on each axis.
 
         Returns:
@@ -101,7 +102,7 @@ class Gblr(Format):
         """Check names and shapes, and that the segments are segments of the axes and sum to ``entries``.
 
         Args:
-            factors: What to check.
+            factors: The factors to check.
 
         Raises:
             ValueError: If they do not fit.
@@ -179,7 +180,7 @@ def from_segments(
         left: ``(M, K)``.
         right: ``(K, N)``.
         start: ``(2, K)``, whole numbers.
-        width: ``(2, K)``, likewise.
+        width: ``(2, K)``, whole numbers.
 
     Returns:
         The format and its factors.
@@ -210,7 +211,7 @@ def tile(
 
     Args:
         format: The GBLR format, with at least one component.
-        factors: Its factors.
+        factors: The factors of the format.
         block_sizes: The sizes of the blocks of the output and the input axis; None for the cheapest.
 
     Returns:

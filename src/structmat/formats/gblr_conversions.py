@@ -17,14 +17,14 @@ Result = tuple[Gblr, dict[str, Tensor]]
 
 
 def harden(format: GaudiGblr, factors: Factors) -> Result:
-    """What a Gaudi-GBLR matrix has inside its segments; components without a block are left out.
+    """Keep what a Gaudi-GBLR matrix has inside its segments; components without a block are left out.
 
     Where ``sigma`` is infinite the matrix stays the same. A finite one smooths the masks over the segments' edges: the
     contents then take over the masks' values inside, and what lies outside is lost; ``hardening_gap`` tells how much.
 
     Args:
         format: The Gaudi-GBLR format.
-        factors: Its factors.
+        factors: The factors of the format.
 
     Returns:
         The GBLR format and its factors.
@@ -39,7 +39,7 @@ def harden(format: GaudiGblr, factors: Factors) -> Result:
 
 
 def hardening_gap(format: Format, factors: Factors) -> float:
-    """How far the hardened matrix is from the one that learned: ``|W - W_hard|_F / |W|_F``.
+    """Measure how far the hardened matrix is from the one that learned: ``|W - W_hard|_F / |W|_F``.
 
     Args:
         format: A format that learns its structure.
@@ -59,8 +59,8 @@ def to_gaudi(format: Gblr, factors: Factors, *, multiple: int = 1) -> tuple[Gaud
 
     Args:
         format: The GBLR format, with at least one component.
-        factors: Its factors.
-        multiple: That of the Gaudi-GBLR format, to which the segments are rounded; at 1 the matrix is the same.
+        factors: The factors of the format.
+        multiple: The multiple of the Gaudi-GBLR format, to which the segments are rounded; at 1 the matrix is the same.
 
     Returns:
         The Gaudi-GBLR format and its factors.
@@ -99,7 +99,7 @@ def to_gblr(format: Format, factors: Factors) -> Result:
     Args:
         format: A low-rank, block-diagonal, block-sparse, GBLR, Gaudi-GBLR or (without the output permutation) Monarch
             format.
-        factors: Its factors.
+        factors: The factors of the format.
 
     Returns:
         The GBLR format and its factors.
@@ -136,7 +136,7 @@ def add_gblr(first: Result, second: Result) -> Result:
 
     Args:
         first: A format and its factors.
-        second: Others of the same shape, dtype and device.
+        second: Another format of the same shape, and its factors, of the same dtype and device.
 
     Returns:
         The format of the sum and its factors.
@@ -156,15 +156,15 @@ def add_gblr(first: Result, second: Result) -> Result:
 
 
 def interpolate_gaudi(format: GaudiGblr, first: Factors, second: Factors, weight: float) -> dict[str, Tensor]:
-    """Between two Gaudi-GBLR matrices: contents and structural parameters alike (Theorem 2).
+    """Interpolate between two Gaudi-GBLR matrices, contents and structural parameters alike (Theorem 2).
 
     The result is of the same format, and its widths cost between what those of the two cost.
 
     Args:
-        format: Of both.
+        format: The format of both.
         first: The factors at weight 0.
         second: The factors at weight 1.
-        weight: Between 0 and 1.
+        weight: A number between 0 and 1.
 
     Returns:
         The factors; ``sigma`` is that of the first.

@@ -20,8 +20,8 @@ class LowRank(RankedFormat):
     """``W = left @ right`` with ``left (M, R)`` and ``right (R, N)``: ``R (M + N)`` parameters.
 
     Attributes:
-        M: Out features.
-        N: In features.
+        M: The number of out features.
+        N: The number of in features.
         rank: ``R``, at most ``min(M, N)``.
 
     Raises:
@@ -61,9 +61,9 @@ class LowRank(RankedFormat):
         """The largest rank with at most ``keep M N`` parameters.
 
         Args:
-            M: Out features.
-            N: In features.
-            keep: Share of the dense parameters, in ``(0, 1]``.
+            M: The number of out features.
+            N: The number of in features.
+            keep: The share of the dense parameters, in ``(0, 1]``.
 
         Returns:
             The format; its rank is a multiple of 8 where that loses under 2 %.

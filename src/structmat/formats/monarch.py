@@ -23,12 +23,12 @@ class Monarch(RankedFormat):
     ``right (J, I, t, Q)`` of ``(J I t, Q)``.
 
     Attributes:
-        M: Out features.
-        N: In features.
-        blocks: ``(I, J)``, or one count for both.
+        M: The number of out features.
+        N: The number of in features.
+        blocks: The block counts ``(I, J)``, or one count for both.
         rank: ``t``, at most ``min(P, Q)``.
-        permute_output: Row ``p I + i`` of ``W`` is row ``p`` of block row ``i``, as in the original; otherwise it is
-            row ``i P + p``.
+        permute_output: Whether row ``p I + i`` of ``W`` is row ``p`` of block row ``i``, as in the original; otherwise
+            this is row ``i P + p``.
 
     Raises:
         ValueError: If a field is out of range.
@@ -76,11 +76,11 @@ class Monarch(RankedFormat):
         """The largest rank with at most ``keep M N`` parameters.
 
         Args:
-            M: Out features.
-            N: In features.
-            keep: Share of the dense parameters, in ``(0, 1]``.
-            blocks: ``(I, J)``, or one count for both.
-            permute_output: As the attribute.
+            M: The number of out features.
+            N: The number of in features.
+            keep: The share of the dense parameters, in ``(0, 1]``.
+            blocks: The block counts ``(I, J)``, or one count for both.
+            permute_output: Whether the rows are in the order of the original.
 
         Returns:
             The format; its rank is a multiple of 8 where that loses under 2 %.

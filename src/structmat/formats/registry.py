@@ -12,6 +12,7 @@ checkpoints and the command line find the format without any import by the user.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
@@ -26,7 +27,7 @@ FORMATS: dict[str, type[Format]] = {}
 """Every format by its name in JSON and on the command line."""
 
 DEFAULT_METHODS: dict[type[Format], Any] = {}
-"""The method that fits each format where none is given; any other format is fitted by gradient descent."""
+"""The method that fits each format where none is given; ``GradientFit`` fits the formats that have none here."""
 
 ENTRY_POINTS = "structmat.formats"
 """The group of entry points under which other packages declare the modules that register their formats."""
@@ -41,7 +42,7 @@ def register_format(kind: type[FormatT] | None = None, *, method: Any = None) ->
 
     Args:
         kind: The class; None where this is used as a decorator with arguments.
-        method: How to fit the format where no method is given; None for ``GradientFit()``.
+        method: The method that fits the format where no method is given; None for ``GradientFit()``.
 
     Returns:
         The same class, so that this can be a decorator.
@@ -72,8 +73,9 @@ def register_format(kind: type[FormatT] | None = None, *, method: Any = None) ->
     return kind
 
 
+@functools.cache
 def load_plugins() -> None:
-    """Import the modules with formats that other installed packages declare."""
+    """Import the modules with formats that other installed packages declare, once in a process."""
     for point in entry_points(group=ENTRY_POINTS):
         point.load()
 
@@ -82,7 +84,7 @@ def format_named(name: str) -> type[Format]:
     """Look a format up by its name.
 
     Args:
-        name: As in ``FORMATS``; hyphens count as underscores.
+        name: The name of the format; hyphens count as underscores.
 
     Returns:
         The format's class.
@@ -98,9 +100,9 @@ def format_named(name: str) -> type[Format]:
 
 
 def sized_formats() -> dict[str, type[Format]]:
-    """The formats that a budget can size, by name; others are made from these."""
+    """The formats that a user can choose and a budget can size, by name; others are made from these."""
     load_plugins()
-    return {name: kind for name, kind in FORMATS.items() if hasattr(kind, "for_budget")}
+    return {name: kind for name, kind in FORMATS.items() if hasattr(kind, "for_budget") and not kind.made_from}
 
 
 def format_from_json(data: Mapping[str, Any]) -> Format:

@@ -29,11 +29,11 @@ class TiledGblr(Format):
     parameters and multiplications; it learns if the layer is trained.
 
     Attributes:
-        M: Out features.
-        N: In features.
+        M: The number of out features.
+        N: The number of in features.
         components: ``K``.
         out_groups: ``S`` and ``H`` of each group of the output axis, one after the other.
-        in_groups: Of the input axis.
+        in_groups: ``S`` and ``H`` of each group of the input axis.
         block_sizes: ``B`` of the output and of the input axis.
 
     Raises:
@@ -70,7 +70,7 @@ class TiledGblr(Format):
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Rows of all tiles of the output and of the input axis."""
+        """The number of rows of all tiles of the output and of the input axis."""
         out_rows, in_rows = (
             sum(S * H for S, H in zip(groups[::2], groups[1::2], strict=True))
             for groups in (self.out_groups, self.in_groups)
@@ -79,23 +79,26 @@ class TiledGblr(Format):
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """``C``: tiles, or blocks, of the output and of the input axis."""
+        """The number ``C`` of tiles, or blocks, of the output and of the input axis."""
         return sum(self.out_groups[::2]), sum(self.in_groups[::2])
 
     def factor_specs(self) -> dict[str, FactorSpec]:
         """``left`` and ``right`` as tiles, and the indices that say where they belong."""
         specs = {name: FactorSpec((self.rows[axis], self.block_sizes[axis])) for axis, name in enumerate(AXES)}
         lengths = {
-            "left_place": self.tiles[0], "left_index": self.rows[0], "right_place": self.tiles[1],
-            "right_rows": self.rows[1], "right_offsets": self.components,
-        }  # fmt: skip
+            "left_place": self.tiles[0],
+            "left_index": self.rows[0],
+            "right_place": self.tiles[1],
+            "right_rows": self.rows[1],
+            "right_offsets": self.components,
+        }
         return specs | {name: FactorSpec((n,), trainable=False, dtype=torch.int32) for name, n in lengths.items()}
 
     def check_factors(self, factors: Factors) -> None:
         """Check names and shapes, and that each block has one tile.
 
         Args:
-            factors: What to check.
+            factors: The factors to check.
 
         Raises:
             ValueError: If they do not fit.
@@ -123,9 +126,8 @@ class TiledGblr(Format):
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Batches of dense products on slices of the input and the output, and sums of rows between them."""
-        inputs = (
-            factors["right"], self.in_groups, factors["right_place"], factors["right_rows"], factors["right_offsets"]
-        )  # fmt: skip
+        right, place = factors["right"], factors["right_place"]
+        inputs = right, self.in_groups, place, factors["right_rows"], factors["right_offsets"]
         outputs = factors["left"], self.out_groups, factors["left_place"], factors["left_index"]
         return tiled_gblr_matmul(x, inputs, outputs, self.M, algorithm)
 

@@ -13,23 +13,24 @@ from structmat.fit import Magnitude, TruncatedSvd
 from structmat.formats import BlockDiagonal, BlockSparse, Factors, Format, LowRank
 
 REGIONS = 4
-"""Into how many parts each axis is cut for the effective ranks, and for the nearest block-sparse matrix, at most."""
+"""The largest number of parts into which each axis is cut for the effective ranks."""
 
 
 @dataclass(frozen=True)
 class StructureNumbers:
-    """What the structure of one GBLR or Gaudi-GBLR matrix looks like.
+    """Numbers that describe the structure of one GBLR or Gaudi-GBLR matrix.
 
     Attributes:
-        keep: Entries inside the segments, as a share of the dense parameters.
-        concentration: Gini coefficient of the overlap map, the number of components over each entry: 0 where all
+        keep: The number of entries inside the segments, as a share of the dense parameters.
+        concentration: The Gini coefficient of the overlap map, the number of components over each entry: 0 where all
             entries have equally many (a low-rank matrix), near 1 where few entries have all.
-        covered: Share of the entries under at least one component.
-        effective_ranks: Of each region of the matrix, ``REGIONS x REGIONS`` or fewer: the exponential of the entropy of
-            the squared singular values, normalised (Roy & Vetterli 2007); 0 for a zero region.
-        distances: Relative Frobenius error of the nearest matrix of other structures with at most as many parameters,
-            by the structure's name: 0 where the learned matrix is of that structure. A structure that has no member so
-            small is left out.
+        covered: The share of the entries under at least one component.
+        effective_ranks: The effective rank of each region of the matrix, ``REGIONS x REGIONS`` or fewer: the
+            exponential of the entropy of the normalised squared singular values (Roy & Vetterli 2007); 0 for a zero
+            region.
+        distances: The relative Frobenius error of the nearest matrix of other structures with at most as many
+            parameters, by the structure's name: 0 where the learned matrix is of that structure. A structure that has
+            no member as small is left out.
     """
 
     keep: float
@@ -52,7 +53,7 @@ def structure_numbers(format: Format, factors: Factors) -> StructureNumbers:
 
     Args:
         format: A GBLR or Gaudi-GBLR format.
-        factors: Its factors.
+        factors: The factors of the format.
 
     Returns:
         The numbers.
@@ -81,7 +82,7 @@ def gini(values: Tensor) -> float:
         values: ``(n,)``.
 
     Returns:
-        Between 0, where all are equal, and ``1 - 1/n``, where one has everything; 0 where all are 0.
+        A number between 0, where all are equal, and ``1 - 1/n``, where one has everything; 0 where all are 0.
     """
     ordered = values.double().sort().values
     total = float(ordered.sum())
@@ -99,7 +100,7 @@ def effective_rank(matrix: Tensor) -> float:
         matrix: ``(P, Q)``.
 
     Returns:
-        Between 1 and ``min(P, Q)``; 0 for a zero matrix.
+        A number between 1 and ``min(P, Q)``; 0 for a zero matrix.
     """
     energies = torch.linalg.svdvals(matrix).square()
     if float(energies.sum()) == 0:
@@ -110,10 +111,10 @@ def effective_rank(matrix: Tensor) -> float:
 
 
 def map_similarity(first: Tensor, second: Tensor) -> float:
-    """How alike two overlap maps are, those of two seeds, say: what they share when both sum to 1.
+    """Measure how alike two overlap maps are, such as those of two seeds: what they share when both sum to 1.
 
     Args:
-        first: ``(M, N)``, not negative, as ``formats.overlap`` gives it.
+        first: ``(M, N)``, not negative, as ``Format.overlap`` gives it.
         second: Another of the same shape.
 
     Returns:
@@ -150,7 +151,7 @@ def _distances(matrix: Tensor, keep: float) -> dict[str, float]:
 
 
 def _least(name: str, M: int, N: int, blocks: tuple[int, int]) -> int:
-    """Parameters of the smallest member of a structure."""
+    """The number of parameters of the smallest member of a structure."""
     if name == "low-rank":
         return M + N
     if name == "block-diagonal":

@@ -16,15 +16,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette, which colour-blind people can tell apart."""
+"""The palette of Okabe and Ito, which colour-blind people can tell apart."""
+
 MARKERS = ("o", "s", "^", "D", "v", "P")
+"""The markers of the curves."""
+
 KINDS = 8
-"""Of layers that have a colour of their own in ``budget_shares``, at most; the smallest share one."""
+"""The largest number of kinds of layers that have a colour of their own in ``budget_shares``; the rest share one."""
+
 PIXELS = 256
-"""Of a structure map along each axis, at most; a larger matrix is averaged over patches."""
+"""The largest number of pixels of a structure map along each axis; a larger matrix is averaged over patches."""
 
 
-def _figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
+    """Make a figure with panels.
+
+    Args:
+        width: The width in inches.
+        height: The height in inches.
+        **grid: The arguments of ``Figure.subplots``.
+
+    Returns:
+        The figure and its panels.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional dependency at its one door
     except ImportError as error:
@@ -41,14 +58,14 @@ def trade_off(
     y_label: str = "test accuracy",
     title: str = "",
 ) -> Figure:
-    """Draw what each structure makes of a budget.
+    """Draw the quality that each structure reaches at each cost.
 
     Args:
-        curves: Points ``(cost, quality)`` of each structure by name.
+        curves: The points ``(cost, quality)`` of each structure by name.
         reference: The dense network's point.
-        x_label: Of the cost.
-        y_label: Of the quality.
-        title: Of the figure.
+        x_label: The label of the cost.
+        y_label: The label of the quality.
+        title: The title of the figure.
 
     Returns:
         The figure; ``figure.savefig(path)`` writes it.
@@ -56,7 +73,7 @@ def trade_off(
     Raises:
         ImportError: If matplotlib is missing.
     """
-    figure, axes = _figure(6.4, 4.2)
+    figure, axes = new_figure(6.4, 4.2)
     axes.axhline(reference[1], color="0.6", linewidth=1, linestyle="--", zorder=0)
     axes.plot(*reference, "*", color="black", markersize=11, linestyle="none", label="dense")
     for k, (name, points) in enumerate(curves.items()):
@@ -70,21 +87,21 @@ def trade_off(
 
 
 def couplings(layer: StructuredModule, *, title: str = "") -> Figure:
-    """Draw the couplings of a BLAST layer: how much of each shared component every block uses.
+    """Draw the couplings of a layer, such as a BLAST one: how much of each shared component every block uses.
 
     On the left, the root mean square of ``diag_ij`` over the components, as the ``I x J`` grid of blocks. On the
     right, ``diag_ij`` of every component, the components ordered by how unevenly the blocks use them; a low-rank
     matrix would show the same value in all of a column.
 
     Args:
-        layer: A layer whose format is ``Blast``.
-        title: Of the figure.
+        layer: A layer whose format has couplings, such as ``Blast``.
+        title: The title of the figure.
 
     Returns:
         The figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-        TypeError: If the layer is not BLAST.
+        TypeError: If the format of the layer has no couplings.
         ImportError: If matplotlib is missing.
     """
     diag = layer.format.couplings(layer.factors).cpu()  # (I, J, R)
@@ -92,7 +109,7 @@ def couplings(layer: StructuredModule, *, title: str = "") -> Figure:
     spread = diag.abs().std((0, 1), correction=0) / diag.abs().mean((0, 1)).clamp_min(1e-12)
     ordered = diag.view(I * J, -1)[:, spread.argsort(descending=True)]
 
-    figure, (grid, lines) = _figure(9.2, 3.8, ncols=2, width_ratios=(1, 2))
+    figure, (grid, lines) = new_figure(9.2, 3.8, ncols=2, width_ratios=(1, 2))
     image = grid.imshow(diag.square().mean(-1).sqrt().numpy(), cmap="viridis", vmin=0)
     grid.set(xlabel="block column j", ylabel="block row i", title="strength of each block")
     grid.set_xticks(range(J))
@@ -115,8 +132,9 @@ def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int | Non
 
     Args:
         layers: The layers by name.
-        columns: Panels in a row, at most; None for 4, or about as many as rows where there are many layers.
-        title: Of the figure.
+        columns: The largest number of panels in a row; None for 4, or about as many as rows where there are many
+            layers.
+        title: The title of the figure.
 
     Returns:
         The figure; ``figure.savefig(path)`` writes it. All panels share one scale of brightness; matrices of more than
@@ -124,7 +142,7 @@ def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int | Non
 
     Raises:
         ValueError: If there is no layer.
-        TypeError: If a layer is of another format.
+        TypeError: If the format of a layer has no segments.
         ImportError: If matplotlib is missing.
     """
     if not layers:
@@ -132,7 +150,7 @@ def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int | Non
     maps = {name: _patches(layer.format.overlap(layer.factors)) for name, layer in layers.items()}
     columns = min(max(4, math.isqrt(len(maps))) if columns is None else columns, len(maps))
     rows = -(-len(maps) // columns)
-    figure, grid = _figure(2.2 * columns + 0.8, 2.2 * rows + 0.4, nrows=rows, ncols=columns, squeeze=False)
+    figure, grid = new_figure(2.2 * columns + 0.8, 2.2 * rows + 0.4, nrows=rows, ncols=columns, squeeze=False)
     most = max(float(counts.max()) for counts in maps.values())
     for k, axes in enumerate(grid.flat):
         axes.set_axis_off()
@@ -168,9 +186,9 @@ def budget_shares(history: Sequence[Mapping[str, Any]], *, title: str = "") -> F
     numbers alone have one colour, the first of them the darkest. Below, the cost of all, relative to dense.
 
     Args:
-        history: As ``integrations.structure.StructureCallback`` keeps it: at each entry ``"step"``,
+        history: The entries that ``StructureCallback`` of the integration of transformers keeps, each with ``"step"``,
             ``"structure_share"`` (cost of all layers, relative to dense) and ``"costs"`` (share of each layer in it).
-        title: Of the figure.
+        title: The title of the figure.
 
     Returns:
         The figure; ``figure.savefig(path)`` writes it.
@@ -182,7 +200,7 @@ def budget_shares(history: Sequence[Mapping[str, Any]], *, title: str = "") -> F
     if len(history) < 2:
         raise ValueError(f"expected a history of at least two entries to draw, got {len(history)}; log more often")
     steps = [entry["step"] for entry in history]
-    figure, (axes, total) = _figure(7.6, 5.0, nrows=2, height_ratios=(4, 1), sharex=True)
+    figure, (axes, total) = new_figure(7.6, 5.0, nrows=2, height_ratios=(4, 1), sharex=True)
     floor = torch.zeros(len(steps))
     for k, (label, names) in enumerate(_kinds(list(history[-1]["costs"]), history[-1]["costs"]).items()):
         bottom, ceilings = floor, []
@@ -197,10 +215,9 @@ def budget_shares(history: Sequence[Mapping[str, Any]], *, title: str = "") -> F
         text = f"{label}, {len(names)} x: {last:.0%}" if len(names) > 1 else f"{label}: {last:.0%}"
         axes.fill_between([], [], color=_KIND_COLORS[k], label=text)
     axes.set(ylabel="share of the budget", ylim=(0, 1), xlim=(steps[0], steps[-1]), title=title)
-    axes.legend(
-        frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, fontsize=8,
-        title="layers, dark to light: first\nto last; share at the end", title_fontsize=8, alignment="left",
-    )  # fmt: skip
+    legend = {"title": "layers, dark to light: first\nto last; share at the end", "title_fontsize": 8}
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "alignment": "left"}
+    axes.legend(frameon=False, reverse=True, fontsize=8, **legend, **place)
     shares = [entry["structure_share"] for entry in history]
     total.plot(steps, shares, color="black", linewidth=1.5)
     total.set(xlabel="step", ylabel="cost / dense", ylim=(0, 1.15 * max(shares) or 1))
@@ -239,8 +256,8 @@ def heat_map(rows: Mapping[str, Sequence[float]], columns: Sequence[str], *, tit
 
     Args:
         rows: The numbers of each row by its name.
-        columns: Names of the columns.
-        title: Of the figure.
+        columns: The names of the columns.
+        title: The title of the figure.
 
     Returns:
         The figure; ``figure.savefig(path)`` writes it.
@@ -249,7 +266,7 @@ def heat_map(rows: Mapping[str, Sequence[float]], columns: Sequence[str], *, tit
         ImportError: If matplotlib is missing.
     """
     values = torch.tensor(list(rows.values()))
-    figure, axes = _figure(2.8 + 0.85 * len(columns), 1.4 + 0.42 * len(rows))
+    figure, axes = new_figure(2.8 + 0.85 * len(columns), 1.4 + 0.42 * len(rows))
     image = axes.imshow(values.numpy(), cmap="viridis_r", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), list(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,9 @@ from torch.nn.parameter import is_lazy
 from structmat._tables import share, table_text
 from structmat.fit import Fit
 from structmat.inspect.learned import StructureNumbers, structure_numbers
-from structmat.network.calls import call, evaluating
+from structmat.network.capture import count_vectors
 from structmat.network.sites import DENSE_KINDS, dense_weight, unseen_weights
-from structmat.nn import StructuredConv2d, StructuredModule
+from structmat.nn import StructuredModule
 from structmat.plan import Plan
 
 NUMBERS = (4, 5, 6, 7)
@@ -32,12 +33,12 @@ class Row:
         format: The format's name, ``"dense"`` for a layer that is not structured.
         settings: The format's hyperparameters, as text.
         shape: ``(M, N)``.
-        parameters: Entries of its factors, without the bias; 0 where an earlier row has the same.
-        dense_parameters: ``M N``, or 0 likewise.
-        multiplications: Per token, or over the example inputs where they were given.
-        dense_multiplications: Those of the dense weight.
-        error: Relative error of its fit; None where there was none.
-        note: Why it is as it is, where the plan says.
+        parameters: The number of entries of the factors, without the bias; 0 where an earlier row has the same factors.
+        dense_parameters: ``M N``; 0 where an earlier row has the same factors.
+        multiplications: The number of multiplications per token, or over the example inputs where these were given.
+        dense_multiplications: The number of multiplications of the dense weight.
+        error: The relative error of the fit; None where there was no fit.
+        note: The reason why the layer was skipped, or what else there is to know.
     """
 
     name: str
@@ -54,18 +55,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What a network's weights are and cost; ``print`` shows it as a table.
+    """The weights of a network and their costs; ``print`` shows it as a table.
 
     Attributes:
-        rows: One for each linear layer and convolution.
-        parameters: Of the whole network, biases, norms and embeddings included; of Gaudi-GBLR layers those inside the
-            segments, as in ``rows``, though they store more while they learn.
-        dense_parameters: Those of the network with every structured layer dense.
-        multiplications: Of the layers in ``rows``.
-        dense_multiplications: Those of the same layers dense.
+        rows: The rows, one for each linear layer and convolution.
+        parameters: The number of parameters of the whole network, biases, norms and embeddings included. A Gaudi-GBLR
+            layer counts with the entries inside its segments, as in ``rows``, though it stores more while it learns.
+        dense_parameters: The number of parameters of the network with every structured layer dense.
+        multiplications: The number of multiplications of the layers in ``rows``.
+        dense_multiplications: The number of multiplications of the same layers dense.
         per_token: Whether multiplications are per token and layer; otherwise they are over the example inputs.
-        unseen: Matrices that are in no linear layer or convolution, by parameter name; they are shown below the table.
-        structure: What the learned structure of GBLR layers looks like, by layer, where that was asked for; likewise.
+        unseen: The matrices that are in no linear layer or convolution, by parameter name, shown below the table.
+        structure: The numbers of the learned structure of GBLR layers, by layer, shown below the table; empty where
+            nobody asked for them.
     """
 
     rows: tuple[Row, ...]
@@ -140,62 +142,92 @@ def report(
 
     Args:
         model: The network.
-        fits: What ``compress_`` returned, for the errors.
-        plan: For the reasons why layers were skipped.
-        example_inputs: Input or inputs of one call, a mapping for keyword arguments; multiplications are then
+        fits: The fits that ``compress_`` returned, for the errors.
+        plan: The plan, for the reasons why layers were skipped.
+        example_inputs: The input or inputs of one call, a mapping for keyword arguments; multiplications are then
             counted over that call, so that layers that see more tokens weigh more. None for multiplications per token.
         structure: Whether to measure what GBLR and Gaudi-GBLR layers have learned, as ``structure_numbers`` does.
 
     Returns:
         The report.
     """
-    fits = fits or {}
-    unseen = unseen_weights(model)
-    tokens = _count_tokens(model, example_inputs) if example_inputs is not None else {}
-    counted: set[int] = set()
-    rows: list[Row] = []
-    extra = surplus = 0
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    for name, module in model.named_modules():
-        kind_of_dense = next((kind for base, kind in DENSE_KINDS.items() if isinstance(module, base)), None)
-        if isinstance(module, StructuredModule):
-            format, factors, (M, N) = module.format, module.factors, module.format.shape
-            parameters, one_token = format.num_parameters(factors), format.multiplications(1, factors)
-            kind, settings = format.name, format.settings()
-        elif kind_of_dense is not None and not is_lazy(dense_weight(module)):
-            weight = kind_of_dense.matrix(module)
-            factors, (M, N) = {"weight": dense_weight(module)}, weight.shape
-            parameters = one_token = M * N
-            kind, settings = "dense", ""
-        else:
-            continue
-        shared = id(next(iter(factors.values()))) in counted
-        counted.update(id(factor) for factor in factors.values())
-        times = tokens.get(name, 0) if example_inputs is not None else 1
+    weights = {name: weight for name, module in model.named_modules() if (weight := _weight(module)) is not None}
+    vectors = _count_vectors(model, weights, example_inputs)
+    rows: list[Row] = []
+    counted: set[int] = set()
+    surplus = 0  # what Gaudi-GBLR layers store beyond their segments
+    for name, weight in weights.items():
+        shared = id(weight.factors[0]) in counted
+        counted.update(map(id, weight.factors))
+        dense = math.prod(weight.shape)
         rows.append(
             Row(
-                name, kind, settings, (M, N), 0 if shared else parameters, 0 if shared else M * N, one_token * times,
-                M * N * times, next((fits[n].error for n in names[id(module)] if n in fits), None),
+                name,
+                weight.format,
+                weight.settings,
+                weight.shape,
+                0 if shared else weight.parameters,
+                0 if shared else dense,
+                weight.multiplications * vectors[name],
+                dense * vectors[name],
+                next((fits[other].error for other in names[id(weight.module)] if other in fits), None)
+                if fits
+                else None,
                 "shares its weight" if shared else plan.skipped.get(name, "") if plan else "",
             )
-        )  # fmt: skip
-        extra += rows[-1].dense_parameters - rows[-1].parameters
+        )
         if not shared:
-            stored = (factor for factor in factors.values() if isinstance(factor, nn.Parameter))
-            surplus += sum(factor.numel() for factor in stored) - parameters
+            stored = sum(factor.numel() for factor in weight.factors if isinstance(factor, nn.Parameter))
+            surplus += stored - weight.parameters
     parameters = sum(parameter.numel() for parameter in model.parameters()) - surplus
     return Report(
         tuple(rows),
         parameters,
-        parameters + extra,
+        parameters + sum(row.dense_parameters - row.parameters for row in rows),
         sum(row.multiplications for row in rows),
         sum(row.dense_multiplications for row in rows),
         example_inputs is None,
-        unseen,
+        unseen_weights(model),
         _learned(model) if structure else {},
     )
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """What a layer multiplies by, and what that costs for one vector."""
+
+    module: nn.Module
+    format: str
+    settings: str
+    shape: tuple[int, int]
+    factors: tuple[Tensor, ...]
+    parameters: int
+    multiplications: int
+
+
+def _weight(module: nn.Module) -> _Weight | None:
+    """The weight of a structured or dense layer; None for any other module."""
+    if isinstance(module, StructuredModule):
+        format, factors = module.format, module.factors
+        costs = format.num_parameters(factors), format.multiplications(1, factors)
+        return _Weight(module, format.name, format.settings(), format.shape, tuple(factors.values()), *costs)
+    kind = next((kind for base, kind in DENSE_KINDS.items() if isinstance(module, base)), None)
+    if kind is None or is_lazy(dense_weight(module)):
+        return None
+    M, N = kind.matrix(module).shape
+    return _Weight(module, "dense", "", (M, N), (dense_weight(module),), M * N, M * N)
+
+
+def _count_vectors(model: nn.Module, weights: Mapping[str, _Weight], example_inputs: Any) -> dict[str, int]:
+    """The number of vectors that each layer multiplies in one call; 1 where there are no example inputs."""
+    if example_inputs is None:
+        return dict.fromkeys(weights, 1)
+    layers = {name: weight.module for name, weight in weights.items()}
+    counts = count_vectors(model, layers, example_inputs)
+    return {name: sum(vectors * times for (vectors, _), times in counts[name].items()) for name in layers}
 
 
 def _learned(model: nn.Module) -> dict[str, StructureNumbers]:
@@ -204,29 +236,3 @@ def _learned(model: nn.Module) -> dict[str, StructureNumbers]:
         for name, module in model.named_modules()
         if isinstance(module, StructuredModule) and module.format.has_overlap
     }
-
-
-def _count_tokens(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> dict[str, int]:
-    """How many vectors each linear layer, and positions each convolution, processes in one call."""
-    counts: dict[str, int] = {}
-
-    def hook(name: str):
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            convolution = isinstance(module, (nn.Conv2d, StructuredConv2d))
-            channels = output.shape[-3] if convolution else output.shape[-1]
-            counts[name] = counts.get(name, 0) + (output.numel() // channels if channels else 0)
-
-        return count
-
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in model.named_modules()
-        if isinstance(module, (StructuredModule, *DENSE_KINDS))
-    ]
-    try:
-        with evaluating(model):
-            call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts

@@ -1,4 +1,5 @@
 """Other libraries' ways of saving, loading and training, for structured networks.
 
-Each module imports its framework at the top and is imported only where that framework is in use; the core knows none.
+Every module here imports its framework at the top, and is itself imported only where the framework is in use. The core
+knows none of them.
 """

@@ -46,8 +46,9 @@ FRAMEWORKS: dict[str, Framework] = {
     "diffusers": Framework("0.42", "diffusers", "diffusers.models.modeling_utils", "structmat.integrations.diffusers"),
     "peft": Framework("0.21", "peft"),
     "lm_eval": Framework("0.4.13", "evaluate"),
+    "huggingface_hub": Framework("0.25", "transformers"),
 }
-"""Every framework that has an integration, by the name of its package."""
+"""Every library that an integration imports, by the name of its package."""
 
 _warned: set[str] = set()
 
@@ -118,7 +119,7 @@ def check_version(name: str) -> None:
         ImportError: If it is missing, or older than its integration supports.
     """
     framework = FRAMEWORKS[name]
-    if name not in sys.modules and importlib.util.find_spec(name) is None:
+    if sys.modules.get(name) is None and importlib.util.find_spec(name) is None:
         raise ImportError(f"expected {name} to be installed; run: pip install 'structmat[{framework.extra}]'")
     try:
         installed = version(name)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from structmat.integrations import doors
+
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-"""Arguments of ``from_pretrained`` that say where a file is."""
+"""The arguments of ``from_pretrained`` that say where a file is."""
 
 
 def load_pretrained(
@@ -18,12 +19,12 @@ def load_pretrained(
 ) -> Any:
     """Load a structured (or dense) model that ``save_pretrained`` of transformers or diffusers wrote.
 
-    The framework is imported here and not before. What the folder's ``config.json`` or ``model_index.json`` names
-    decides: the class of a transformers model, of a diffusers model, or of a diffusers pipeline.
+    The framework is imported here and not before. The folder's ``config.json`` or ``model_index.json`` names what is
+    loaded: a transformers model, a diffusers model, or a diffusers pipeline.
 
     Args:
-        path_or_name: Folder, or name of a repository on the Hugging Face hub.
-        auto_class: Class to load it with instead, or its name in the framework, such as ``"AutoModel"``.
+        path_or_name: A folder, or the name of a repository on the Hugging Face hub.
+        auto_class: The class to load it with instead, or its name in the framework, such as ``"AutoModel"``.
         kwargs: Further arguments of ``from_pretrained``, such as ``dtype``, ``device_map`` and ``revision``.
 
     Returns:
@@ -31,13 +32,12 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: If there is neither a ``config.json`` nor a ``model_index.json``.
-        ImportError: If that framework is not installed.
+        ImportError: If that framework is not installed or too old; the message has the command that installs it.
         ValueError: If the configuration names no class that the framework has.
     """
     config = _configuration(path_or_name, {key: kwargs[key] for key in DOWNLOAD_OPTIONS if key in kwargs})
     framework = "diffusers" if "_class_name" in config else "transformers"
-    if importlib.util.find_spec(framework) is None:
-        raise ImportError(f"expected {framework} to be installed; run: pip install 'structmat[{framework}]'")
+    doors.check_version(framework)
     importlib.import_module(f"structmat.integrations.{framework}")
     library = importlib.import_module(framework)
     named = config.get("_class_name") if framework == "diffusers" else (config.get("architectures") or [None])[0]
@@ -46,8 +46,7 @@ def load_pretrained(
     if kind is None:
         raise ValueError(
             f"expected the configuration of {os.fspath(path_or_name)!r} to name a class of {framework}, "
-            f"got {wanted!r}; pass "
-            "auto_class"
+            f"got {wanted!r}; pass auto_class"
         )
     return kind.from_pretrained(os.fspath(path_or_name), **kwargs)
 
@@ -58,12 +57,10 @@ def _configuration(path_or_name: str | os.PathLike[str], options: dict[str, Any]
     for name in ("model_index.json", "config.json"):
         file = folder / name
         if not Path(path_or_name).is_dir():
-            from huggingface_hub import hf_hub_download  # noqa: PLC0415 - comes with either framework
-            from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415 - likewise
-
+            hub, errors = doors.checked_module("huggingface_hub"), doors.checked_module("huggingface_hub.errors")
             try:
-                file = Path(hf_hub_download(os.fspath(path_or_name), name, **options))
-            except EntryNotFoundError:
+                file = Path(hub.hf_hub_download(os.fspath(path_or_name), name, **options))
+            except errors.EntryNotFoundError:
                 continue
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))

@@ -6,10 +6,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from torch import nn
+
+from structmat.integrations import doors
+
+_lm_eval = doors.checked_module("lm_eval")
+_huggingface = doors.checked_module("lm_eval.models.huggingface")
+_tasks = doors.checked_module("lm_eval.tasks")
 
 
 def lm_eval_tasks(
@@ -25,17 +28,17 @@ def lm_eval_tasks(
     """Evaluate a causal language model on tasks of ``lm-eval``.
 
     Args:
-        model: Of ``transformers``, structured or not.
-        tokenizer: Of the model.
-        tasks: Names of tasks, ``"arc_easy"``, or of groups of them.
-        include_path: A folder with the YAML files of own tasks; then only they are known. None for those of the
-            package, most of which load their data from the Hub.
-        limit: Examples of each task, or their share where it is below 1; None for all.
-        batch_size: Examples that are scored together.
-        length: Tokens that the model sees at once; None for what its configuration says.
+        model: A model of transformers, structured or not.
+        tokenizer: The tokenizer of the model.
+        tasks: The names of tasks, such as ``"arc_easy"``, or of groups of tasks.
+        include_path: A folder with the YAML files of your own tasks; then only these are known. None for the tasks of
+            the package, most of which load their data from the Hub.
+        limit: The number of examples per task, or their share where it is below 1; None for all.
+        batch_size: The number of examples that are scored together.
+        length: The number of tokens that the model sees at once; None for the number in its configuration.
 
     Returns:
-        For each task its figures by ``"metric,filter"``, as ``lm-eval`` names them.
+        The figures of each task by ``"metric,filter"``, as ``lm-eval`` names them.
 
     Raises:
         ValueError: If no task is given, or one is unknown.
@@ -43,18 +46,16 @@ def lm_eval_tasks(
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"expected a list of names of tasks, got {tasks!r}")
     path = None if include_path is None else os.fspath(include_path)
-    manager = TaskManager(include_path=path, include_defaults=path is None)
+    manager = _tasks.TaskManager(include_path=path, include_defaults=path is None)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         known = sorted(manager.all_tasks)
         shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         raise ValueError(f"expected tasks that lm-eval knows, got {unknown}; there are: {shown or 'none'}")
     training = model.training
-    wrapper: Any = HFLM
-    evaluate: Any = simple_evaluate
     try:
-        results = evaluate(
-            model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length),
+        results = _lm_eval.simple_evaluate(
+            model=_huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,

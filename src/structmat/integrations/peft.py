@@ -2,30 +2,33 @@
 
 An adapter goes onto the factors, which are ordinary parameters: ``LoraConfig(target_modules=[],
 target_parameters=factor_targets(model))``. It then trains, is saved, is loaded by ``PeftModel.from_pretrained`` without
-any import of this library's, and merges into the factors exactly. An adapter that goes beside a structured layer
-instead, by its module name, is refused by peft, and one that was registered for it anyway cannot be merged: the dense
-``weight`` into which it would be folded does not exist, and writing to it is an error.
+an import of this library, and merges into the factors exactly. Peft refuses an adapter that goes beside a structured
+layer, by its module name. One that was registered for it anyway cannot be merged: the dense ``weight`` into which it
+would be folded does not exist, and writing to it is an error.
 """
 
 from __future__ import annotations
 
 import re
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from structmat.integrations import doors
 from structmat.nn import StructuredModule
+
+BaseTuner: type[nn.Module] = doors.checked_module("peft.tuners.tuners_utils").BaseTuner
+"""The class of every network with an adapter."""
 
 
 def factor_targets(model: nn.Module, layers: str = ".*") -> list[str]:
-    """The names of the factors that an adapter can go onto.
+    """List the names of the factors that an adapter can go onto.
 
     Args:
         model: The structured network, before it gets its adapter.
         layers: A regular expression that must match a structured layer's whole name.
 
     Returns:
-        For ``target_parameters`` of a ``LoraConfig``: every trainable factor with two or three dimensions.
+        The names of all trainable factors with two or three dimensions, for ``target_parameters`` of a ``LoraConfig``.
 
     Raises:
         ValueError: If the expression picks no structured layer, or the network has its adapter already.

@@ -16,20 +16,20 @@ QUANT_METHOD = "structmat"
 
 
 def recorded(model: nn.Module) -> dict[str, Any] | None:
-    """What to write down about a network: the format of each structured layer, and which layers share their factors.
+    """Describe a network for its configuration: the format of each structured layer, and which layers share factors.
 
     Args:
         model: The network.
 
     Returns:
-        Arguments for ``Recorded``; None where no layer is structured.
+        The arguments of ``Recorded``; None where no layer is structured.
     """
     plan = plan_of(model)
     return {"layers": json.loads(plan.to_json())["layers"], "ties": ties_of(model)} if plan else None
 
 
 def ties_of(model: nn.Module) -> dict[str, str]:
-    """By name, every structured layer that has the factors of an earlier one, and the name of that one."""
+    """The structured layers that have the factors of an earlier one: their names, and the name of the earlier one."""
     owners: dict[tuple[int, ...], str] = {}
     ties: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -41,7 +41,7 @@ def ties_of(model: nn.Module) -> dict[str, str]:
 
 
 def is_ours(config: Any) -> bool:
-    """Whether a ``quantization_config``, an object or as it stands in a file, is one of this library."""
+    """Whether a ``quantization_config``, an object or a dictionary from a file, is one of this library."""
     method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
     return getattr(method, "value", method) == QUANT_METHOD
 
@@ -50,13 +50,13 @@ class Recorded:
     """The fields of the ``quantization_config``, for either framework's base class.
 
     Args:
-        layers: JSON form of each structured layer's format by module name.
-        ties: Names of layers that share the factors of another, and the name of that one.
-        schema: Of this form, as that of a plan.
-        other: What else a framework passes; ignored.
+        layers: The format of each structured layer by module name, in its JSON form.
+        ties: The names of layers that share the factors of another one, and the name of the other one.
+        schema: The version of the JSON form, which is that of a plan.
+        other: Further arguments that a framework passes; they are ignored.
 
     Raises:
-        ValueError: If the schema is one that this version does not know, or a format does not read.
+        ValueError: If this version does not know the schema, or cannot read a format.
     """
 
     quant_method: Any = QUANT_METHOD
@@ -75,5 +75,5 @@ class Recorded:
         self.plan()
 
     def plan(self) -> Plan:
-        """The plan that the layers are under."""
+        """The plan of the structured layers."""
         return Plan.from_json(json.dumps({"schema": self.schema, "layers": self.layers, "skipped": {}}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -176,12 +176,12 @@ def tensors_of(output: Any) -> list[Tensor]:
     return list(found.values())
 
 
-def tensor_of(output: Any) -> Tensor:
+def tensor_of(output: Any, names: Iterable[str] | None = None) -> Tensor:
     """The tensor that matters in what a block or a network returns.
 
     Args:
-        output: A tensor, a tuple that begins with one, or a mapping or object that holds one under one of the names
-            that ``output_names`` gives.
+        output: A tensor, a tuple that begins with one, or a mapping or object that holds one.
+        names: The names under which a mapping or object may hold it; None for those that ``output_names`` gives.
 
     Returns:
         The tensor.
@@ -193,7 +193,7 @@ def tensor_of(output: Any) -> Tensor:
         return output
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
-    for name in output_names():
+    for name in output_names() if names is None else names:
         value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(value, Tensor):
             return value

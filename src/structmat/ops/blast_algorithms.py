@@ -13,7 +13,7 @@ from torch import Tensor
 from structmat.ops.common import MIB, TRITON, is_half, side_by_side, tokens_within, workspace
 
 FEW_TOKENS = 4
-"""Up to this many tokens a CPU multiplies vectors with matrices; beyond, matrices with matrices (tuned with
+"""Up to this many tokens a CPU multiplies vectors with matrices, and for more tokens matrices with matrices (tuned with
 ``benchmarks/cpu.py``)."""
 
 LARGE_BLOCKS = 32

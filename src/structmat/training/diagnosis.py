@@ -1,4 +1,4 @@
-"""What goes wrong while a structure is learned, told before it has cost the training."""
+"""Warnings of what goes wrong while a structure is learned, before it has cost the training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from structmat.ops import gaudi_mask
 from structmat.training.learning import Layer, StructureLearning, excess, grouped, read_layers, share_of
 
 MANY_DEAD = 0.5
-"""Share of the components without a block above which there is a warning."""
+"""The share of the components without a block above which there is a warning."""
 
 CLIFF = 0.1
-"""How far above the budget, relative to it, the last phase may be expected to begin without one."""
+"""The excess over the budget, relative to it, up to which the last phase may begin without a warning."""
 
 SMEARED = 0.1
-"""Share of a matrix' energy outside its segments, at the end of the smoothing, above which there is one."""
+"""The share of a matrix' energy outside its segments, at the end of the smoothing, above which there is a warning."""
 
-STRIDES = 16
-"""In how many parts the shrinkage until the last phase is predicted; that of the continuous rule changes on the way."""
+STRIDES = 64
+"""The number of parts in which the shrinkage until the last phase is predicted; the continuous rule changes it."""
 
 
 @torch.no_grad()
@@ -43,9 +43,9 @@ def structure_warnings(
 
     Args:
         model: The network; its parameters may be sharded ``DTensor``, and every process then has to call this.
-        settings: How the structure is learned.
+        settings: The settings with which the structure is learned.
         rates: The learning rates of the structural parameters, summed over the steps until the last phase; 0 in it.
-        vectors: As in ``structure_state``.
+        vectors: The number of vectors that each layer sees in a call, by name, for ``"multiplications"``.
 
     Returns:
         A sentence for each of these that is there, by its name; empty where all is well.
@@ -124,12 +124,12 @@ def _smeared(layers: list[Layer], sigma: float) -> str | None:
 
 
 def energy_outside(shape: tuple[int, int], entries: Tensor, sigma: float) -> float:
-    """How much of a component of median widths lies outside its segments.
+    """Measure how much of a component of median widths lies outside its segments.
 
     Args:
         shape: ``(M, N)``.
         entries: Widths ``(2, K)`` in whole entries.
-        sigma: Of the smoothing.
+        sigma: The width of the smoothing.
 
     Returns:
         The share of the squared norm of the outer product of its masks; 0 without a component that has a block.

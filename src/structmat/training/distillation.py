@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
-"""The label of what does not count."""
+"""The label of tokens that do not count."""
 
 
 def distill_logits(student: Tensor, teacher: Tensor, valid: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -50,7 +50,7 @@ def distill_hidden(student: Sequence[Tensor], teacher: Sequence[Tensor], weights
     Args:
         student: Hidden states as ``output_hidden_states`` returns them, the embeddings first (they are left out), each
             ``(B, T, width)``, or ``(B, channels, height, width)``, which counts as one token.
-        teacher: Those of the teacher, of the same number and shapes; no gradient flows into them.
+        teacher: The hidden states of the teacher, of the same number and shapes; no gradient flows into them.
         weights: ``(B, T)``, how much each token counts; ``(B, 1)`` for what all tokens of a row count together.
 
     Returns:

@@ -17,10 +17,10 @@ from structmat.formats import LearnedSegments, Unit
 from structmat.nn import StructuredModule
 
 RULES = ("switch", "continuous", "shrink")
-"""How widths are held to the budget."""
+"""The ways in which widths are held to the budget."""
 
 BISECTIONS = 24
-"""Halvings of the interval in which the amount lies that brings the widths within the budget."""
+"""The number of halvings of the interval in which the amount lies that brings the widths within the budget."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class StructureLearning:
     Attributes:
         target: The budget, as a share of the dense cost: one number for the whole model, or one for each group of
             layers by a pattern that matches their whole names; the first that matches counts.
-        unit: What costs: ``"parameters"``, ``"multiplications"`` (parameters times the vectors that a layer sees), or
-            ``"width"``, the mean width over all components, as in the paper.
+        unit: The quantity that costs: ``"parameters"``, ``"multiplications"`` (parameters times the vectors that a
+            layer sees), or ``"width"``, the mean width over all components, as in the paper.
         rule: One of ``RULES``.
-        shrinkage: ``lambda``.
-        power: Of the continuous rule.
-        sigma: Smoothing at the start and at the end of its schedule, which is linear; None for none at all.
-        hard_share: Of the training, without smoothing.
+        shrinkage: The factor ``lambda`` of the strength.
+        power: The exponent of the continuous rule.
+        sigma: The smoothing at the start and at the end of its schedule, which is linear; None for none at all.
+        hard_share: The share of the training, at its end, that runs without smoothing.
 
     Raises:
         ValueError: If a setting is out of range or unknown.
@@ -93,7 +93,7 @@ class StructureLearning:
         return first + (last - first) * progress / (1 - self.hard_share)
 
     def strength(self, share: float, target: float) -> float:
-        """What the learning rate is multiplied by to give the threshold."""
+        """The factor by which the learning rate is multiplied to give the threshold."""
         if self.rule == "shrink" or share <= target:
             return 0.0
         if self.rule == "switch":
@@ -103,15 +103,15 @@ class StructureLearning:
 
 @dataclass(frozen=True)
 class StructureState:
-    """Where the learning of the structure is.
+    """The state of the learning of the structure.
 
     Attributes:
-        share: Cost of all Gaudi-GBLR layers, as a share of the dense cost.
-        layers: That of each layer.
-        costs: Of each layer, as a share of the cost of all of them.
-        dead: Share of the components without a block.
-        sigma: Of the smoothing.
-        strength: Of the shrinkage, the largest over the groups.
+        share: The cost of all Gaudi-GBLR layers, as a share of the dense cost.
+        layers: The cost of each layer, as a share of its dense cost.
+        costs: The cost of each layer, as a share of the cost of all of them.
+        dead: The share of the components without a block.
+        sigma: The width of the smoothing.
+        strength: The strength of the shrinkage, the largest over the groups.
     """
 
     share: float
@@ -147,7 +147,7 @@ def set_sigma_(model: nn.Module, sigma: float) -> None:
 
     Args:
         model: The network.
-        sigma: Positive; infinite for none.
+        sigma: A positive number; infinite for no smoothing.
 
     Raises:
         ValueError: If it is not positive.
@@ -162,12 +162,12 @@ def set_sigma_(model: nn.Module, sigma: float) -> None:
 def structure_state(
     model: nn.Module, unit: Unit = "parameters", vectors: Mapping[str, float] | None = None
 ) -> StructureState:
-    """What the Gaudi-GBLR layers of a network cost now.
+    """Measure what the Gaudi-GBLR layers of a network cost now.
 
     Args:
         model: The network; its parameters may be sharded ``DTensor``.
-        unit: As in ``StructureLearning``.
-        vectors: How many vectors each layer sees in a call, by name, for ``"multiplications"``.
+        unit: The quantity that costs, as ``StructureLearning`` describes it.
+        vectors: The number of vectors that each layer sees in a call, by name, for ``"multiplications"``.
 
     Returns:
         The state.
@@ -186,16 +186,16 @@ def structure_step_(
     progress: float,
     vectors: Mapping[str, float] | None = None,
 ) -> StructureState:
-    """The proximal step, to be called after every step of the optimizer, in place.
+    """Take the proximal step that follows every step of the optimizer, in place.
 
     Every process of a distributed run computes the same from the whole widths.
 
     Args:
         model: The network; its parameters may be sharded ``DTensor``.
-        settings: How.
-        learning_rate: That of the structural parameters in this step.
-        progress: Share of the training that is done, from 0 to 1; it sets the smoothing for the next step.
-        vectors: As in ``structure_state``.
+        settings: The settings with which the structure is learned.
+        learning_rate: The learning rate of the structural parameters in this step.
+        progress: The share of the training that is done, from 0 to 1; it sets the smoothing for the next step.
+        vectors: The number of vectors that each layer sees in a call, by name, for ``"multiplications"``.
 
     Returns:
         The state after the step.
@@ -222,7 +222,7 @@ def structure_step_(
 
 
 class Layer:
-    """The structural parameters of one layer, whole; for this package alone, and so is everything below."""
+    """The structural parameters of one layer, whole; this and everything below is for this package alone."""
 
     def __init__(self, name: str, module: StructuredModule, vectors: float) -> None:
         if not isinstance(module.format, LearnedSegments):
@@ -241,11 +241,11 @@ class Layer:
         self.width = self.shrunk(amount)
 
     def cost(self, unit: Unit, width: Tensor) -> Tensor:
-        """What the layer costs at these widths."""
+        """The cost of the layer at these widths."""
         return self.vectors * self.format.cost(width, unit)
 
     def dense_cost(self, unit: Unit) -> float:
-        """What shares are relative to."""
+        """The cost that shares are relative to."""
         return self.vectors * self.format.dense_cost(unit)
 
     @property
@@ -255,7 +255,7 @@ class Layer:
 
     @property
     def dead(self) -> int:
-        """Components without a block."""
+        """The number of components without a block."""
         return int((self.entries == 0).any(0).sum())
 
     def write(self, sigma: float) -> None:

@@ -1,10 +1,10 @@
 """Structured networks in Hugging Face diffusers: models and whole pipelines, plain save and plain load.
 
 Importing this module, or ``structmat`` before or after diffusers, registers the quantization method ``"structmat"``.
-Surgery on ``pipeline.transformer`` or ``pipeline.unet`` writes the plan into that model's configuration;
-``from_pretrained`` of the model or of a pipeline that holds it reads it. A program that did not import structmat gets
-the ``ValueError`` of diffusers about an unknown quantization type. Layers that share one weight cannot be saved:
-diffusers refuses it for dense ones too.
+Surgery on ``pipeline.transformer`` or ``pipeline.unet`` writes the plan into that model's configuration, and
+``from_pretrained`` of the model, or of a pipeline that holds it, reads it. A program that did not import structmat gets
+the ``ValueError`` of diffusers about an unknown quantization type. Layers that share one weight cannot be saved;
+diffusers refuses to save dense ones too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StructmatDiffusersConfig(Recorded, QuantizationConfigMixin):
     quant_method = StructmatMethod.STRUCTMAT
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All of it, which the base class' ``repr`` asks for."""
+        """All fields as a dictionary, which the ``repr`` of the base class asks for."""
         return self.to_dict()
 
 
@@ -72,11 +72,11 @@ class StructmatDiffusersQuantizer(DiffusersQuantizer):
 
         Args:
             model: The skeleton.
-            missing_keys: What the file lacks.
-            prefix: Not used.
+            missing_keys: The names of the tensors that the file lacks.
+            prefix: A prefix of the names, which is not used.
 
         Returns:
-            ``missing_keys`` as it is.
+            The same ``missing_keys``.
 
         Raises:
             ValueError: If one of them belongs to a structured layer.
@@ -107,7 +107,7 @@ def write_down(model: nn.Module) -> None:
     ``apply_plan_``, ``compress_`` and ``densify_`` do this themselves for the network that they were given.
 
     Args:
-        model: The network; models in it are found.
+        model: The network; the models of diffusers in it are found.
     """
     for module in model.modules():
         if isinstance(module, ModelMixin):

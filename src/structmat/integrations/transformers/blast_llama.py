@@ -23,13 +23,14 @@ FACTORS = ("B", "C", "D")
 def import_blast_checkpoint(folder: str | os.PathLike[str]) -> LlamaForCausalLM:
     """Build a Llama whose linear layers are BLAST matrices from a folder of the authors' layout.
 
-    A structured layer there has the tensors ``B (I, P, R)``, ``C (J, R, Q)`` and ``D (I, J, R)``, of which block
+    A structured layer in such a folder has the tensors ``B (I, P, R)``, ``C (J, R, Q)`` and ``D (I, J, R)``; block
     ``(i, j)`` of its weight is ``B_i Diag(D_ij) C_j``. ``B`` may be transposed to ``(I, R, P)`` and ``C`` to
-    ``(J, Q, R)`` where the shapes leave no doubt. Other tensors are those of a dense Llama.
+    ``(J, Q, R)`` if the shapes leave no doubt. Other tensors are those of a dense Llama. This reads the files itself:
+    the helpers of ``huggingface_hub`` load into a model, whose names must be those of the files.
 
     Args:
-        folder: With ``config.json`` of a Llama, whose other keys are ignored, and the weights in ``*.safetensors`` or
-            ``pytorch_model*.bin`` files.
+        folder: A folder with the ``config.json`` of a Llama, whose other keys are ignored, and the weights in
+            ``*.safetensors`` or ``pytorch_model*.bin`` files.
 
     Returns:
         The model, in the dtype of the files, ready for ``save_pretrained``.
@@ -43,7 +44,7 @@ def import_blast_checkpoint(folder: str | os.PathLike[str]) -> LlamaForCausalLM:
         raise FileNotFoundError(f"expected the config.json of a Llama in {os.fspath(folder)!r}, found none")
     tensors = _read_all(folder)
     config = LlamaConfig.from_pretrained(folder)
-    config.__dict__.pop("auto_map", None)  # code beside the authors' checkpoint that this class replaces
+    config.__dict__.pop("auto_map", None)  # the authors' code beside the checkpoint, which this class replaces
     model = empty_model(LlamaForCausalLM, config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}

@@ -20,24 +20,24 @@ from structmat.training import (
 )
 
 SAMPLES = 256
-"""Of the steps that are left, at which the learning rate is looked up."""
+"""The most steps, of those that are left, at which the learning rate is looked up."""
 
 
 class StructureCallback(TrainerCallback, ExportableState):
     """The proximal step after every step of the optimizer, and the share of the budget in the logs.
 
-    It needs parameter groups as ``training.parameter_groups`` makes them, of which it takes the learning rate of the
-    one named ``"structure"``; ``StructuredTrainer`` has them. All that it needs to go on is in the model and in the
-    state of the trainer, so that a resumed run ends where an uninterrupted one does; checkpoints hold the history too.
-    What ``training.structure_warnings`` finds, at the start and at each logging step, the first process warns of, once
-    each.
+    It needs parameter groups as ``training.parameter_groups`` makes them, and takes the learning rate of the group
+    named ``"structure"``; ``StructuredTrainer`` has these groups. Its whole state is in the model and in the state of
+    the trainer, so that a resumed run ends like an uninterrupted one; checkpoints hold the history too. The first
+    process warns of what ``training.structure_warnings`` finds at the start and at each logging step, once each.
 
     Args:
-        settings: How the structure is learned.
-        vectors: How many vectors each layer sees in a call, by name, where multiplications are the budget's unit.
+        settings: The settings of the learning.
+        vectors: The number of vectors that each layer sees in a call, by name; needed if the budget counts
+            multiplications.
 
     Attributes:
-        history: At each logging step its number, and the share of the dense cost that all layers and each of them have.
+        history: One entry per logging step: its number, and the share of the dense cost of all layers and of each.
     """
 
     def __init__(self, settings: StructureLearning, vectors: Mapping[str, float] | None = None) -> None:
@@ -68,28 +68,26 @@ class StructureCallback(TrainerCallback, ExportableState):
         self._last = structure_step_(kwargs["model"], self.settings, rate, progress, self.vectors)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note where the budget is."""
+        """Note the share of the budget in the logs and in the history."""
         if self._last is None or "loss" not in kwargs.get("logs", {}):
             return
-        found = {
-            "structure_share": self._last.share, "structure_dead": self._last.dead, "structure_sigma": self._last.sigma
-        }  # fmt: skip
+        share, dead, sigma = self._last.share, self._last.dead, self._last.sigma
+        found = {"structure_share": share, "structure_dead": dead, "structure_sigma": sigma}
         if state.log_history:
             state.log_history[-1].update(found)
         self.history.append(
             {"step": state.global_step, **found, "layers": dict(self._last.layers), "costs": dict(self._last.costs)}
         )
-
         self._warn(state, kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the history to the trainer's state, which checkpoints alone would have."""
+        """Give the history to the trainer's state, since otherwise only checkpoints would have it."""
         cast("dict[str, Any]", state.stateful_callbacks)[type(self).__name__] = self.state()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """The part of the callback that a checkpoint holds."""
         return {"args": {}, "attributes": {"history": self.history}}
 
     def _warn(self, state: TrainerState, kwargs: dict[str, Any]) -> None:
@@ -111,17 +109,17 @@ def _structure_group(groups: list[dict[str, Any]]) -> int:
 
 
 def rates_left(settings: StructureLearning, state: TrainerState, groups: list[dict[str, Any]], scheduler: Any) -> float:
-    """The learning rates of the structure from here to the last phase, summed.
+    """Sum the learning rates of the structure from the present step to the last phase.
 
     Args:
-        settings: How the structure is learned.
-        state: Where the training is.
-        groups: Of the optimizer.
-        scheduler: A ``LambdaLR``, as most of the trainer's schedules are, is asked; with others every rate is taken for
-            the peak, so that too little is warned of rather than too much.
+        settings: The settings of the learning.
+        state: The state of the trainer.
+        groups: The groups of the optimizer.
+        scheduler: The schedule of the learning rates. A ``LambdaLR``, as most of the trainer's schedules are, is asked
+            for the rates; with others every rate is taken for the peak, which warns too little rather than too much.
 
     Returns:
-        The sum.
+        The sum of the rates.
     """
     index, left = _structure_group(groups), range(state.global_step, state.max_steps)
     asked = left[:: 1 + len(left) // SAMPLES]

@@ -6,11 +6,11 @@ structured layers into the empty skeleton, and transformers fills them like any 
 another dtype, into the model with a head or the one without.
 
 **A program that did not import structmat gets an error, never random weights.** Transformers alone only warns about a
-method that it does not know and goes on with a dense model, whose missing weights it draws at random. Therefore every
-structured layer also stores one byte under the name of the dense weight that it replaced. Without structmat that byte
-has the wrong shape for the weight and ``from_pretrained`` raises, naming each layer (unless it was told
-``ignore_mismatched_sizes=True``); with structmat it is left aside. The plan travels in the configuration of the
-outermost model that was given to the surgery; operate on that, not on one of its blocks.
+method that it does not know, and continues with a dense model whose missing weights it draws at random. Therefore every
+structured layer also stores one byte under the name of the dense weight that it replaced. Without structmat, that byte
+has the wrong shape for the weight, and ``from_pretrained`` raises an error that names each layer (unless it was told
+``ignore_mismatched_sizes=True``). With structmat, the byte is ignored. The plan travels in the configuration of the
+outermost model that was given to the surgery; operate on that model, not on one of its blocks.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class StructmatQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """All of its parameters can, which ``Trainer`` asks."""
+        """All parameters of such a model can be trained, which ``Trainer`` asks."""
         return True
 
     @property
@@ -178,7 +178,7 @@ def _save_pretrained(
 
 
 def _names_in(model: Any, config: StructmatConfig) -> dict[str, str]:
-    """The names under which the layers of a checkpoint hang in this model, with or without the prefix of a head."""
+    """The names of a checkpoint's layers in this model, which may have the prefix of a head or not."""
     present, prefix = {name for name, _ in model.named_modules()}, model.base_model_prefix
     names: dict[str, str] = {}
     for name in (*config.layers, *config.ties):
@@ -203,10 +203,10 @@ def write_down(model: nn.Module) -> None:
     """Write what is structured into the configuration of every transformers model in the network.
 
     ``apply_plan_``, ``compress_`` and ``densify_`` do this themselves for the network that they were given. Several
-    models with one configuration, such as one with a head and the one inside it, count as the outermost.
+    models with one configuration, such as one with a head and the one inside it, count as the outermost one.
 
     Args:
-        model: The network; models in it are found.
+        model: The network; the models of transformers in it are found.
     """
     seen: set[int] = set()
     for module in model.modules():

@@ -18,7 +18,7 @@ from structmat.integrations.transformers.tasks import task_of
 from structmat.integrations.transformers.trainer import StructuredTrainer
 
 Data = str | Sequence[str] | LabelledTexts | Dataset[Any]
-"""A source as in ``structmat.data``, texts, texts with classes, or a data set of what the model takes."""
+"""A source as in ``structmat.data``, texts, texts with classes, or a data set of examples that the model takes."""
 
 
 def retrain(
@@ -38,24 +38,25 @@ def retrain(
 ) -> dict[str, float]:
     """Train a structured network further, save it, and measure it.
 
-    The model, its processor and the metrics end in ``args.output_dir``. Run under ``torchrun``, every process takes its
-    part of the batches. ``args.resume_from_checkpoint`` continues a run.
+    The model, its processor and the metrics are saved in ``args.output_dir``. Under ``torchrun``, every process takes
+    its part of the batches. ``args.resume_from_checkpoint`` resumes a run.
 
     Args:
-        model: Of ``transformers``, for one of the three tasks.
-        processor: Its tokenizer or image processor.
-        train: What to learn from: a source as in ``read_texts``, ``read_labelled_texts`` or ``read_images``, a list of
+        model: A model of transformers, for one of the three tasks.
+        processor: The model's tokenizer or image processor.
+        train: The training data: a source as in ``read_texts``, ``read_labelled_texts`` or ``read_images``, a list of
             texts, a ``LabelledTexts``, or a data set of the examples themselves.
-        evaluation: What to measure on, likewise (a language model needs texts); None for no measurement.
-        args: Everything about the training.
+        evaluation: The data to measure on, in one of the forms of ``train`` (texts for a language model); None for no
+            measurement.
+        args: The settings of the training.
         task: ``"causal-lm"``, ``"sequence-classification"`` or ``"image-classification"``; None to take it from the
             model's class.
         teacher: The dense model to learn from, where ``args.teacher`` does not name it.
-        length: Tokens at which texts are cut, of a training row and in the measurement of perplexity.
+        length: The number of tokens at which texts are cut, in training and in the measurement of perplexity.
         packed: Whether rows are cut from all documents one after the other, for a language model.
-        train_split: Of the source of the training data, where it has several.
-        evaluation_split: Likewise.
-        augment: Changes the training images, as in ``read_images``.
+        train_split: The split of the training data, of a source with several.
+        evaluation_split: The split of the data to measure on, of a source with several.
+        augment: A function that changes the training images, as in ``read_images``.
 
     Returns:
         The figures: ``train_loss`` and others of ``Trainer``, and ``eval_perplexity``, ``eval_word_perplexity``,
@@ -91,7 +92,7 @@ def retrain(
     elif held_out is not None:
         figures |= trainer.evaluate()
     trainer.save_metrics("all", figures, combined=False)
-    trainer.accelerator.wait_for_everyone()  # the folder is complete when any process goes on
+    trainer.accelerator.wait_for_everyone()  # the folder is complete when any process returns
     return figures
 
 
@@ -100,17 +101,17 @@ COLLATORS: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
     "sequence-classification": DataCollatorWithPadding,
     "image-classification": lambda processor: default_data_collator,
 }
-"""By task: from the processor, what makes a batch of examples."""
+"""The function of each task that makes, of the processor, what turns examples into a batch."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How data becomes examples that a model takes.
+    """What turns data into examples that a model takes.
 
     Attributes:
-        task: Of the model.
-        processor: Its tokenizer or image processor.
-        length: Tokens at which texts are cut.
+        task: The task of the model.
+        processor: The model's tokenizer or image processor.
+        length: The number of tokens at which texts are cut.
     """
 
     task: str
@@ -128,13 +129,13 @@ class Preparation:
         """Read and process.
 
         Args:
-            data: As in ``retrain``, and so is everything else.
-            split: Of a source.
-            packed: For a language model.
-            augment: For images.
+            data: The data, in one of the forms that ``retrain`` takes.
+            split: The split, of a source with several.
+            packed: Whether rows are cut from all documents one after the other, for a language model.
+            augment: A function that changes images.
 
         Returns:
-            The examples; a ``Dataset`` is taken for them already.
+            The examples; a ``Dataset`` is returned unchanged.
 
         Raises:
             ValueError: If the data does not go with the task.
@@ -155,11 +156,11 @@ class Preparation:
 
 
 def texts_of(data: Data, split: str | None) -> list[str]:
-    """The documents of a source, or those given.
+    """Read the documents of a source, or return those given.
 
     Args:
         data: A source or documents.
-        split: Of a source.
+        split: The split, of a source with several.
 
     Returns:
         The documents.

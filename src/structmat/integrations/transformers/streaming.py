@@ -24,12 +24,11 @@ from structmat.compress.tasks import FitBar, MethodChoice, WorkList, fit_tasks
 from structmat.fit import Fit
 from structmat.formats import Format
 from structmat.integrations.transformers.checkpoint_files import CheckpointReader, CheckpointWriter
-from structmat.integrations.transformers.quantizer import write_down
+from structmat.integrations.transformers.quantizer import placeholders, write_down
 from structmat.integrations.transformers.skeletons import skeleton
 from structmat.network.calls import evaluating
 from structmat.network.chain import Chain, find_chain
 from structmat.network.surgery import apply_plan_, put_fits_
-from structmat.nn import StructuredModule
 
 NO_CHAIN = (
     "expected every planned layer inside the blocks of a chain, as in decoders; load this model into memory and use "
@@ -149,9 +148,7 @@ class OnDisk:
     def finish(self, name: str, compressed: nn.Module, fits: dict[str, Fit]) -> dict[str, Fit]:
         """Write a compressed block; the factors of the fits that are returned are on the meta device."""
         state = {f"{name}.{own}": tensor for own, tensor in compressed.state_dict().items()}
-        for own, module in compressed.named_modules():
-            if isinstance(module, StructuredModule):
-                state[f"{name}.{own}.weight"] = torch.zeros(1, dtype=torch.uint8)
+        state |= {f"{name}.{own}": byte for own, byte in placeholders(compressed).items()}
         self.output.write(f"block-{len(self.output.weight_map):08d}.safetensors", state)
         return {
             own: dataclasses.replace(fit, factors={key: factor.to("meta") for key, factor in fit.factors.items()})

@@ -1,4 +1,4 @@
-"""What a model of ``transformers`` is for: the tasks that can be retrained and evaluated."""
+"""The tasks of models of transformers that can be retrained and evaluated."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from structmat import _checks
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
+    """What is common to the models of one task.
 
     Attributes:
-        loader: The class whose ``from_pretrained`` loads its models.
-        models: The class of its models, by architecture.
+        loader: The class whose ``from_pretrained`` loads the models.
+        models: The name of the model's class, by architecture.
     """
 
     loader: Any
@@ -44,17 +44,17 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(model: nn.Module, task: str | None = None) -> str:
-    """The task of a model, from its class.
+    """Find the task of a model.
 
     Args:
-        model: Of ``transformers``.
-        task: What the caller says; None to find out.
+        model: A model of transformers.
+        task: The task that the caller gave; None to take it from the model's class.
 
     Returns:
         A key of ``TASKS``.
 
     Raises:
-        ValueError: If the given task is unknown, or the class tells none.
+        ValueError: If the given task is unknown, or the class does not tell one.
     """
     if task is not None:
         _checks.one_of(task, TASKS, "task")

@@ -17,24 +17,26 @@ from structmat.training.distillation import IGNORED, next_token_mask, row_weight
 
 
 class StructuredTrainer(Trainer):
-    """``transformers.Trainer`` for structured networks; everything that is not said here is its own.
+    """A ``transformers.Trainer`` for structured networks; its options and behaviour are the same but for what follows.
 
     The optimizer gets the groups of ``parameter_groups``. The teacher runs without gradients, in evaluation mode and
     under the same mixed precision, on the device of each process; it is no part of the model, so that no checkpoint and
     no wrapper holds it. It is whole on every process, unless the model was itself sharded by ``from_pretrained(…,
-    distributed_config=…)``: then a teacher given by name is sharded in the same way, and so stays one that the caller
-    sharded. Both distillation losses are sums over the tokens that have a label, divided by their number in the whole
-    step, over all micro-batches and processes, as the model's own loss is. Evaluation reports the model's own loss.
+    distributed_config=…)``: then a teacher that is given by name is sharded in the same way, and a teacher that the
+    caller sharded stays sharded. Both distillation losses are sums over the tokens that have a label, divided by the
+    number of these tokens in the whole step, over all micro-batches and processes; the model's own loss is divided in
+    the same way. Evaluation reports the model's own loss.
 
     Checkpoints are folders for ``from_pretrained``, and are resumed through it: ``Trainer`` itself only warns where the
-    tensors of a checkpoint are not those of the model, and that is so for every ViT, which is saved under older names.
+    tensors of a checkpoint are not those of the model, which happens with every ViT, since it is saved under older
+    names.
 
     Args:
         model: The network.
         args: The settings.
         teacher: The dense model, where ``args.teacher`` does not name it.
-        task: Of the model, a key of ``TASKS``; None to take it from its class.
-        **options: Of ``transformers.Trainer``.
+        task: The task of the model, a key of ``TASKS``; None to take it from the model's class.
+        **options: The options of ``transformers.Trainer``.
 
     Raises:
         ValueError: If there is a teacher without a weight or a weight without a teacher, two teachers, or several
@@ -82,12 +84,12 @@ class StructuredTrainer(Trainer):
         """Train, after balancing the layers where that is asked for and nothing is resumed.
 
         Args:
-            resume_from_checkpoint: As in ``transformers.Trainer``, and so is everything after it.
-            *args: Likewise.
-            **kwargs: Likewise.
+            resume_from_checkpoint: The folder of a checkpoint, as in ``transformers.Trainer``.
+            *args: Further arguments of ``transformers.Trainer.train``.
+            **kwargs: Further keyword arguments of ``transformers.Trainer.train``.
 
         Returns:
-            What ``transformers.Trainer`` does.
+            The result of ``transformers.Trainer.train``.
         """
         if self.args.balance and not resume_from_checkpoint and self.model is not None:
             balance_(self.model)
@@ -97,7 +99,7 @@ class StructuredTrainer(Trainer):
         """The optimizer that ``args.optim`` names, over the groups of ``parameter_groups``.
 
         Args:
-            model: What to optimize; None for the trainer's model.
+            model: The network to optimize; None for the trainer's model.
 
         Returns:
             The optimizer.
@@ -132,10 +134,10 @@ class StructuredTrainer(Trainer):
         """The model's own loss, and in training with a teacher the distillation losses.
 
         Args:
-            model: Possibly wrapped.
+            model: The network, possibly wrapped.
             inputs: The batch.
             return_outputs: Whether to return the outputs too.
-            num_items_in_batch: How many labels the whole step has.
+            num_items_in_batch: The number of labels of the whole step.
 
         Returns:
             The loss, or the loss and the outputs.
@@ -151,15 +153,8 @@ class StructuredTrainer(Trainer):
         loss, outputs = super().compute_loss(model, dict(asked), True, num_items_in_batch)
         with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(**{name: value for name, value in asked.items() if name != "labels"})
+        scale, step_share = self._scales(inputs["labels"], num_items_in_batch)
         sums = self._distillation(outputs, taught, inputs)
-        if num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func):
-            averaged = self.args.average_tokens_across_devices  # over processes, as their gradients are
-            factor = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
-            scale, step_share = factor / num_items_in_batch, 1.0
-        else:
-            labels = inputs["labels"][:, 1:] if self.task == "causal-lm" else inputs["labels"]
-            scale = 1 / (labels != IGNORED).sum().clamp_min(1)
-            step_share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # not there before a run
         terms = {"task": loss, **{name: total * scale for name, total in sums.items()}}
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term.detach() * step_share
@@ -171,8 +166,18 @@ class StructuredTrainer(Trainer):
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return (total, outputs) if return_outputs else total
 
+    def _scales(self, labels: Tensor, items: Tensor | int | None) -> tuple[Tensor | float, float]:
+        """The factor of a sum over this batch's labels, and the batch's weight in the mean of a step."""
+        if items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func):
+            averaged = self.args.average_tokens_across_devices  # over processes, like their gradients
+            factor = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
+            return factor / items, 1.0
+        counted = labels[:, 1:] if self.task == "causal-lm" else labels
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)  # it is missing before a run
+        return 1 / (counted != IGNORED).sum().clamp_min(1), 1 / steps
+
     def _distillation(self, outputs: Any, taught: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The distillation losses that are asked for, as sums over what is valid."""
+        """The distillation losses that are asked for, as sums over the labels that count."""
         labels: Tensor = inputs["labels"]
         if self.task == "causal-lm":
             valid = next_token_mask(labels)
@@ -196,8 +201,8 @@ class StructuredTrainer(Trainer):
         """Log, and with the loss its terms before they are weighted.
 
         Args:
-            logs: Values by name.
-            start_time: Of the training.
+            logs: The values to log, by name.
+            start_time: The time at which the training began.
         """
         steps = self.state.global_step - self._terms_since
         if "loss" in logs and self._terms and steps:
@@ -221,11 +226,11 @@ class StructuredTrainer(Trainer):
 
 
 def load_tensors_(model: PreTrainedModel, folder: str) -> None:
-    """Take over the tensors of a checkpoint as ``from_pretrained`` reads it, in place.
+    """Give a network the tensors of a checkpoint as ``from_pretrained`` reads it, in place.
 
     Args:
         model: The network.
-        folder: Of the checkpoint.
+        folder: The folder of the checkpoint.
 
     Raises:
         ValueError: If the checkpoint does not have the tensors of the network.
@@ -241,14 +246,14 @@ def load_tensors_(model: PreTrainedModel, folder: str) -> None:
 
 
 def sums_its_loss(model: nn.Module) -> bool:
-    """Whether the model divides its loss by the number of labels of the whole step, when it is told it.
+    """Whether the model divides its loss by the number of labels of the whole step, if it is told this number.
 
-    ``Trainer`` believes so of every model whose ``forward`` takes any keyword arguments. But only the losses that
-    ``transformers`` dispatches through ``loss_function`` do, without those for regression and for several classes at
+    ``Trainer`` assumes it of every model whose ``forward`` takes any keyword arguments. But only the losses that
+    transformers dispatches through ``loss_function`` do it, except those for regression and for several classes at
     once; with gradient accumulation the gradients of BERT's classifiers would be too large by the number of batches.
 
     Args:
-        model: Of ``transformers``.
+        model: A model of transformers.
 
     Returns:
         Whether it does.
@@ -260,7 +265,7 @@ def sums_its_loss(model: nn.Module) -> bool:
 
 
 def _sharding_of(model: nn.Module) -> dict[str, Any]:
-    """How ``from_pretrained`` is to shard what goes with a model: as it did the model."""
+    """The arguments with which ``from_pretrained`` shards another model in the same way as this one."""
     if not isinstance(model, PreTrainedModel) or not model.is_distributed_loading_by_transformers:
         return {}
     config: Any = model.config
