@@ -312,8 +312,8 @@ def _check_selectors(
     for selector in (*rules, *exclude):
         if not any(_matches(selector, site) for site in sites.values()):
             raise ValueError(
-                f"expected {_spell(selector)} to pick a dense linear layer or convolution, but it picks none; "
-                f"there are: {', '.join(sites) or 'none'}"
+                f"expected {_spell(selector)} to pick a dense linear layer or convolution, but it picks none"
+                f"{_fault(selector)}; there are: {', '.join(sites) or 'none'}"
             )
     for selector in rules:
         if selector not in deciders.values():
@@ -363,6 +363,15 @@ def _pattern(selector: str) -> re.Pattern[str]:
         return re.compile(selector)
     except re.error:
         return re.compile(re.escape(selector))
+
+
+def _fault(selector: Selector) -> str:
+    """What is wrong with a selector that is no regular expression, in brackets; empty where nothing is."""
+    try:
+        re.compile(selector if isinstance(selector, str) else "")
+    except re.error as error:
+        return f" (it is no regular expression: {error})"
+    return ""
 
 
 def _spell(selector: Selector) -> str:

@@ -100,7 +100,9 @@ class BlockFits:
                 returned = block.call(block.dense, block.states.dense[i], i)
                 outputs += [[tensor.to(HOST) for tensor in block.matters(returned)]] if keep_outputs else []
             for name, found in kept.items():
-                found.append(torch.cat(captured[name]).to(HOST) if name in captured else torch.empty(0, self._width(name)))
+                found.append(
+                    torch.cat(captured[name]).to(HOST) if name in captured else torch.empty(0, self._width(name))
+                )
             if i == 0 and sum(one[0].nbytes for one in kept.values()) * batches > KEPT_BYTES:
                 kept = {}
             if not kept and not keep_outputs:
@@ -130,12 +132,18 @@ class BlockFits:
 
         Once earlier layers are compressed, other tokens may be routed to an expert than in the dense network. Then no
         vector of the one corresponds to one of the other, and the target is the dense layer's output on the new ones.
+
+        Args:
+            leader: The layer's name within the block.
+
+        Returns:
+            The moments; those in the dense block if no token is routed to the expert any more.
         """
         block, sums, width = self.block, MomentSums(), self._width(leader)
         now = sites_in(block.working, {leader: self.full[leader]})[leader]
         for i in range(len(block.states.dense)):
             sums.add(block.captured(now, width, i, dense=False, stop=False))
-        if not sums.tokens:  # no token is routed to the expert any more
+        if not sums.tokens:
             for i in range(len(block.states.dense)):
                 sums.add(block.captured(self.sites[leader], width, i, dense=True, stop=False))
         return sums.moments()

@@ -77,6 +77,7 @@ def refined(
     settings: Refinement,
     store: FitStore | None,
     bar: FitBar,
+    cost: float = 0.0,
 ) -> dict[str, Fit]:
     """Tune the fits of one block.
 
@@ -87,6 +88,7 @@ def refined(
         settings: How to tune.
         store: Where finished fits are kept; None for nowhere.
         bar: The progress bar.
+        cost: The multiplications that the bar will count for this once it is done.
 
     Returns:
         The fits, at least as good on the held-out batches; their errors are those that they had.
@@ -100,7 +102,7 @@ def refined(
         kept = {name: fit for name, fit in found.items() if fit is not None}
         if len(kept) == len(fits):
             return kept
-    best = _Tuning(block, fits, targets, settings).run(bar)
+    best = _Tuning(block, fits, targets, settings).run(bar, cost)
     new = {name: fit if best is None else _updated(name, fit, best) for name, fit in fits.items()}
     if store:
         for name, fit in new.items():
@@ -108,20 +110,26 @@ def refined(
     return new
 
 
-def _keys(block: Block, fits: Mapping[str, Fit], targets: Sequence[Sequence[Tensor]], settings: Refinement) -> dict[str, str]:
+def _keys(
+    block: Block, fits: Mapping[str, Fit], targets: Sequence[Sequence[Tensor]], settings: Refinement
+) -> dict[str, str]:
     """The hash of everything that each refined fit depends on."""
     states = block.states
     inputs = [state for state in states.compressed if isinstance(state, Tensor)]
     masks = [mask for mask in states.masks if mask is not None]
     own = block.working.state_dict().values()
-    key = FitStore.digest(f"refined|{settings!r}|{sorted(fits)}", *own, *inputs, *(t for one in targets for t in one), *masks)
+    key = FitStore.digest(
+        f"refined|{settings!r}|{sorted(fits)}", *own, *inputs, *(t for one in targets for t in one), *masks
+    )
     return {name: FitStore.digest(f"{key}|{name}") for name in fits}
 
 
 class _Tuning:
     """The tuning of one block: a student in float32 (or float64) that learns from the dense block's outputs."""
 
-    def __init__(self, block: Block, fits: Mapping[str, Fit], targets: Sequence[Sequence[Tensor]], settings: Refinement) -> None:
+    def __init__(
+        self, block: Block, fits: Mapping[str, Fit], targets: Sequence[Sequence[Tensor]], settings: Refinement
+    ) -> None:
         self.block, self.targets, self.settings = block, targets, settings
         double = any(factor.dtype == torch.float64 for fit in fits.values() for factor in fit.factors.values())
         self.compute = torch.float64 if double else torch.float32
@@ -129,7 +137,7 @@ class _Tuning:
         self.tuned = _trainable(self.student, fits)
         self.learn, self.held = settings.split(len(targets))
 
-    def run(self, bar: FitBar) -> dict[str, Tensor] | None:
+    def run(self, bar: FitBar, cost: float) -> dict[str, Tensor] | None:
         """Tune, and return the best factors and biases by name; None where the start is the best."""
         settings, tensors = self.settings, list(self.tuned.values())
         best: dict[str, Tensor] | None = None
@@ -153,6 +161,7 @@ class _Tuning:
                 error = self._held_out_error()
                 if error < least:
                     least, best = error, {name: tensor.detach().clone() for name, tensor in self.tuned.items()}
+            bar.advance_within(cost, step / settings.steps)
             bar.say(f"refining, {step}/{settings.steps}, held-out error {start:.4f} -> {least:.4f}")
         return best
 

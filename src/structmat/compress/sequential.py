@@ -93,15 +93,19 @@ class SequentialRun:
         self.refinement, self.store = refinement, store
         self.masks = [mask_of(batch) for batch in batches]
         tokens = sum(count_tokens(batch) for batch in batches)
-        passes = FORWARD_COST + (0 if refinement is None else 3 * refinement.steps / len(batches))
+        passes = 0 if refinement is None else 3 * refinement.steps / len(batches)
         self.overhead: dict[str, float] = {}
+        self.refining: dict[str, float] = {}
         for name, format in work.formats.items():
-            self.overhead[name] = tokens * (passes * format.M * format.N + 2 * format.N * format.N)
+            M, N = format.shape
+            self.overhead[name] = tokens * (FORWARD_COST * M * N + 2 * N * N)
+            self.refining[name] = tokens * passes * M * N
 
     @property
     def cost(self) -> float:
         """About how many multiplications the run takes."""
-        return sum(self.work.cost(name, aware=True) + overhead for name, overhead in self.overhead.items())
+        beside = (self.overhead[name] + self.refining[name] for name in self.work.sites)
+        return sum(self.work.cost(name, aware=True) for name in self.work.sites) + sum(beside)
 
     def run(self, bar: FitBar) -> dict[str, Fit]:
         """Fit everything.
@@ -188,10 +192,12 @@ class SequentialRun:
         block.working = copied(block.dense)
         run = BlockFits(block, planned, self.work, self.store, bar, self.overhead)
         outputs = run.run(keep_outputs=keep_outputs)
+        cost = sum(self.refining[name] for name in planned)
         if keep_outputs and self.refinement is not None:
-            fits = refined(block, run.fits, outputs, self.refinement, self.store, bar)
+            fits = refined(block, run.fits, outputs, self.refinement, self.store, bar, cost)
             run.fits = {name: with_error(fit, run.sites[name].matrix) for name, fit in fits.items()}
             put_fits_(block.working, run.fits)
+        bar.advance(cost)
         return run.by_full_name(), outputs
 
 

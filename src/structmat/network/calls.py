@@ -30,11 +30,13 @@ def fresh(value: Any, model: nn.Module) -> Any:
         model: The network; its modules and parameters are never copied.
 
     Returns:
-        The value with tensors, numbers, texts and parts of the network as they were, and copies of all other objects.
+        The value with copies of tensors and other objects; numbers, texts and parts of the network are the same.
     """
     if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)):
+        return value.clone()
+    if value is None or isinstance(
+        value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
+    ):
         return value
     if type(value) is dict:
         return {key: fresh(one, model) for key, one in value.items()}

@@ -104,9 +104,7 @@ def vectors_in(layer: nn.Module, output: Tensor) -> int:
     return output.numel() // channels if channels else 0
 
 
-def shared_inputs(
-    sites: Mapping[str, Site], runs: Iterable[Callable[[], object]]
-) -> tuple[dict[str, str], set[str]]:
+def shared_inputs(sites: Mapping[str, Site], runs: Iterable[Callable[[], object]]) -> tuple[dict[str, str], set[str]]:
     """Find for each site, in the order in which they are called, the first one that reads the same input.
 
     Args:

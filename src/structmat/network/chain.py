@@ -172,7 +172,16 @@ class Relay:
             yield
 
     def call(self, model: nn.Module, state: Any, i: int) -> Any:
-        """Call the network, or a copy made while the stand-ins hang, on batch ``i``; None if the first block ended it."""
+        """Call the network, or a copy made while the stand-ins hang, on batch ``i``.
+
+        Args:
+            model: The network or the copy.
+            state: The hidden state that the last block hands on.
+            i: The batch's number.
+
+        Returns:
+            What the network returns; None where the first block ended the call.
+        """
         device = device_of(model)
         self._notes.deliver = state.to(device, copy=True) if self._deliver else None
         self._notes.extras = []
@@ -235,7 +244,7 @@ class _Seen:
 
 
 def _passes_on(calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]], blocks: Sequence[str]) -> bool:
-    """Whether each block is called once and in order on what the one before returned, and on nothing else of a block."""
+    """Whether each block is called once, in order, on what the one before returned and on nothing else of a block."""
     if [name for name, *_ in calls] != list(blocks) or not all(_is_state(args) for _, args, _, _ in calls):
         return False
     outputs = [_state_in(output) for *_, output in calls]

@@ -190,7 +190,9 @@ def _problem_of(layer: nn.Module) -> str | None:
     if any(getattr(layer, kind) for kind in HOOKS):
         return "it has hooks, which would be lost; remove them first and add them to the new layer"
     if "forward" in vars(layer):
-        return "its forward was replaced, by accelerate for example, and that would be lost; put the original back first"
+        return (
+            "its forward was replaced, by accelerate for example, and that would be lost; put the original back first"
+        )
     if weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return "its weight has gradient hooks, which would be lost; remove them first"
     extras = [*layer._modules, *layer._buffers, *(n for n in layer._parameters if n not in ("weight", "bias"))]

@@ -257,9 +257,9 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def _configurations(model: nn.Module) -> list[Any]:
-    """The configurations of all models in a network, with those that are parts of others, each once."""
+    """The configurations of all modules in a network, with those that are parts of others, each once."""
     found: dict[int, Any] = {}
-    left = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    left = [vars(module)["config"] for module in model.modules() if hasattr(vars(module).get("config"), "__dict__")]
     while left:
         config = left.pop()
         if id(config) not in found:
