@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -311,8 +312,8 @@ def _check_selectors(
     for selector in (*rules, *exclude):
         if not any(_matches(selector, site) for site in sites.values()):
             raise ValueError(
-                f"expected {_spell(selector)} to pick a dense linear layer or convolution, but it picks none; "
-                f"there are: {', '.join(sites) or 'none'}"
+                f"expected {_spell(selector)} to pick a dense linear layer or convolution, but it picks none"
+                f"{_fault(selector)}; there are: {', '.join(sites) or 'none'}"
             )
     for selector in rules:
         if selector not in deciders.values():
@@ -349,10 +350,28 @@ def _decider(site: Site, rules: Mapping[Selector, Rule], exclude: Iterable[Selec
 
 
 def _matches(selector: Selector, site: Site) -> bool:
-    """Whether a selector picks a site."""
+    """Whether a selector picks a site: by one of its names, written out or as a regular expression, or by its type."""
     if isinstance(selector, str):
-        return any(re.fullmatch(selector, name) for name in site.names)
+        return selector in site.names or any(_pattern(selector).fullmatch(name) for name in site.names)
     return isinstance(site.module, selector)
+
+
+@functools.lru_cache(maxsize=256)
+def _pattern(selector: str) -> re.Pattern[str]:
+    """A selector as a pattern; one that is no regular expression picks nothing but the name that it spells."""
+    try:
+        return re.compile(selector)
+    except re.error:
+        return re.compile(re.escape(selector))
+
+
+def _fault(selector: Selector) -> str:
+    """What is wrong with a selector that is no regular expression, in brackets; empty where nothing is."""
+    try:
+        re.compile(selector if isinstance(selector, str) else "")
+    except re.error as error:
+        return f" (it is no regular expression: {error})"
+    return ""
 
 
 def _spell(selector: Selector) -> str:

@@ -15,6 +15,7 @@ from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar, MethodChoice, WorkList, fit_tasks, with_bias
 from structmat.fit import Fit
 from structmat.formats import Format
+from structmat.network.calls import undisturbed
 from structmat.network.surgery import put_fits_
 
 
@@ -67,17 +68,20 @@ def compress_(
             "expected calibration or batches, got both; a calibration is of all layers at once, batches in sequence"
         )
     given = checked_batches(batches, refine)
-    work = WorkList.of(model, plan, method)
-    work.check_weights()
-    store = FitStore(cache) if cache is not None else None
-    if given is None:
-        fits = _at_once(work, calibration, store, progress)
-    else:
-        run = SequentialRun(model, work, given, InMemory(model, work, given[0]), refinement=refine, store=store)
-        with FitBar(run.cost, progress) as bar:
-            fits = run.run(bar)
-    fits = {name: fits[name] for name in work.sites}
-    put_fits_(model, fits)
+    with undisturbed():
+        work = WorkList.of(model, plan, method)
+        if not work.sites:
+            return {}
+        work.check_weights()
+        store = FitStore(cache) if cache is not None else None
+        if given is None:
+            fits = _at_once(work, calibration, store, progress)
+        else:
+            run = SequentialRun(model, work, given, InMemory(model, work, given[0]), refinement=refine, store=store)
+            with FitBar(run.cost, progress) as bar:
+                fits = run.run(bar)
+        fits = {name: fits[name] for name in work.sites}
+        put_fits_(model, fits)
     return fits
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar, WorkList, fit_tasks, with_bias
 from structmat.fit import Fit
 from structmat.fit.moments import Moments, MomentSums
-from structmat.network.calls import HOST, device_of, tensor_of
+from structmat.network.calls import HOST, device_of
 from structmat.network.capture import capturing, shared_inputs
 from structmat.network.sites import Site, find_sites
 from structmat.network.surgery import put_fits_
@@ -51,16 +51,18 @@ class BlockFits:
         self.sites = sites_in(block.dense, self.full)
         self.fits: dict[str, Fit] = {}
         states = block.states
-        self.leaders, self.once = shared_inputs(self.sites, lambda: block.forward(block.dense, states.dense[0], 0))
+        self.leaders, self.once = shared_inputs(
+            self.sites, (functools.partial(block.call, block.dense, state, i) for i, state in enumerate(states.dense))
+        )
 
-    def run(self, *, keep_outputs: bool) -> list[Tensor]:
+    def run(self, *, keep_outputs: bool) -> list[list[Tensor]]:
         """Fit every layer, and put the fits into the copy of the block.
 
         Args:
             keep_outputs: Whether the outputs of the dense block are wanted, to go on with or to refine towards.
 
         Returns:
-            The outputs, batch by batch; none where they are not wanted.
+            The tensors that matter in each output, batch by batch; none where they are not wanted.
         """
         reads = dict.fromkeys(self.leaders.values())
         self._say(next(iter(self.full.values())))
@@ -80,7 +82,7 @@ class BlockFits:
 
     def _dense_pass(
         self, reads: Mapping[str, Site], keep_outputs: bool
-    ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    ) -> tuple[dict[str, list[Tensor]], list[list[Tensor]]]:
         """Call the dense block on every batch.
 
         Args:
@@ -91,14 +93,16 @@ class BlockFits:
             What the layers read, batch by batch, or nothing if that is too much; and the outputs.
         """
         block, kept = self.block, {name: list[Tensor]() for name in reads}
-        outputs: list[Tensor] = []
+        outputs: list[list[Tensor]] = []
         batches = len(block.states.dense)
         for i in range(batches):
             with capturing(reads if kept else {}, block.mask(i)) as captured:
-                returned: list[Any] = [block.forward(block.dense, block.states.dense[i], i)]
-                outputs += [tensor_of(returned[0]).to(HOST)] if keep_outputs else []
-            for name, vectors in captured.items():
-                kept[name].append(torch.cat(vectors).to(HOST))
+                returned = block.call(block.dense, block.states.dense[i], i)
+                outputs += [[tensor.to(HOST) for tensor in block.matters(returned)]] if keep_outputs else []
+            for name, found in kept.items():
+                found.append(
+                    torch.cat(captured[name]).to(HOST) if name in captured else torch.empty(0, self._width(name))
+                )
             if i == 0 and sum(one[0].nbytes for one in kept.values()) * batches > KEPT_BYTES:
                 kept = {}
             if not kept and not keep_outputs:
@@ -107,18 +111,46 @@ class BlockFits:
 
     def _moments(self, leader: str, kept: list[Tensor] | None) -> Moments:
         """Gather the moments of what a layer reads in the compressed block, and of what it reads in the dense one."""
-        block, sums = self.block, MomentSums()
+        block, sums, width = self.block, MomentSums(), self._width(leader)
         crossed = bool(self.fits) or block.states.differ
         now = sites_in(block.working, {leader: self.full[leader]})[leader]
         device, stop = device_of(block.dense), leader in self.once
         for i in range(len(block.states.dense)):
             ahead = None if kept is None else kept[i].to(device)
-            dense = block.captured(self.sites[leader], i, dense=True, stop=stop) if ahead is None else ahead
-            if crossed:
-                sums.add(block.captured(now, i, dense=False, stop=stop), dense)
-            else:
+            dense = block.captured(self.sites[leader], width, i, dense=True, stop=stop) if ahead is None else ahead
+            if not crossed:
                 sums.add(dense)
+                continue
+            found = block.captured(now, width, i, dense=False, stop=stop)
+            if len(found) != len(dense):
+                return self._moments_alone(leader)
+            sums.add(found, dense)
         return sums.moments()
+
+    def _moments_alone(self, leader: str) -> Moments:
+        """Gather the moments of what a layer reads in the compressed block alone.
+
+        Once earlier layers are compressed, other tokens may be routed to an expert than in the dense network. Then no
+        vector of the one corresponds to one of the other, and the target is the dense layer's output on the new ones.
+
+        Args:
+            leader: The layer's name within the block.
+
+        Returns:
+            The moments; those in the dense block if no token is routed to the expert any more.
+        """
+        block, sums, width = self.block, MomentSums(), self._width(leader)
+        now = sites_in(block.working, {leader: self.full[leader]})[leader]
+        for i in range(len(block.states.dense)):
+            sums.add(block.captured(now, width, i, dense=False, stop=False))
+        if not sums.tokens:
+            for i in range(len(block.states.dense)):
+                sums.add(block.captured(self.sites[leader], width, i, dense=True, stop=False))
+        return sums.moments()
+
+    def _width(self, name: str) -> int:
+        """The number of inputs of a layer."""
+        return self.work.formats[self.full[name]].N
 
     def _fit(self, names: list[str], moments: Moments) -> None:
         """Fit layers that read the same input, and put the fits into the copy of the block."""

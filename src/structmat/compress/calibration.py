@@ -12,7 +12,7 @@ from torch import nn
 from structmat._progress import progress_bar
 from structmat.fit.moments import Moments, MomentSums
 from structmat.formats import Format
-from structmat.network.calls import call, device_of, evaluating, moved
+from structmat.network.calls import call, device_of, evaluating, moved, undisturbed
 from structmat.network.capture import capturing, mask_of, shared_inputs
 from structmat.network.sites import Site, find_sites
 
@@ -66,23 +66,20 @@ def calibrate(
         FloatingPointError: If a layer's input is not finite.
     """
     sites = _planned(model, plan)
-    leaders: dict[str, str] = {}
-    sums: dict[str, MomentSums] = {}
-    device = device_of(model)
-    with evaluating(model), progress_bar(desc="calibrate", unit="batch", show=progress) as bar:
-        for given in batches:
-            batch = moved(given, device)
-            if not leaders:
-                leaders = shared_inputs(sites, functools.partial(call, model, batch))[0]
-                sums = {leader: MomentSums() for leader in leaders.values()}
+    given, device = list(batches), device_of(model)
+    if not given:
+        raise ValueError("expected at least one batch of calibration data, got none")
+    bar = progress_bar(desc="calibrate", unit="batch", total=len(given), show=progress)
+    with undisturbed(), evaluating(model), bar:
+        leaders = shared_inputs(sites, (functools.partial(call, model, moved(batch, device)) for batch in given))[0]
+        sums = {leader: MomentSums() for leader in leaders.values()}
+        for batch in (moved(one, device) for one in given):
             with capturing({leader: sites[leader] for leader in sums}, mask_of(batch)) as captured:
                 call(model, batch)
             for leader, vectors in captured.items():
                 sums[leader].add(torch.cat(vectors))
             bar.update()
             bar.set_postfix_str(f"{sum(s.nbytes for s in sums.values()) / 2**20:.0f} MiB", refresh=False)
-    if not leaders:
-        raise ValueError("expected at least one batch of calibration data, got none")
     moments = {leader: one.moments() for leader, one in sums.items()}
     return Calibration({name: moments[leaders[name]] for name in sites})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from structmat.compress.states import Block
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar
 from structmat.fit import Fit
-from structmat.network.calls import moved, tensor_of, widened
+from structmat.network.calls import copied, moved, widened
 
 EVALUATIONS = 10
 """How often the held-out error is measured on the way."""
@@ -74,20 +73,22 @@ class Refinement:
 def refined(
     block: Block,
     fits: Mapping[str, Fit],
-    targets: Sequence[Tensor],
+    targets: Sequence[Sequence[Tensor]],
     settings: Refinement,
     store: FitStore | None,
     bar: FitBar,
+    cost: float = 0.0,
 ) -> dict[str, Fit]:
     """Tune the fits of one block.
 
     Args:
         block: The block; its working copy has the fits in place and is left alone.
         fits: The fits by the layers' names within the block.
-        targets: The outputs of the dense block, batch by batch.
+        targets: The tensors that matter in the outputs of the dense block, batch by batch.
         settings: How to tune.
         store: Where finished fits are kept; None for nowhere.
         bar: The progress bar.
+        cost: The multiplications that the bar will count for this once it is done.
 
     Returns:
         The fits, at least as good on the held-out batches; their errors are those that they had.
@@ -101,7 +102,7 @@ def refined(
         kept = {name: fit for name, fit in found.items() if fit is not None}
         if len(kept) == len(fits):
             return kept
-    best = _Tuning(block, fits, targets, settings).run(bar)
+    best = _Tuning(block, fits, targets, settings).run(bar, cost)
     new = {name: fit if best is None else _updated(name, fit, best) for name, fit in fits.items()}
     if store:
         for name, fit in new.items():
@@ -109,32 +110,40 @@ def refined(
     return new
 
 
-def _keys(block: Block, fits: Mapping[str, Fit], targets: Sequence[Tensor], settings: Refinement) -> dict[str, str]:
+def _keys(
+    block: Block, fits: Mapping[str, Fit], targets: Sequence[Sequence[Tensor]], settings: Refinement
+) -> dict[str, str]:
     """The hash of everything that each refined fit depends on."""
     states = block.states
     inputs = [state for state in states.compressed if isinstance(state, Tensor)]
     masks = [mask for mask in states.masks if mask is not None]
     own = block.working.state_dict().values()
-    key = FitStore.digest(f"refined|{settings!r}|{sorted(fits)}", *own, *inputs, *targets, *masks)
+    key = FitStore.digest(
+        f"refined|{settings!r}|{sorted(fits)}", *own, *inputs, *(t for one in targets for t in one), *masks
+    )
     return {name: FitStore.digest(f"{key}|{name}") for name in fits}
 
 
 class _Tuning:
     """The tuning of one block: a student in float32 (or float64) that learns from the dense block's outputs."""
 
-    def __init__(self, block: Block, fits: Mapping[str, Fit], targets: Sequence[Tensor], settings: Refinement) -> None:
+    def __init__(
+        self, block: Block, fits: Mapping[str, Fit], targets: Sequence[Sequence[Tensor]], settings: Refinement
+    ) -> None:
         self.block, self.targets, self.settings = block, targets, settings
         double = any(factor.dtype == torch.float64 for fit in fits.values() for factor in fit.factors.values())
         self.compute = torch.float64 if double else torch.float32
-        self.student = copy.deepcopy(block.working).to(self.compute)
+        self.student = copied(block.working).to(self.compute)
         self.tuned = _trainable(self.student, fits)
         self.learn, self.held = settings.split(len(targets))
 
-    def run(self, bar: FitBar) -> dict[str, Tensor] | None:
+    def run(self, bar: FitBar, cost: float) -> dict[str, Tensor] | None:
         """Tune, and return the best factors and biases by name; None where the start is the best."""
         settings, tensors = self.settings, list(self.tuned.values())
         best: dict[str, Tensor] | None = None
         least = start = self._held_out_error()
+        if not tensors:
+            return None
         groups = [{"params": [t], "lr": settings.learning_rate * _size(t)} for t in tensors]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
@@ -143,24 +152,28 @@ class _Tuning:
         for step in range(1, settings.steps + 1):
             order = order or [self.learn[k] for k in torch.randperm(len(self.learn), generator=generator).tolist()]
             with torch.enable_grad():
-                grads = torch.autograd.grad(self._loss(order.pop()), tensors)
+                grads = torch.autograd.grad(self._loss(order.pop()), tensors, allow_unused=True)
             for tensor, grad in zip(tensors, grads, strict=True):
-                tensor.grad = grad
+                tensor.grad = grad  # None for what this batch does not reach
             optimizer.step()
             schedule.step()
             if step % max(1, settings.steps // EVALUATIONS) == 0 or step == settings.steps:
                 error = self._held_out_error()
                 if error < least:
                     least, best = error, {name: tensor.detach().clone() for name, tensor in self.tuned.items()}
+            bar.advance_within(cost, step / settings.steps)
             bar.say(f"refining, {step}/{settings.steps}, held-out error {start:.4f} -> {least:.4f}")
         return best
 
     def _loss(self, i: int) -> Tensor:
-        """The relative squared error on batch ``i``."""
-        state = widened(self.block.states.compressed[i], self.compute)
-        output = tensor_of(self.block.forward(self.student, state, i)).to(self.compute)
-        target = moved(self.targets[i], output.device).to(self.compute)
-        return _relative(output, target, moved(self.block.states.masks[i], output.device))
+        """The relative squared error on batch ``i``, the mean over all tensors that matter."""
+        block = self.block
+        returned = block.call(self.student, widened(block.states.compressed[i], self.compute), i)
+        losses = []
+        for output, expected in zip(block.matters(returned), self.targets[i], strict=True):
+            target = moved(expected, output.device).to(self.compute)
+            losses.append(_relative(output.to(self.compute), target, moved(block.states.masks[i], output.device)))
+        return torch.stack(losses).mean()
 
     def _held_out_error(self) -> float:
         """The relative error on the held-out batches, the root of a mean of squares."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from structmat.compress.states import Block, Forward, States
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar, WorkList, with_error
 from structmat.fit import Fit
-from structmat.network.calls import call, device_of, evaluating, moved
+from structmat.network.calls import call, copied, device_of, evaluating, moved
 from structmat.network.capture import mask_of
 from structmat.network.chain import Chain, Extras, Relay, find_chain
 from structmat.network.surgery import put_fits_, with_fits
@@ -94,15 +93,19 @@ class SequentialRun:
         self.refinement, self.store = refinement, store
         self.masks = [mask_of(batch) for batch in batches]
         tokens = sum(count_tokens(batch) for batch in batches)
-        passes = FORWARD_COST + (0 if refinement is None else 3 * refinement.steps / len(batches))
+        passes = 0 if refinement is None else 3 * refinement.steps / len(batches)
         self.overhead: dict[str, float] = {}
+        self.refining: dict[str, float] = {}
         for name, format in work.formats.items():
-            self.overhead[name] = tokens * (passes * format.M * format.N + 2 * format.N * format.N)
+            M, N = format.shape
+            self.overhead[name] = tokens * (FORWARD_COST * M * N + 2 * N * N)
+            self.refining[name] = tokens * passes * M * N
 
     @property
     def cost(self) -> float:
         """About how many multiplications the run takes."""
-        return sum(self.work.cost(name, aware=True) + overhead for name, overhead in self.overhead.items())
+        beside = (self.overhead[name] + self.refining[name] for name in self.work.sites)
+        return sum(self.work.cost(name, aware=True) for name in self.work.sites) + sum(beside)
 
     def run(self, bar: FitBar) -> dict[str, Fit]:
         """Fit everything.
@@ -118,6 +121,7 @@ class SequentialRun:
             if self.blocks.chain is not None:
                 return self._run_chain(self.blocks.chain, bar)
             block = self._block("", self.model, self._inputs(), _call_model)
+            block.ends = True
             return self._fit(block, planned, bar, keep_outputs=self.refinement is not None)[0]
 
     def _run_chain(self, chain: Chain, bar: FitBar) -> dict[str, Fit]:
@@ -160,7 +164,8 @@ class SequentialRun:
         planned = [name for name in self.work.sites if name.startswith(f"{block.name}.")]
         numbers = range(len(states.dense))
         if planned:
-            fits, outputs = self._fit(block, planned, bar, keep_outputs=True)
+            fits, returned = self._fit(block, planned, bar, keep_outputs=True)
+            outputs = [tensors[0] for tensors in returned]
         else:
             fits, outputs = {}, [block.output(i, dense=True) for i in numbers]
         same = block.working is block.dense and not states.differ
@@ -172,7 +177,7 @@ class SequentialRun:
 
     def _fit(
         self, block: Block, planned: list[str], bar: FitBar, *, keep_outputs: bool
-    ) -> tuple[dict[str, Fit], list[Tensor]]:
+    ) -> tuple[dict[str, Fit], list[list[Tensor]]]:
         """Fit layers of a block in a copy of it, which becomes the block's working one.
 
         Args:
@@ -184,13 +189,15 @@ class SequentialRun:
         Returns:
             The fits by full name, and the outputs.
         """
-        block.working = copy.deepcopy(block.dense)
+        block.working = copied(block.dense)
         run = BlockFits(block, planned, self.work, self.store, bar, self.overhead)
         outputs = run.run(keep_outputs=keep_outputs)
+        cost = sum(self.refining[name] for name in planned)
         if keep_outputs and self.refinement is not None:
-            fits = refined(block, run.fits, outputs, self.refinement, self.store, bar)
+            fits = refined(block, run.fits, outputs, self.refinement, self.store, bar, cost)
             run.fits = {name: with_error(fit, run.sites[name].matrix) for name, fit in fits.items()}
             put_fits_(block.working, run.fits)
+        bar.advance(cost)
         return run.by_full_name(), outputs
 
 

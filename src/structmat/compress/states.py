@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structmat.network.calls import HOST, device_of, moved, tensor_of
+from structmat.network.calls import HOST, device_of, moved, same_draws, tensor_of, tensors_of
 from structmat.network.capture import capturing
 from structmat.network.sites import Site
 
@@ -55,6 +55,7 @@ class Block:
         working: A copy of it, in which the fits are put; it may be the dense block itself where nothing is fitted.
         states: What the block reads.
         forward: Calls the dense block or the copy.
+        ends: Whether the block is the end of the network, so that all tensors that it returns matter, not the first.
     """
 
     name: str
@@ -62,10 +63,20 @@ class Block:
     working: nn.Module
     states: States
     forward: Forward
+    ends: bool = False
 
     def own_name(self, full: str) -> str:
         """The name within the block of a layer with this full name."""
         return full.removeprefix(f"{self.name}.") if self.name else full
+
+    def call(self, module: nn.Module, state: Any, i: int) -> Any:
+        """Call the dense block or a copy of it on a state of batch ``i``, with the same random draws each time."""
+        with same_draws(i, device_of(module)):
+            return self.forward(module, state, i)
+
+    def matters(self, returned: Any) -> list[Tensor]:
+        """The tensors that matter in what the block returned."""
+        return tensors_of(returned) if self.ends else [tensor_of(returned)]
 
     def output(self, i: int, *, dense: bool) -> Tensor:
         """Call the block on the state of batch ``i``.
@@ -75,27 +86,30 @@ class Block:
             dense: Whether to call the dense block on the dense state, or the copy on the compressed one.
 
         Returns:
-            The tensor that matters, in the host's memory.
+            The next state, in the host's memory.
         """
         block, states = (self.dense, self.states.dense) if dense else (self.working, self.states.compressed)
-        return tensor_of(self.forward(block, states[i], i)).to(HOST)
+        return tensor_of(self.call(block, states[i], i)).to(HOST)
 
-    def captured(self, site: Site, i: int, *, dense: bool, stop: bool) -> Tensor:
+    def captured(self, site: Site, width: int, i: int, *, dense: bool, stop: bool) -> Tensor:
         """Find what one layer reads when the block is called on the state of batch ``i``.
 
         Args:
             site: The layer, of the dense block or of the copy.
+            width: The number of inputs of the layer, ``N``.
             i: The batch's number.
             dense: Whether to call the dense block on the dense state, or the copy on the compressed one.
             stop: Whether the layer is called once, so that the call can end there.
 
         Returns:
-            The vectors ``(T, N)``, on the layer's device.
+            The vectors ``(T, N)``, on the layer's device; none where the call does not reach the layer.
         """
         block, states = (self.dense, self.states.dense) if dense else (self.working, self.states.compressed)
         with capturing({site.name: site}, self.mask(i), stop=stop) as captured:
-            self.forward(block, states[i], i)
-        return torch.cat(captured[site.name])
+            self.call(block, states[i], i)
+        if site.name in captured:
+            return torch.cat(captured[site.name])
+        return next(self.dense.parameters()).new_empty(0, width)
 
     def mask(self, i: int) -> Tensor | None:
         """Which tokens of batch ``i`` count, on the device of the block."""

@@ -118,6 +118,11 @@ class MomentSums:
         """The memory of the sums, in bytes."""
         return sum(tensor.nbytes for sums in self._sums for tensor in sums.values())
 
+    @property
+    def tokens(self) -> int:
+        """The number of vectors that were counted."""
+        return sum(int(sums["tokens"]) for sums in self._sums if sums)
+
     def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
         """Count one batch.
 
@@ -145,7 +150,7 @@ class MomentSums:
             ValueError: If no vector has been counted.
         """
         learnt, held_out = self._sums
-        tokens = sum(int(sums["tokens"]) for sums in self._sums if sums)
+        tokens = self.tokens
         if not tokens:
             raise ValueError("expected at least one input vector, got none; every token is masked out")
         ridge = DEFAULT_RIDGE

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,10 +14,75 @@ from structmat.network.adapters import output_names, stateless
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call the network on one batch, and return what it returns."""
+    """Call the network on one batch, and return what it returns; what the network writes into is a copy."""
     if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        return model(**{name: fresh(value, model) for name, value in batch.items()})
+    if isinstance(batch, (tuple, list)):
+        return model(*(fresh(value, model) for value in batch))
+    return model(fresh(batch, model))
+
+
+def fresh(value: Any, model: nn.Module) -> Any:
+    """Copy everything in a batch that a call may write into, such as a cache of past tokens.
+
+    Args:
+        value: A batch, or an argument of a block.
+        model: The network; its modules and parameters are never copied.
+
+    Returns:
+        The value with copies of tensors and other objects; numbers, texts and parts of the network are the same.
+    """
+    if isinstance(value, Tensor):
+        return value.clone()
+    if value is None or isinstance(
+        value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
+    ):
+        return value
+    if type(value) is dict:
+        return {key: fresh(one, model) for key, one in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(fresh(one, model) for one in value)
+    kept = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    return copy.deepcopy(value, kept)
+
+
+def copied(module: nn.Module) -> Any:
+    """Copy a module with all that it holds; a tensor that was computed from parameters is copied by value."""
+    computed: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                computed[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, computed)
+
+
+@contextmanager
+def same_draws(seed: int, device: torch.device) -> Iterator[None]:
+    """Let everything inside draw the same random numbers each time, and leave the generators outside alone.
+
+    Args:
+        seed: The seed; calls on one batch have one seed, dense or compressed.
+        device: The device on which random numbers may be drawn, beside the CPU.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compute as outside of any inference mode, autocast and changed default dtype, while the context is entered."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(grad))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 HOST = torch.device("cpu")
@@ -64,17 +130,52 @@ def device_of(model: nn.Module, without: torch.device = HOST) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), without)
 
 
+def eager(model: nn.Module) -> AbstractContextManager[object]:
+    """A context in which compiled parts of the network run uncompiled, so that they see hooks."""
+    compiled = any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The network in evaluation mode, without gradients and without state between calls; then all as before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with stateless(model), torch.no_grad():
+        with stateless(model), eager(model), torch.no_grad():
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All floating-point tensors in what a network returns, but for single numbers such as a loss.
+
+    Args:
+        output: A tensor, or a tuple, list, mapping or object of tensors.
+
+    Returns:
+        The tensors in the order in which they stand, each once.
+    """
+    found: dict[int, Tensor] = {}
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.ndim:
+                found.setdefault(id(value), value)
+        elif isinstance(value, (tuple, list, Mapping)):
+            for one in value.values() if isinstance(value, Mapping) else value:
+                collect(one)
+        elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+            for one in vars(value).values():
+                collect(one)
+
+    collect(output)
+    return list(found.values())
 
 
 def tensor_of(output: Any, names: Iterable[str] | None = None) -> Tensor:

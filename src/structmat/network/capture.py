@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -104,43 +104,61 @@ def vectors_in(layer: nn.Module, output: Tensor) -> int:
     return output.numel() // channels if channels else 0
 
 
-def shared_inputs(sites: Mapping[str, Site], run: Callable[[], object]) -> tuple[dict[str, str], set[str]]:
-    """For each site, in the order in which they are called, find the first one that reads the same input.
+def shared_inputs(sites: Mapping[str, Site], runs: Iterable[Callable[[], object]]) -> tuple[dict[str, str], set[str]]:
+    """Find for each site, in the order in which they are called, the first one that reads the same input.
 
     Args:
         sites: The sites by name.
-        run: Calls the network once.
+        runs: Calls of the network; as many are made as are needed to reach every site.
 
     Returns:
         The leader's name by name, and the names of the sites that are called once.
 
     Raises:
-        ValueError: If a site is not called.
+        ValueError: If a site is not called in any run.
     """
-    calls: dict[str, list[tuple[Tensor, int]]] = {}  # with how often it had been changed in place
-
-    def note(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        version = 0 if inputs[0].is_inference() else inputs[0]._version
-        calls.setdefault(name, []).append((inputs[0], version))
-
-    with _watched(sites, note):
-        run()
+    calls: dict[str, list[_Read]] = {}
+    many: set[str] = set()
+    for number, run in enumerate(runs):
+        seen = _reads(sites, run, number)
+        many |= {name for name, reads in seen.items() if len(reads) > 1}
+        for name, reads in seen.items():
+            calls.setdefault(name, []).extend(reads)
+        if len(calls) == len(sites):
+            break
     missing = [site.name for name, site in sites.items() if name not in calls]
     if missing:
         raise ValueError(
             f"the calibration data never reaches {missing}; give data that does, or exclude these layers from the plan"
         )
     leaders: dict[str, str] = {}
-    for name, tensors in calls.items():
+    for name, reads in calls.items():
         same = (
             other
             for other in leaders.values()
-            if len(calls[other]) == len(tensors)
-            and type(sites[other].module) is type(sites[name].module) is not nn.Conv2d
-            and all(a is b and m == n for (a, m), (b, n) in zip(calls[other], tensors, strict=True))
+            if calls[other] == reads and type(sites[other].module) is type(sites[name].module) is not nn.Conv2d
         )
         leaders[name] = next(same, name)
-    return leaders, {name for name, tensors in calls.items() if len(tensors) == 1}
+    return leaders, set(calls) - many
+
+
+_Read = tuple[int, int, int]
+"""What a layer reads in a call: the run's number, the input's ``id``, and how often it had been changed in place."""
+
+
+def _reads(sites: Mapping[str, Site], run: Callable[[], object], number: int) -> dict[str, list[_Read]]:
+    """What each site reads in one run, in the order in which they are called."""
+    seen: dict[str, list[_Read]] = {}
+    alive: list[Tensor] = []  # so that no two inputs have one ``id``
+
+    def note(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        version = 0 if inputs[0].is_inference() else inputs[0]._version
+        alive.append(inputs[0])
+        seen.setdefault(name, []).append((number, id(inputs[0]), version))
+
+    with _watched(sites, note):
+        run()
+    return seen
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from structmat.network.calls import HOST, call, device_of, moved, widened
+from structmat.network.calls import HOST, call, device_of, fresh, moved, same_draws, widened
 from structmat.network.capture import Stop, hooked, stopping
 from structmat.network.surgery import put_module
 
@@ -41,39 +43,40 @@ class Extras:
         """
         device = device_of(block, state.device)
         args, kwargs = widened((self.args, dict(self.kwargs)), state.dtype)
-        return block(state.to(device, copy=True), *moved(args, device), **moved(kwargs, device))
+        args, kwargs = fresh((moved(args, device), moved(kwargs, device)), block)
+        return block(state.to(device, copy=True), *args, **kwargs)
 
 
 class _Pass(nn.Module):
     """Stands in for a block: notes how it is called, and hands the hidden state on (or another, for the last one)."""
 
-    def __init__(self, block: nn.Module, returns_tuple: bool, notes: _Notes, last: bool) -> None:
+    def __init__(self, block: nn.Module, length: int | None, notes: _Notes, last: bool) -> None:
         super().__init__()
         self.__dict__["standing_for"] = block  # not a submodule
-        self.returns_tuple, self.notes, self.last = returns_tuple, notes, last
+        self.length, self.notes, self.last = length, notes, last
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["standing_for"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Pass:
-        return _Pass(self.__dict__["standing_for"], self.returns_tuple, self.notes, self.last)
+        return _Pass(self.__dict__["standing_for"], self.length, self.notes, self.last)
 
     def forward(self, state: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.notes.entered is None:
             self.notes.entered = state
         self.notes.extras.append(Extras(args, kwargs))
-        if self.last and self.notes.stop:
+        if self.notes.stop == "first" or (self.last and self.notes.stop == "last"):
             raise Stop
         if self.last and self.notes.deliver is not None:
             state = self.notes.deliver
-        return (state,) if self.returns_tuple else state
+        return state if self.length is None else (state, *[None] * (self.length - 1))
 
 
 @dataclass
 class _Notes:
     """What the stand-ins of all blocks share."""
 
-    stop: bool
+    stop: str  # the block that ends the call: "first", "last", or "" for none
     entered: Tensor | None = None
     extras: list[Extras] = field(default_factory=list)
     deliver: Tensor | None = None
@@ -87,11 +90,13 @@ class Chain:
         names: The names of the blocks, in order.
         returns_tuple: Whether a block returns a tuple that begins with the hidden state, or the hidden state itself.
         before: The planned layers that are called before the first block.
+        lengths: The length of the tuple that each block returns, by name; those that return none are missing.
     """
 
     names: tuple[str, ...]
     returns_tuple: bool
     before: tuple[str, ...]
+    lengths: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def outside(self, planned: Sequence[str]) -> tuple[list[str], list[str]]:
         """Sort the planned layers outside the blocks.
@@ -118,10 +123,11 @@ class Chain:
         """
         hidden: list[Tensor] = []
         extras: list[list[Extras]] = [[] for _ in self.names]
-        for batch in batches:
-            notes = _Notes(stop=True)
-            with self._standing_in(model, notes), stopping():
-                call(model, moved(batch, device_of(model)))
+        device = device_of(model)
+        for i, batch in enumerate(batches):
+            notes = _Notes(stop="last")
+            with self._standing_in(model, notes), stopping(), same_draws(i, device):
+                call(model, moved(batch, device))
             if notes.entered is not None:
                 hidden.append(moved(notes.entered, HOST))
             seen: dict[int, Any] = {}  # what all blocks are called with is held once
@@ -129,12 +135,16 @@ class Chain:
                 one.append(Extras(moved(new.args, HOST, seen), moved(new.kwargs, HOST, seen)))
         return hidden, extras
 
+    def _length(self, name: str) -> int | None:
+        """The length of the tuple that a block returns, or None."""
+        return self.lengths.get(name, 1) if self.returns_tuple else None
+
     @contextmanager
     def _standing_in(self, model: nn.Module, notes: _Notes) -> Iterator[None]:
         blocks = {name: model.get_submodule(name) for name in self.names}
         try:
             for name, block in blocks.items():
-                put_module(model, name, _Pass(block, self.returns_tuple, notes, name == self.names[-1]))
+                put_module(model, name, _Pass(block, self._length(name), notes, name == self.names[-1]))
             yield
         finally:
             for name, block in blocks.items():
@@ -148,12 +158,12 @@ class Relay:
         model: The network.
         chain: The blocks of the network.
         batches: The inputs of one call each.
-        deliver: Whether the last block hands on the given state; otherwise what the first one got.
+        deliver: Whether the last block hands on the given state; otherwise the first block ends the call.
     """
 
     def __init__(self, model: nn.Module, chain: Chain, batches: Sequence[Any], deliver: bool = True) -> None:
         self._model, self._chain, self._batches, self._deliver = model, chain, batches, deliver
-        self._notes = _Notes(stop=False)
+        self._notes = _Notes(stop="" if deliver else "first")
 
     @contextmanager
     def hung(self) -> Iterator[None]:
@@ -162,21 +172,33 @@ class Relay:
             yield
 
     def call(self, model: nn.Module, state: Any, i: int) -> Any:
-        """Call the network, or a copy made while the stand-ins hang, on batch ``i``."""
+        """Call the network, or a copy made while the stand-ins hang, on batch ``i``.
+
+        Args:
+            model: The network or the copy.
+            state: The hidden state that the last block hands on.
+            i: The batch's number.
+
+        Returns:
+            What the network returns; None where the first block ended the call.
+        """
         device = device_of(model)
         self._notes.deliver = state.to(device, copy=True) if self._deliver else None
         self._notes.extras = []
-        return call(model, moved(self._batches[i], device))
+        with stopping():
+            return call(model, moved(self._batches[i], device))
 
 
 def find_chain(model: nn.Module, planned: Mapping[str, Sequence[str]], batch: Any) -> Chain | None:
-    """Find the list of blocks through which the hidden states pass, by calling the network once.
+    """Find the list of blocks through which the hidden states pass, by calling the network.
 
     A list of modules is the chain if most planned layers lie in it, its modules are called once each and in order, each
-    on the tensor that the one before returned, and nothing else that they are called with comes out of a block.
+    on the tensor that the one before returned, and nothing else that they are called with comes out of a block. The
+    blocks are then called one by one: a chain whose states are not those of the network, to the last bit, is none, and
+    a warning says so.
 
     Args:
-        model: The network.
+        model: The network, in evaluation mode.
         planned: Every name of each planned layer, by its first name.
         batch: The inputs of the call.
 
@@ -194,19 +216,84 @@ def find_chain(model: nn.Module, planned: Mapping[str, Sequence[str]], batch: An
     blocks = max((blocks for _, blocks in candidates), key=len)
     if len({id(model.get_submodule(name)) for name in blocks}) < len(blocks):
         return None
-    calls, before = _observe(model, blocks, [name for name in planned if not _inside(name, blocks)], batch)
-    if [name for name, *_ in calls] != blocks or not all(_is_state(args) for _, args, _, _ in calls):
+    outside = [name for name in planned if not _inside(name, blocks)]
+    seen = _observe(model, blocks, outside, batch)
+    if not _passes_on(seen.calls, blocks):
         return None
+    lengths = {name: len(output) for name, _, _, output in seen.calls if isinstance(output, tuple)}
+    chain = Chain(tuple(blocks), bool(lengths), tuple(dict.fromkeys(seen.before)), lengths)
+    difference = _difference(chain, model, batch, seen)
+    if difference is not None:
+        warnings.warn(
+            f"the blocks {blocks[0]!r} to {blocks[-1]!r} cannot be called one by one ({difference}); the whole network "
+            "is compressed as one block, in a copy of all of it",
+            stacklevel=2,
+        )
+        return None
+    return chain
+
+
+@dataclass
+class _Seen:
+    """What was seen in a call of the network: calls of the blocks, their states, and what layers outside them read."""
+
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    read: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+def _passes_on(calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]], blocks: Sequence[str]) -> bool:
+    """Whether each block is called once, in order, on what the one before returned and on nothing else of a block."""
+    if [name for name, *_ in calls] != list(blocks) or not all(_is_state(args) for _, args, _, _ in calls):
+        return False
+    outputs = [_state_in(output) for *_, output in calls]
+    if any(output is None for output in outputs) or len({isinstance(output, tuple) for *_, output in calls}) > 1:
+        return False
     made: set[int] = set()  # by the blocks so far
     for k, (_, args, kwargs, output) in enumerate(calls):
-        if k and args[0] is not _state_in(calls[k - 1][3]):
-            return None
+        if k and args[0] is not outputs[k - 1]:
+            return False
         if any(id(tensor) in made for tensor in _tensors((args[1:], kwargs))):
-            return None
+            return False
         made |= {id(tensor) for tensor in _tensors(output)}
-    if any(_state_in(output) is None for *_, output in calls):
-        return None
-    return Chain(tuple(blocks), isinstance(calls[0][3], tuple), tuple(before))
+    return True
+
+
+def _difference(chain: Chain, model: nn.Module, batch: Any, seen: _Seen) -> str | None:
+    """Call the blocks one by one, and tell what is not as it was in the network; None if everything is."""
+    try:
+        hidden, extras = chain.enter(model, [batch])
+        state = hidden[0]
+        for name, extra, expected in zip(chain.names, extras, seen.states, strict=True):
+            block = model.get_submodule(name)
+            with same_draws(0, device_of(block)):
+                found = _state_in(extra[0].call(block, state))
+            if found is None or not torch.equal(found, expected):
+                return f"{name!r} then returns something else"
+            state = found.to(HOST)
+        relay = Relay(model, chain, [batch])
+        read: dict[str, list[Tensor]] = {}
+        parts = {name: model.get_submodule(name) for name in seen.read if name not in chain.before}
+        with relay.hung(), hooked(parts, before=_reader(read)), same_draws(0, device_of(model)):
+            relay.call(model, state, 0)
+    except Exception as error:  # of the network's own code, which may not bear to be called in parts
+        return f"that raises {type(error).__name__}: {' '.join(str(error).split())}"
+    same = all(
+        len(read.get(name, [])) == len(seen.read[name])
+        and all(torch.equal(a, b) for a, b in zip(read[name], seen.read[name], strict=True))
+        for name in parts
+    )
+    return None if same else "layers after the blocks then read something else"
+
+
+def _reader(read: dict[str, list[Tensor]]) -> Callable[[str, nn.Module, tuple[Any, ...]], None]:
+    """Make a function that keeps copies of what layers read."""
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        read.setdefault(name, []).append(args[0].clone())
+
+    return note
 
 
 def _holds(blocks: Sequence[str], planned: Mapping[str, Sequence[str]]) -> bool:
@@ -221,28 +308,29 @@ def _inside(name: str, blocks: Sequence[str]) -> str | None:
     return next((block for block in blocks if name.startswith(f"{block}.")), None)
 
 
-def _observe(
-    model: nn.Module, blocks: Sequence[str], outside: Sequence[str], batch: Any
-) -> tuple[list[tuple[str, tuple[Any, ...], dict[str, Any], Any]], list[str]]:
-    """Find how each block is called and what it returns, in order, and which other layers are called before them."""
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
-    started: list[str] = []
-    before: list[str] = []
+def _observe(model: nn.Module, blocks: Sequence[str], outside: Sequence[str], batch: Any) -> _Seen:
+    """Call the network, and note how each block is called and what it returns, and what the other layers read."""
+    seen, started = _Seen(), list[str]()
+    keep = _reader(seen.read)
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((name, args, kwargs, output))
+        seen.calls.append((name, args, kwargs, output))
+        state = _state_in(output)
+        seen.states += [] if state is None else [state.clone()]
 
     def early(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        keep(name, module, args)
         if not started:
-            before.append(name)
+            seen.before.append(name)
 
     parts = {name: model.get_submodule(name) for name in (*blocks, *outside)}
     with (
         hooked({name: parts[name] for name in blocks}, before=lambda name, *_: started.append(name), after=note),
         hooked({name: parts[name] for name in outside}, before=early),
+        same_draws(0, device_of(model)),
     ):
         call(model, batch)
-    return calls, before
+    return seen
 
 
 def _is_state(args: tuple[Any, ...]) -> bool:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from structmat.formats import Format
 from structmat.nn.conv import StructuredConv2d
@@ -115,7 +116,7 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """Every dense weight of the network that could be structured, each once however often it is used.
+    """Find every dense weight of the network that could be structured, each once however often it is used.
 
     Args:
         model: The network.
@@ -136,36 +137,72 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     sites: dict[str, Site] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        kind = DENSE_KINDS.get(type(module))
-        if kind is None:
-            base = next((base for base in DENSE_KINDS if isinstance(module, base)), None)
-            if base is not None:
-                problem = f"it is a {type(module).__name__}, a {base.__name__} that may use its weight in other ways"
-                sites[name] = Site(name, tuple(names[id(module)]), (module,), problem)
+        if not isinstance(module, tuple(DENSE_KINDS)):
+            continue
+        if type(module) not in DENSE_KINDS or "weight" not in module._parameters:
+            sites[name] = Site(name, tuple(names[id(module)]), (module,), _problem_alone(module))
             continue
         if id(module.weight) in seen:
             continue
-        if "weight" not in module._parameters:
-            problem = "its weight is computed from others (pruning, weight or spectral norm); make it permanent first"
-            sites[name] = Site(name, tuple(names[id(module)]), (module,), problem)
-            continue
         seen.add(id(module.weight))
         sharing = users[id(module.weight)]
-        others = [m for m in sharing if type(m) is not type(module) or m.weight is not module.weight]
+        alike = [m for m in sharing if type(m) is type(module) and m.weight is module.weight]
+        others = [m for m in sharing if all(m is not one for one in alike)]
         if others:
             culprit = f"{names[id(others[0])][0]!r} ({type(others[0]).__name__})"
             problem = f"its weight is shared with {culprit}, which would keep the dense one; untie them first"
         elif name == "":
             problem = "it is the whole model, which cannot be replaced in place; wrap it in nn.Sequential"
-        elif any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in sharing
-        ):
-            problem = "it has hooks, which would be lost; remove them first and add them to the new layer"
         else:
-            problem = kind.problem(module)
-        modules = (module, *(m for m in sharing if m is not module))
+            problem = next((found for m in alike if (found := _problem_of(m))), None)
+        modules = (module, *(m for m in alike if m is not module))
         sites[name] = Site(name, tuple(n for m in modules for n in names[id(m)]), modules, problem)
     return sites
+
+
+def _problem_alone(module: nn.Module) -> str:
+    """Why a layer that is no plain linear layer or convolution, or has no weight of its own, cannot be structured."""
+    if type(module) in DENSE_KINDS:
+        return "its weight is computed from others (pruning, weight or spectral norm); make it permanent first"
+    base = next(base for base in DENSE_KINDS if isinstance(module, base))
+    return f"it is a {type(module).__name__}, a {base.__name__} that may use its weight in other ways"
+
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""Where ``nn.Module`` keeps the hooks that a user can register."""
+
+PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""The dtypes of weights that can be approximated."""
+
+
+def _problem_of(layer: nn.Module) -> str | None:
+    """Why a layer whose weight is its own cannot be structured, or None."""
+    weight = layer.get_parameter("weight")
+    if any(getattr(layer, kind) for kind in HOOKS):
+        return "it has hooks, which would be lost; remove them first and add them to the new layer"
+    if "forward" in vars(layer):
+        return (
+            "its forward was replaced, by accelerate for example, and that would be lost; put the original back first"
+        )
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return "its weight has gradient hooks, which would be lost; remove them first"
+    extras = [*layer._modules, *layer._buffers, *(n for n in layer._parameters if n not in ("weight", "bias"))]
+    if extras:
+        return f"it holds {', '.join(map(repr, extras))} too, which would be lost; move them to another module"
+    if is_traceable_wrapper_subclass(weight) or weight.layout != torch.strided or weight.dtype not in PLAIN_DTYPES:
+        kind = str(weight.dtype).removeprefix("torch.") if weight.layout == torch.strided else str(weight.layout)
+        kind = type(weight.data).__name__ if is_traceable_wrapper_subclass(weight) else kind
+        return f"its weight is no plain matrix of floating-point numbers but {kind}; turn it into one first"
+    return DENSE_KINDS[type(layer)].problem(layer)
 
 
 def unseen_weights(model: nn.Module) -> dict[str, str]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -244,17 +244,28 @@ def _write_down_one(model: Any) -> None:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Let the model return no cache of past tokens, while the context is entered."""
-    config: Any = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    if not isinstance(cached, bool):
-        yield
-        return
-    config.use_cache = False
+    """Let no model in the network return a cache of past tokens, while the context is entered."""
+    configs = [config for config in _configurations(model) if isinstance(getattr(config, "use_cache", None), bool)]
+    before = [config.use_cache for config in configs]
     try:
+        for config in configs:
+            config.use_cache = False
         yield
     finally:
-        config.use_cache = cached
+        for config, cached in zip(configs, before, strict=True):
+            config.use_cache = cached
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    """The configurations of all modules in a network, with those that are parts of others, each once."""
+    found: dict[int, Any] = {}
+    left = [vars(module)["config"] for module in model.modules() if hasattr(vars(module).get("config"), "__dict__")]
+    while left:
+        config = left.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            left += [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return list(found.values())
 
 
 def _declare_ties(model: Any) -> None:
