@@ -113,6 +113,28 @@ def test_input_is_never_checked_by_assert(path: Path) -> None:
     assert [node.lineno for node in ast.walk(tree_of(path)) if isinstance(node, ast.Assert)] == []
 
 
+@each_file
+def test_no_file_is_too_long_and_no_function(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    assert [f.name for f in functions_of(path) if lines_of(f) > 80] == []
+
+
+def test_functions_are_short_and_exceptions_to_the_linter_few() -> None:
+    lengths = sorted(lines_of(function) for path in FILES for function in functions_of(path))
+    assert lengths[int(0.9 * len(lengths))] <= 25
+    lines = [line for path in FILES for line in path.read_text(encoding="utf-8").splitlines()]
+    assert sum("noqa" in line for line in lines) < 12
+    assert sum("fmt: skip" in line or "fmt: off" in line for line in lines) == 0
+
+
+def functions_of(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
 def fresh(code: str) -> str:
     """What a new interpreter prints."""
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -144,9 +144,7 @@ class _Tuning:
         least = start = self._held_out_error()
         if not tensors:
             return None
-        groups = [{"params": [t], "lr": settings.learning_rate * _size(t)} for t in tensors]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+        optimizer, schedule = self._optimizer()
         generator = torch.Generator().manual_seed(settings.seed)
         order: list[int] = []
         for step in range(1, settings.steps + 1):
@@ -164,6 +162,13 @@ class _Tuning:
             bar.advance_within(cost, step / settings.steps)
             bar.say(f"refining, {step}/{settings.steps}, held-out error {start:.4f} -> {least:.4f}")
         return best
+
+    def _optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Make the optimizer, each tensor with a rate that suits its size, and the schedule of the rates."""
+        rate = self.settings.learning_rate
+        groups = [{"params": [tensor], "lr": rate * _size(tensor)} for tensor in self.tuned.values()]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.steps)
 
     def _loss(self, i: int) -> Tensor:
         """The relative squared error on batch ``i``, the mean over all tensors that matter."""

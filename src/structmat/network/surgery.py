@@ -102,11 +102,8 @@ def _structured(
     factors: Mapping[str, Tensor] | None,
     generator: torch.Generator | None,
 ) -> dict[str, StructuredModule]:
-    """The structured modules of a site by the names under which they are to hang."""
-    hung: dict[int, list[str]] = {id(module): [] for module in site.modules}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in hung:
-            hung[id(module)].append(name)
+    """Make the structured modules of a site, by the names under which they are to hang."""
+    hung = _names_of(model, site.modules)
     replacements: dict[str, StructuredModule] = {}
     first: StructuredModule | None = None
     for old in site.modules:
@@ -122,6 +119,15 @@ def _structured(
         new.train(old.training)
         replacements |= dict.fromkeys(hung[id(old)], new)
     return replacements
+
+
+def _names_of(model: nn.Module, modules: Iterable[nn.Module]) -> dict[int, list[str]]:
+    """The names under which modules hang in the network, by their ``id``."""
+    hung: dict[int, list[str]] = {id(module): [] for module in modules}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in hung:
+            hung[id(module)].append(name)
+    return hung
 
 
 def harden_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, float]:

@@ -35,6 +35,7 @@ from structmat.ops.common import (
     save_with_kept,
     shaped_like,
     side_by_side,
+    triton_kernels,
     workspace,
 )
 
@@ -113,7 +114,7 @@ def _matmul_backward(
     upstream: Tensor, x: Tensor, left: Tensor, diag: Tensor, right: Tensor, kept: Tensor | None, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if algorithm == TRITON and x.shape[0]:
-        from structmat.ops.triton import blast as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+        kernels = triton_kernels("blast")
 
         return kernels.blast_backward(*side_by_side(upstream, x, left, diag, right))
     in_half = is_half(x) and x.device.type == "cpu"

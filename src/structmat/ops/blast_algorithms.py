@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from structmat.ops.common import MIB, TRITON, is_half, side_by_side, tokens_within, workspace
+from structmat.ops.common import MIB, TRITON, is_half, side_by_side, tokens_within, triton_kernels, workspace
 
 FEW_TOKENS = 4
 """Up to this many tokens a CPU multiplies vectors with matrices, and for more tokens matrices with matrices (tuned with
@@ -148,7 +148,7 @@ def _more(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
 
 def _triton(x: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
     """Kernels of our own, for a GPU."""
-    from structmat.ops.triton import blast as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+    kernels = triton_kernels("blast")
 
     x, left, diag, right = side_by_side(x, left, diag, right)
     return kernels.blast_forward(x, left, diag, right)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side
+from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side, triton_kernels
 
 
 def block_diagonal_matmul(x: Tensor, blocks: Tensor, algorithm: str = "") -> Tensor:
@@ -48,7 +48,7 @@ def _in_place(x: Tensor, blocks: Tensor) -> Tensor:
 
 def _triton(x: Tensor, blocks: Tensor) -> Tensor:
     """Kernels of our own, for a GPU."""
-    from structmat.ops.triton import block_diagonal as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+    kernels = triton_kernels("block_diagonal")
 
     return kernels.block_diagonal_forward(*side_by_side(x, blocks))
 
@@ -71,7 +71,7 @@ def _(x: Tensor, blocks: Tensor, algorithm: str) -> Tensor:
 @torch.library.custom_op("structmat::block_diagonal_matmul_backward", mutates_args=())
 def _matmul_backward(upstream: Tensor, x: Tensor, blocks: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
     if algorithm == TRITON and x.shape[0]:
-        from structmat.ops.triton import block_diagonal as kernels  # noqa: PLC0415 - triton where it is asked for
+        kernels = triton_kernels("block_diagonal")
 
         return kernels.block_diagonal_backward(*side_by_side(upstream, x, blocks))
     I, P, Q = blocks.shape

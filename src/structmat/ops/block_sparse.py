@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side
+from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side, triton_kernels
 
 
 def block_sparse_matmul(
@@ -73,7 +73,7 @@ def _rows(blocks: Tensor, entries: Sequence[range]) -> Tensor:
 
 def _triton(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[int], block_columns: int) -> Tensor:
     """Kernels of our own, for a GPU."""
-    from structmat.ops.triton import block_sparse as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+    kernels = triton_kernels("block_sparse")
 
     pattern = _pattern(tuple(counts), tuple(columns), x.device)
     x, blocks = side_by_side(x, blocks)
@@ -116,7 +116,7 @@ def _matmul_backward(
     algorithm: str,
 ) -> tuple[Tensor, Tensor]:
     if algorithm == TRITON and x.shape[0]:
-        from structmat.ops.triton import block_sparse as kernels  # noqa: PLC0415 - triton where it is asked for
+        kernels = triton_kernels("block_sparse")
 
         pattern = _pattern(tuple(counts), tuple(columns), x.device)
         upstream, x, blocks = side_by_side(upstream, x, blocks)

@@ -5,6 +5,7 @@ The numbers were tuned by measurement on a CPU; ``benchmarks/cpu.py`` times the 
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,18 @@ SPLIT_TOKENS = 8
 
 TRANSPOSED_TOKENS = 64
 """Up to this many vectors a CPU computes the transposed product in float32 (tuned with ``benchmarks/cpu.py``)."""
+
+
+def triton_kernels(name: str) -> Any:
+    """Import a module of triton kernels, which happens when a product asks for them and not before.
+
+    Args:
+        name: The module's name in ``structmat.ops.triton``.
+
+    Returns:
+        The module.
+    """
+    return importlib.import_module(f"structmat.ops.triton.{name}")
 
 
 def cast(*tensors: Tensor) -> tuple[Tensor, ...]:

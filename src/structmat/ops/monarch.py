@@ -23,6 +23,7 @@ from structmat.ops.common import (
     shaped_like,
     side_by_side,
     tokens_within,
+    triton_kernels,
     workspace,
 )
 
@@ -115,7 +116,7 @@ def _by_rows(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Te
 
 def _triton(x: Tensor, left: Tensor, right: Tensor, permute_output: bool) -> Tensor:
     """Kernels of our own, for a GPU."""
-    from structmat.ops.triton import monarch as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+    kernels = triton_kernels("monarch")
 
     x, left, right = side_by_side(x, left, right)
     return kernels.monarch_forward(x, left, right, permute_output)
@@ -174,7 +175,7 @@ def _matmul_backward(
     upstream: Tensor, x: Tensor, left: Tensor, right: Tensor, kept: Tensor | None, permute_output: bool, algorithm: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if algorithm == TRITON and x.shape[0]:
-        from structmat.ops.triton import monarch as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+        kernels = triton_kernels("monarch")
 
         upstream, x, left, right = side_by_side(upstream, x, left, right)
         return kernels.monarch_backward(upstream, x, left, right, permute_output)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side
+from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side, triton_kernels
 from structmat.ops.tiling import (
     Inputs,
     Outputs,
@@ -49,7 +49,7 @@ def tiled_gblr_matmul(x: Tensor, inputs: Inputs, outputs: Outputs, M: int, algor
 
 def _tiled_triton(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
     """Kernels of our own, for a GPU."""
-    from structmat.ops.triton import gblr as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+    kernels = triton_kernels("gblr")
 
     return kernels.tile_matmul_forward(x.contiguous(), _side_by_side(inputs), _side_by_side(outputs), M)
 
@@ -108,7 +108,7 @@ def _tiled_backward(
     inputs = right, right_groups, right_place, right_rows, right_offsets
     outputs = left, left_groups, left_place, left_index
     if algorithm == TRITON and x.shape[0]:
-        from structmat.ops.triton import gblr as kernels  # noqa: PLC0415 - triton is needed where it is asked for
+        kernels = triton_kernels("gblr")
 
         upstream, x = side_by_side(upstream, x)
         return kernels.tile_matmul_backward(upstream, x, _side_by_side(inputs), _side_by_side(outputs))
