@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from structmat import (
     Blast,
     BlockDiagonal,
+    GaudiGblr,
     LowRank,
     Plan,
     apply_plan_,
     compress_,
+    harden_,
     load_model,
     make_plan,
     plan_of,
     save_model,
+    tile_,
 )
 from structmat._files import write_atomically
 
@@ -362,3 +365,80 @@ class Counted(nn.Linear):
 def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensors alone in the state dict, but '_extra_state' is a dict"):
         save_model(Counted(4, 4), tmp_path / "file")
+
+
+# Files that were edited
+
+
+def edited(path: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a checkpoint whose tensors were changed."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    with safe_open(path, framework="pt") as file:
+        save_file(tensors, path.with_name("edited"), file.metadata())
+    return path.with_name("edited")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_factors_that_are_no_plain_numbers_are_refused_before_anything_changes(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    save_model(apply_plan_(nn.Sequential(nn.Linear(16, 16)), {"0": LowRank(16, 16, 4)}), tmp_path / "m")
+    path = edited(tmp_path / "m", lambda t: t.update({"0.right": torch.ones(4, 16).to(dtype)}))
+    with torch.device("meta"):
+        skeleton = nn.Sequential(nn.Linear(16, 16))
+    for model in (nn.Sequential(nn.Linear(16, 16)), skeleton):
+        with pytest.raises(ValueError, match=r"expected floating-point numbers in '0\.right', got "):
+            load_model(model, path)
+        assert type(model[0]) is nn.Linear
+
+
+def test_two_dtypes_of_one_storage_are_two_tensors(tmp_path: Path) -> None:
+    class Bits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4))
+            self.register_buffer("bits", self.w.detach().view(torch.int32))
+
+    model = Bits()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_model(model, tmp_path / "m")
+    assert_same_state(load_model(Bits(), tmp_path / "m").state_dict(), expected)
+
+
+GBLR_EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "an order twice": (lambda t: t["0.order"].zero_(), "expected order to hold each of"),
+    "an order out of range": (lambda t: t["0.order"].fill_(10**6), "expected order to hold each of"),
+    "no width": (lambda t: t["0.width"].zero_(), "expected widths from 1 to 32"),
+    "a width past the axis": (lambda t: t["0.width"].fill_(2**31 - 1), "expected widths from 1 to 32"),
+    "a start out of range": (lambda t: t["0.start"].fill_(10**9), "expected starts from 0 to 31"),
+    "a negative start": (lambda t: t["0.start"].fill_(-1), "expected starts from 0 to 31"),
+}
+
+
+@pytest.mark.parametrize("kind", GBLR_EDITS)
+def test_indices_that_are_none_are_refused(tmp_path: Path, kind: str) -> None:
+    change, message = GBLR_EDITS[kind]
+    model = apply_plan_(nn.Sequential(nn.Linear(32, 32)), {"0": GaudiGblr.for_budget(32, 32, keep=0.5)})
+    harden_(model)
+    save_model(model, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"layer '0': " + message):
+        load_model(nn.Sequential(nn.Linear(32, 32)), edited(tmp_path / "m", change))
+
+
+TILE_EDITS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "left_index": lambda t: t["0.left_index"].fill_(10**6),
+    "right_rows": lambda t: t["0.right_rows"].zero_(),
+    "right_offsets": lambda t: t["0.right_offsets"].fill_(7),
+    "left_place": lambda t: t["0.left_place"].fill_(3),
+}
+
+
+@pytest.mark.parametrize("name", TILE_EDITS)
+def test_indices_of_tiles_that_are_none_are_refused(tmp_path: Path, name: str) -> None:
+    model = apply_plan_(nn.Sequential(nn.Linear(32, 32)), {"0": GaudiGblr.for_budget(32, 32, keep=0.5)})
+    harden_(model)
+    tile_(model)
+    save_model(model, tmp_path / "m")
+    with pytest.raises(ValueError, match=rf"layer '0': expected {name} "):
+        load_model(nn.Sequential(nn.Linear(32, 32)), edited(tmp_path / "m", TILE_EDITS[name]))

@@ -287,3 +287,11 @@ def test_a_file_without_a_plan_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("{}")
     with pytest.raises(ValueError, match=r"expected a plan in '.*other': expected the JSON of a plan"):
         Plan.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("M", [10**16, 10**24])
+def test_an_axis_beyond_measure_is_refused_at_once(M: int) -> None:
+    text = PLAN.to_json().replace('"M": 32', f'"M": {M}').replace("2,", "7,", 1)
+    assert str(M) in text
+    with pytest.raises(ValueError, match=f"expected a block count that divides the {M} rows, got 7$"):
+        Plan.from_json(text)

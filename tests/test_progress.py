@@ -58,6 +58,13 @@ def test_lines_come_ten_seconds_apart_at_the_earliest(started: Started, clock: C
     ]
 
 
+def test_a_hundred_percent_are_the_end(started: Started, clock: Clock) -> None:
+    bar, file = started(total=390)
+    clock.now += 10
+    bar.update(389)
+    assert file.getvalue().startswith("99% (389 of 390)")
+
+
 def test_the_end_is_told_once(started: Started, clock: Clock) -> None:
     bar, file = started(total=2, desc="train")
     bar.update(2)

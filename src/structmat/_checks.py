@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST_AXIS = 10**9
+"""The longest axis of a matrix for which a message lists the divisors, which takes no time up to here."""
+
 
 def positive_int(value: Any, what: str) -> int:
     """Return ``value`` if it is an integer of at least 1.
@@ -69,10 +72,10 @@ def block_counts(blocks: Any, M: int, N: int) -> tuple[int, int]:
     for count, size, axis in zip(pair, (M, N), ("rows", "columns"), strict=True):
         positive_int(count, f"the block count along the {axis}")
         if size % count:
-            raise ValueError(
-                f"expected a block count that divides the {size} {axis}, got {count}; "
-                f"the divisors of {size} are {', '.join(map(str, divisors(size)))}"
+            known = (
+                f"; the divisors of {size} are {', '.join(map(str, divisors(size)))}" if size <= LARGEST_AXIS else ""
             )
+            raise ValueError(f"expected a block count that divides the {size} {axis}, got {count}{known}")
     return pair
 
 

@@ -23,7 +23,8 @@ class _Lines(tqdm):
     def __str__(self) -> str:
         facts = self.format_dict
         done, total, elapsed, name = facts["n"], facts["total"], facts["elapsed"], facts["prefix"]
-        parts = [f"{done} done" if total is None else f"{done / total:.0%}" if total else "100%"]
+        percent = int(100 * done / total + 1e-6) if total else 100  # rounded down: 100 at the end alone
+        parts = [f"{done} done" if total is None else f"{percent}%"]
         if total and facts["bar_format"] is None:  # a format of its own says that the numbers mean nothing to a reader
             parts[0] += f" ({done} of {total})"
         parts.append(f"{self.format_interval(elapsed)} so far")

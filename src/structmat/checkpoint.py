@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from structmat import _checks
@@ -16,6 +17,10 @@ from structmat.plan import Plan, plan_of
 
 SCHEMA_VERSION = 1
 """The version of the checkpoint's metadata."""
+
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""The dtypes that a file may have for floating-point tensors, whichever of them the network has."""
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -40,7 +45,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"expected tensors alone in the state dict, but {name!r} is a {type(tensor).__name__}")
         if tensor.is_meta:
             raise ValueError(f"expected a model with values, but {name!r} is on the meta device; load it first")
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        key = place if tensor.numel() else (name,)
         if key in owners:
             aliases[name] = owners[key]
             continue
@@ -68,8 +74,8 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no structmat checkpoint, is of a newer schema, its plan does not fit the network, a
-            tensor is missing, is extra, or has another shape, the network shares a tensor that the file does not, or a
-            non-persistent buffer is on the meta device.
+            tensor is missing, is extra, or has another shape or kind of number, factors do not fit their format, the
+            network shares a tensor that the file does not, or a non-persistent buffer is on the meta device.
     """
     tensors, metadata = read_tensors(path)
     if "structmat" not in metadata:
@@ -87,6 +93,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     state = {**tensors, **{alias: tensors[name] for alias, name in aliases.items() if name in tensors}}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _checks.same_shapes(got, _expected_shapes(model, plan), f"the checkpoint {os.fspath(path)!r}")
+    _check_values(model, plan, state)
     _check_ties(model, state, aliases)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in model.state_dict()]
@@ -103,6 +110,26 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             owner, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), child, getattr(model.get_submodule(owner), own))
     return model
+
+
+def _check_values(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of another kind of number than the network has, and factors that do not fit their format."""
+    own = model.state_dict()
+    kinds = {name: own[name].dtype for name in state if name in own}
+    for layer, format in plan.items():
+        factors = {factor: state[f"{layer}.{factor}"] for factor in format.factor_specs()}
+        for factor, spec in format.factor_specs().items():
+            kinds[f"{layer}.{factor}"] = spec.dtype or torch.float32
+        try:
+            format.check_factors(factors)
+        except ValueError as error:
+            raise ValueError(f"layer {layer!r}: {error}") from error
+    for name, tensor in state.items():
+        wanted = kinds.get(name, tensor.dtype)
+        plain = tensor.dtype in FLOATS if wanted.is_floating_point else tensor.dtype == wanted
+        if not plain:
+            kind = "floating-point numbers" if wanted.is_floating_point else str(wanted).removeprefix("torch.")
+            raise ValueError(f"expected {kind} in {name!r}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def _check_ties(model: nn.Module, state: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:

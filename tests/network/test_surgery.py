@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import structmat as sm
 from small_networks import Tied, generator, mlp, snapshot
 from structmat import (
     Blast,
@@ -251,3 +253,16 @@ def test_hooks_are_not_lost_silently() -> None:
     model[0].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="layer '0' cannot be structured: it has hooks, which would be lost"):
         apply_plan_(model, {"0": LowRank(32, 24, 4)})
+
+
+def test_surgery_in_inference_mode_leaves_a_network_that_can_be_trained(tmp_path: Path) -> None:
+    sm.save_model(apply_plan_(mlp(), {"2": LowRank(32, 32, 4)}), tmp_path / "file")
+    models = [mlp() for _ in range(3)]
+    with torch.inference_mode():
+        apply_plan_(models[0], {"2": LowRank(32, 32, 4)})
+        densify_(apply_plan_(models[1], {"2": LowRank(32, 32, 4)}))
+        sm.load_model(models[2], tmp_path / "file")
+        sm.load_model(mlp(), tmp_path / "file")  # a network that was made in this mode can be filled there too
+    for model in models:
+        model(torch.randn(3, 24)).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())

@@ -23,6 +23,7 @@ from structmat.bench.machine import hardware
 from structmat.bench.timing import time_side_by_side
 from structmat.formats import Format
 from structmat.network.capture import count_vectors
+from structmat.network.sites import structured_layers
 from structmat.network.surgery import densify_, tile_
 from structmat.nn import StructuredModule
 from structmat.nn.linear import bucket
@@ -343,7 +344,7 @@ def _copies(tensors: Iterable[Tensor]) -> int:
 
 
 def _layers(model: nn.Module) -> dict[str, StructuredModule]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
+    layers = structured_layers(model)
     if not layers:
         raise ValueError("expected a network with structured layers, got none")
     return layers

@@ -82,13 +82,42 @@ class Output:
         """Whether the work is done already; the user is told, and what a killed process left beside it is removed."""
         if not self.finished:
             return False
-        if self.partial.exists() and not self._lock.is_locked:
+        if self.partial.is_dir() and not self.partial.is_symlink() and self._is_ours() and not self._lock.is_locked:
             with self:
                 pass
         say(f"{self.path} is finished, with the same options; nothing to do")
         return True
 
+    def _check_partial(self) -> None:
+        """Refuse to work in, or clear, a folder that no command of structmat made.
+
+        Raises:
+            FileExistsError: If there is a link, a file, or a folder of somebody else.
+        """
+        what = None
+        if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
+            what = "a link" if self.partial.is_symlink() else "a file"
+        elif self.partial.is_dir() and not self._is_ours():
+            what = "a folder with other things"
+        if what is not None:
+            raise FileExistsError(
+                f"expected {str(self.partial)!r} to be free for what is unfinished, but it is {what} that structmat "
+                "did not make; move it away or choose another --out"
+            )
+
+    def _is_ours(self) -> bool:
+        """Whether the partial folder holds nothing but what a command of structmat leaves there."""
+        file = self.partial / "options.json"
+        if not file.is_file():
+            names = (path.name for path in self.partial.iterdir())
+            return all(name == "lock" or name.startswith(".options.json.") for name in names)
+        try:
+            return "command" in json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            return False
+
     def __enter__(self) -> Output:
+        self._check_partial()
         self.partial.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()

@@ -24,7 +24,7 @@ from structmat.formats import Format
 from structmat.inspect.plots import budget_shares, couplings, structure_maps
 from structmat.inspect.reports import NUMBERS, Report
 from structmat.inspect.reports import report as report_on
-from structmat.nn import StructuredModule
+from structmat.network import structured_layers
 
 Wanted = Callable[[Format], tuple[str, ...]]
 """Says which factors of a format are read."""
@@ -101,18 +101,13 @@ def with_factors(model: str, wanted: Wanted) -> Any:
         The model, everything else on the meta device; the whole one where the files have other names for the factors.
     """
     empty = models.skeleton(model)
-    layers = structured(empty)
+    layers = structured_layers(empty)
     names = [f"{layer}.{factor}" for layer, module in layers.items() for factor in wanted(module.format)]
     tensors = read_some(models.folder_of(model), names) if names else {}
     if len(tensors) < len(names):
         return models.load(model, models.Placement(device="cpu"))
     empty.load_state_dict(tensors, strict=False, assign=True)
     return empty
-
-
-def structured(model: Any) -> dict[str, StructuredModule]:
-    """The structured layers by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
 
 
 def read_some(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
@@ -137,7 +132,7 @@ def draw(model: str, filled: Any, folder: Path) -> None:
     Raises:
         ValueError: If no layer has a structure with a picture.
     """
-    layers = {name: module for name, module in structured(filled).items() if module.format.drawn_by}
+    layers = {name: module for name, module in structured_layers(filled).items() if module.format.drawn_by}
     if not layers:
         raise ValueError(f"expected GBLR, Gaudi-GBLR or BLAST layers to draw, got none in {model!r}")
     coupled = {name: layer for name, layer in layers.items() if layer.format.has_couplings}
@@ -155,7 +150,7 @@ def draw(model: str, filled: Any, folder: Path) -> None:
         save(couplings(layer, title=name), folder / f"couplings-{name}.png")
 
 
-def hollow_(module: StructuredModule) -> None:
+def hollow_(module: Any) -> None:
     """Give contents without values zeros that take no memory, in place; pictures show the segments alone."""
     zeros = {name: torch.zeros(()).expand(factor.shape) for name, factor in module.factors.items() if factor.is_meta}
     module.load_state_dict(zeros, strict=False, assign=True)

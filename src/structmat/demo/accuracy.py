@@ -17,6 +17,7 @@ from structmat.demo.vit import Digits, VisionTransformer, accuracy, digits, trai
 from structmat.fit import Fit
 from structmat.formats import FORMATS
 from structmat.inspect.reports import report
+from structmat.network.sites import structured_layers
 from structmat.network.surgery import apply_plan_, harden_
 from structmat.nn import StructuredModule
 from structmat.plan import Plan, plan_of
@@ -102,7 +103,7 @@ def measure_accuracies(settings: Settings, plans: Mapping[Key, Plan]) -> Accurac
                     _count(result, model, data)
                     result.relative_multiplications = result.multiplications / found.dense.multiplications
                 if _in_table(settings, keep):
-                    found.layers.setdefault(name, _structured_layers(model))
+                    found.layers.setdefault(name, structured_layers(model))
                     bar.set_description(f"{name} from scratch")
                     result.scratch.append(_from_scratch(plan, result, data, settings, seed, bar.update))
     return found
@@ -153,10 +154,6 @@ def _hardened(model: nn.Module) -> nn.Module:
     if any(format.learns for format in plan_of(model).values()):
         harden_(model)
     return model
-
-
-def _structured_layers(model: nn.Module) -> dict[str, StructuredModule]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
 
 
 def _pooled_error(dense: nn.Module, fits: Mapping[str, Fit]) -> float:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from structmat.network.calls import call, evaluating
 from structmat.network.capture import hooked, vectors_in
-from structmat.nn import StructuredModule
+from structmat.network.sites import structured_layers
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def relative_flops(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | 
     def end(name: str, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         saved.append(_saved(layers[name], output, counter.get_total_flops() - starts.pop()))
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
+    layers = structured_layers(model)
     with evaluating(model), hooked(layers, before=begin, after=end), counter:
         call(model, example_inputs)
     compressed = counter.get_total_flops()
     return Flops(compressed, compressed + sum(saved))
 
 
-def _saved(layer: StructuredModule, output: Tensor, own: int) -> int:
+def _saved(layer: Any, output: Tensor, own: int) -> int:
     """The operations that a layer saves against the dense product, given its own."""
     vectors = vectors_in(layer, output)
     if own == 0 and layer.format.multiplications(vectors, layer.factors) > 0:

@@ -95,7 +95,7 @@ class TiledGblr(Format):
         return specs | {name: FactorSpec((n,), trainable=False, dtype=torch.int32) for name, n in lengths.items()}
 
     def check_factors(self, factors: Factors) -> None:
-        """Check names and shapes, and that each block has one tile.
+        """Check names and shapes, that each block has one tile, and that every row belongs to a component.
 
         Args:
             factors: The factors to check.
@@ -111,6 +111,19 @@ class TiledGblr(Format):
             if (found if len(groups) == 2 else sorted(found)) != expected:
                 order = " in order" if len(groups) == 2 else ""
                 raise ValueError(f"expected {name}_place to hold each of 0 … {len(found) - 1} once{order}, got {found}")
+        if not any(factors[name].is_meta for name in ("left_index", "right_rows", "right_offsets")):
+            self._check_rows(factors)
+
+    def _check_rows(self, factors: Factors) -> None:
+        """Check the indices that say which component each row of a tile belongs to."""
+        index, rows, offsets = (factors[name].long().cpu() for name in ("left_index", "right_rows", "right_offsets"))
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.components:
+            raise ValueError(f"expected left_index from 0 to {self.components - 1} in {self}, got others")
+        if not torch.equal(rows.sort().values, torch.arange(len(rows))):
+            raise ValueError(f"expected right_rows of {self} to hold each of 0 … {len(rows) - 1} once")
+        ascending = bool((offsets.diff() >= 0).all())
+        if len(offsets) and not (int(offsets[0]) == 0 and ascending and int(offsets[-1]) <= len(rows)):
+            raise ValueError(f"expected right_offsets of {self} to ascend from 0 to {len(rows)} at most")
 
     def to_dense(self, factors: Factors) -> Tensor:
         """The sum of the components, each put together from its rows of tiles."""

@@ -14,7 +14,7 @@ import re
 from torch import nn
 
 from structmat.integrations import doors
-from structmat.nn import StructuredModule
+from structmat.network import structured_layers
 
 BaseTuner: type[nn.Module] = doors.checked_module("peft.tuners.tuners_utils").BaseTuner
 """The class of every network with an adapter."""
@@ -41,7 +41,7 @@ def factor_targets(model: nn.Module, layers: str = ".*") -> list[str]:
     """
     if any(isinstance(module, BaseTuner) for module in model.modules()):
         raise ValueError("expected a network without an adapter, got one with; take the names before get_peft_model")
-    found = {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
+    found = structured_layers(model)
     picked = {name: module for name, module in found.items() if re.fullmatch(layers, name)}
     if not picked:
         raise ValueError(

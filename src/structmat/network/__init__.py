@@ -2,7 +2,7 @@
 
 from structmat.network.adapters import Adapter, register_adapter
 from structmat.network.chain import Chain, find_chain
-from structmat.network.sites import Site, find_sites, unseen_weights
+from structmat.network.sites import Site, find_sites, structured_layers, unseen_weights
 from structmat.network.surgery import apply_plan_, densify_, harden_, put_fits_, tile_
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "harden_",
     "put_fits_",
     "register_adapter",
+    "structured_layers",
     "tile_",
     "unseen_weights",
 ]

@@ -205,6 +205,18 @@ def _problem_of(layer: nn.Module) -> str | None:
     return DENSE_KINDS[type(layer)].problem(layer)
 
 
+def structured_layers(model: nn.Module) -> dict[str, StructuredModule]:
+    """The structured layers of a network by their first names.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The layers.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
+
+
 def unseen_weights(model: nn.Module) -> dict[str, str]:
     """Every matrix of the network that no walker over its layers can see, and why.
 

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from structmat.fit import Fit
 from structmat.formats import Format, hardening_gap
 from structmat.network.adapters import record
-from structmat.network.sites import DENSE_KINDS, Site, find_sites
+from structmat.network.calls import undisturbed
+from structmat.network.sites import DENSE_KINDS, Site, find_sites, structured_layers
 from structmat.nn import StructuredModule
 
 LARGE_GAP = 0.05
 """Above this relative change of a matrix hardening warns."""
 
 
+@undisturbed()
 def apply_plan_(
     model: nn.Module,
     plan: Mapping[str, Format],
@@ -205,6 +207,7 @@ def _detached(layer: StructuredModule) -> dict[str, Tensor]:
     return {name: factor.detach() for name, factor in layer.factors.items()}
 
 
+@undisturbed()
 def _convert_(
     model: nn.Module,
     names: Iterable[str] | None,
@@ -234,6 +237,7 @@ def _convert_(
     record(model)
 
 
+@undisturbed()
 def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     """Turn structured layers back into dense ones, in place: their matrices become real parameters.
 
@@ -291,6 +295,22 @@ def _with_ties(layers: Mapping[str, StructuredModule], wanted: list[str], what: 
 def _tie(layer: StructuredModule) -> tuple[int, ...]:
     """What layers that share their factors have in common."""
     return tuple(id(factor) for factor in layer.factors.values())
+
+
+def check_layers(model: nn.Module) -> None:
+    """Check that the factors of every structured layer fit its format, once they have been loaded.
+
+    Args:
+        model: The network.
+
+    Raises:
+        ValueError: If they do not; named by layer.
+    """
+    for name, layer in structured_layers(model).items():
+        try:
+            layer.format.check_factors(layer.factors)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:

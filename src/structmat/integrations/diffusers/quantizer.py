@@ -22,7 +22,7 @@ from torch import nn
 
 from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, recorded
 from structmat.network.adapters import Adapter, register_adapter
-from structmat.network.surgery import apply_plan_, densify_
+from structmat.network.surgery import apply_plan_, check_layers, densify_
 from structmat.nn import StructuredModule
 
 
@@ -91,6 +91,7 @@ class StructmatDiffusersQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_layers(model)
         model.is_quantized = False  # .half(), .float() and .to(dtype) refuse to work on models that are
         write_down(model)
         return model

@@ -35,7 +35,7 @@ from structmat.formats import Format
 from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, recorded, ties_of
 from structmat.network.adapters import Adapter, register_adapter
 from structmat.network.sites import DENSE_KINDS, DenseKind, dense_weight
-from structmat.network.surgery import apply_plan_, densify_
+from structmat.network.surgery import apply_plan_, check_layers, densify_
 from structmat.nn import ReadOnlyWeight, StructuredLinear, StructuredModule
 
 
@@ -120,6 +120,7 @@ class StructmatQuantizer(HfQuantizer):
                 f"expected values for every tensor of the structured layers, but the checkpoint has none for {lost}; "
                 "it is incomplete, or its tensors are under other names"
             )
+        check_layers(model)
         model.is_quantized = False  # .half() and .float() refuse to work on models that are
         for module in model.modules():
             if isinstance(module, PreTrainedModel):

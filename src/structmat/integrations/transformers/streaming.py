@@ -80,9 +80,7 @@ def compress_checkpoint(
     model = skeleton(source)
     wanted = {name: format for name, format in plan.items() if format.replaces}
     files = CheckpointReader(source, model)
-    partial = Path(f"{os.fspath(out)}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _partial_folder(Path(out))
     try:
         work = WorkList.of(model, wanted, method)
         blocks = OnDisk(model, work, files, CheckpointWriter(partial))
@@ -96,9 +94,39 @@ def compress_checkpoint(
                     fits = run.run(bar)
         _finish(model, wanted, blocks, Path(source), partial)
         os.replace(partial, out)
+        (Path(out) / MARKER).unlink()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {name: fits[name] for name in wanted}
+
+
+MARKER = ".structmat-partial"
+"""The file that marks a folder as one that was made here, so that it may be removed."""
+
+
+def _partial_folder(out: Path) -> Path:
+    """Make the folder beside ``out`` in which the checkpoint grows; one that an earlier run left is removed.
+
+    Args:
+        out: The folder that will appear.
+
+    Returns:
+        The partial folder, which is empty but for the marker.
+
+    Raises:
+        FileExistsError: If something is there that was not made here.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    if os.path.lexists(partial):
+        if partial.is_symlink() or not (partial / MARKER).is_file():
+            raise FileExistsError(
+                f"expected {str(partial)!r} to be free for what is unfinished, but something is there that structmat "
+                "did not make; move it away or choose another folder"
+            )
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    (partial / MARKER).touch()
+    return partial
 
 
 class OnDisk:
