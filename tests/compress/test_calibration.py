@@ -202,6 +202,8 @@ def test_layers_planned_as_dense_are_not_looked_at() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("use_cache", [True, False, None])
 def test_the_model_is_left_as_it_was(training: bool, use_cache: bool | None) -> None:
+    pytest.importorskip("structmat.integrations.transformers")  # whose adapter knows of caches
+
     class Configured(nn.Sequential):
         seen: list[Any]
 

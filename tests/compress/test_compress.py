@@ -67,13 +67,16 @@ def test_a_method_is_an_instance() -> None:
         compress_(mlp(), {"0": LowRank(32, 24, 4)}, method=TruncatedSvd, progress=False)  # pyright: ignore
 
 
-def test_a_format_without_a_method_is_refused_before_anything_is_fitted() -> None:
+def test_a_format_without_a_method_of_its_own_is_fitted_by_gradient_descent() -> None:
     @dataclass(frozen=True)
     class Other(LowRank):
         name: ClassVar[str] = "other"
 
-    with pytest.raises(ValueError, match="expected a format with a default method"):
-        compress_(mlp(), {"0": Other(32, 24, 4)}, progress=False)
+    model = mlp()
+    weight = model[0].weight.detach().clone()
+    fit = compress_(model, {"0": Other(32, 24, 4)}, progress=False)["0"]
+    assert len(fit.history) > 0
+    assert fit.error < 1.05 * TruncatedSvd()(weight, LowRank(32, 24, 4)).error
 
 
 def test_non_finite_weights_are_named_by_layer() -> None:

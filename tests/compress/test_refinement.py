@@ -57,7 +57,7 @@ class Case:
         with torch.no_grad(), FitBar(1.0, show=False) as bar:
             states = States(self.inputs, self.inputs, self.masks)
             block = CompressedBlock("", self.dense, self.compressed, states, self.forward)
-            return refined(block, self.fits, self.targets, settings, store, bar)
+            return refined(block, self.fits, [[target] for target in self.targets], settings, store, bar)
 
     @torch.no_grad()
     def held_out_error(self, fits: Mapping[str, Fit], settings: Refinement = LIVELY) -> float:

@@ -36,16 +36,16 @@ def test_the_dense_block_reads_dense_states_and_the_copy_compressed_ones(dense: 
     module, states = (block.dense, block.states.dense) if dense else (block.working, block.states.compressed)
     assert torch.equal(block.output(1, dense=dense), module(states[1]))
     site = find_sites(module)["up"]
-    read = block.captured(site, 1, dense=dense, stop=False)
+    read = block.captured(site, 12, 1, dense=dense, stop=False)
     assert read.shape == (states[1].shape[0] * states[1].shape[1], 12)
-    assert torch.equal(read, block.captured(site, 1, dense=dense, stop=True))
+    assert torch.equal(read, block.captured(site, 12, 1, dense=dense, stop=True))
 
 
 @torch.no_grad()
 def test_masked_tokens_are_left_out() -> None:
     mask = padding().bool()
     block = block_with([None, mask])
-    assert len(block.captured(find_sites(block.dense)["up"], 1, dense=True, stop=True)) == int(mask.sum())
+    assert len(block.captured(find_sites(block.dense)["up"], 12, 1, dense=True, stop=True)) == int(mask.sum())
 
 
 @torch.no_grad()
