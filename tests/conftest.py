@@ -14,6 +14,8 @@ collect_ignore = ["support", "third_party/btt.py"]  # programs that tests run, a
 torch.set_num_threads(1)
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported; kernels run without a GPU then
 torchvision_ops.declare()
+_support = [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _support))  # for processes that tests start
 settings.register_profile("structmat", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("structmat")
 

@@ -13,7 +13,6 @@ checkpoints and the command line find the format without any import by the user.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, overload
@@ -122,7 +121,7 @@ def format_from_json(data: Mapping[str, Any]) -> Format:
     try:
         return kind(**{name: _tuples(value) for name, value in fields.items()})
     except TypeError as error:
-        raise ValueError(f"the fields {json.dumps(fields)} of a {kind.name} format do not fit: {error}") from error
+        raise ValueError(f"the fields of a {kind.name} format do not fit: {error}") from error
 
 
 def _tuples(value: Any) -> Any:
