@@ -238,3 +238,11 @@ def test_a_learning_layer_counts_what_is_inside_its_segments() -> None:
     harden_(model)
     hardened = report(model)
     assert (hardened.parameters, hardened.dense_parameters) == (result.parameters, result.dense_parameters)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_layer_without_a_size_yet_counts_nothing() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    found = report(model)
+    assert [row.name for row in found.rows] == ["1"]
+    assert found.parameters == found.dense_parameters == 8 * 8 + 8

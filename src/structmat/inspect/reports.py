@@ -182,7 +182,8 @@ def report(
         if not shared:
             stored = sum(factor.numel() for factor in weight.factors if isinstance(factor, nn.Parameter))
             surplus += stored - weight.parameters
-    parameters = sum(parameter.numel() for parameter in model.parameters()) - surplus
+    known = (parameter for parameter in model.parameters() if not is_lazy(parameter))
+    parameters = sum(parameter.numel() for parameter in known) - surplus
     return Report(
         tuple(rows),
         parameters,
