@@ -442,3 +442,25 @@ def test_indices_of_tiles_that_are_none_are_refused(tmp_path: Path, name: str) -
     save_model(model, tmp_path / "m")
     with pytest.raises(ValueError, match=rf"layer '0': expected {name} "):
         load_model(nn.Sequential(nn.Linear(32, 32)), edited(tmp_path / "m", TILE_EDITS[name]))
+
+
+def test_dense_weights_of_another_kind_come_back(tmp_path: Path) -> None:
+    def network() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        model[0].weight = nn.Parameter(model[0].weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+        return model
+
+    model = network()
+    save_model(model, tmp_path / "m")
+    loaded = load_model(network(), tmp_path / "m")
+    assert torch.equal(loaded[0].weight.float(), model[0].weight.float())
+
+
+def test_a_plan_that_names_a_layer_that_nothing_has_is_refused(tmp_path: Path) -> None:
+    save_model(nn.Sequential(nn.Linear(16, 16)), tmp_path / "m")
+    with safe_open(tmp_path / "m", framework="pt") as file:
+        header = json.loads(file.metadata()["structmat"])
+    header["plan"]["layers"]["far"] = LowRank(16, 16, 4).to_json()
+    save_file(load_file(tmp_path / "m"), tmp_path / "n", {"structmat": json.dumps(header)})
+    with pytest.raises(ValueError, match="expected a module named 'far'"):
+        load_model(nn.Sequential(nn.Linear(16, 16)), tmp_path / "n")
