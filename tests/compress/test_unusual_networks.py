@@ -67,6 +67,18 @@ def test_a_cache_in_the_batch_is_left_alone() -> None:
     assert [cache.get_seq_length() for cache in caches] == [0] * len(caches)
 
 
+def test_a_cache_with_a_prefix_that_was_computed_with_gradients_is_read_and_left_alone() -> None:
+    model = transformer("LlamaForCausalLM")
+    plan = make_plan(model, RULES, keep=0.5)
+    batches = []
+    for x in ids():
+        cache = model(input_ids=x, use_cache=True).past_key_values
+        batches.append({"input_ids": x, "past_key_values": cache})
+    first = compressed(model, plan, batches)
+    assert [batch["past_key_values"].get_seq_length() for batch in batches] == [9] * len(batches)
+    assert compressed(model, plan, batches) == first
+
+
 def test_the_cache_of_a_part_with_its_own_configuration_is_off() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

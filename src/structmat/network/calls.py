@@ -42,8 +42,25 @@ def fresh(value: Any, model: nn.Module) -> Any:
         return {key: fresh(one, model) for key, one in value.items()}
     if type(value) in (tuple, list):
         return type(value)(fresh(one, model) for one in value)
-    kept = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
-    return copy.deepcopy(value, kept)
+    kept: dict[int, Any] = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    return copy.deepcopy(value, {**_computed_in(value), **kept})
+
+
+def _computed_in(value: Any) -> dict[int, Any]:
+    """Copies of the tensors in an object that were computed from others, which ``deepcopy`` refuses, by ``id``."""
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, Tensor):
+            if not one.is_leaf:
+                found[id(one)] = one.detach().clone()
+        elif id(one) not in seen and not isinstance(one, nn.Module):
+            seen.add(id(one))
+            parts = one.values() if isinstance(one, Mapping) else one if isinstance(one, (tuple, list)) else ()
+            left += [*parts, *vars(one).values()] if hasattr(one, "__dict__") else parts
+    return found
 
 
 def copied(module: nn.Module) -> Any:
