@@ -21,6 +21,7 @@ from structmat.compress.states import States
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar
 from structmat.fit import TruncatedSvd
+from structmat.network.masks import SHAPE_RULE, BatchMasks
 from structmat.network.surgery import put_fits_
 
 WIDTH = 12
@@ -55,7 +56,9 @@ class Case:
 
     def refined(self, settings: Refinement = LIVELY, store: FitStore | None = None) -> dict[str, Fit]:
         with torch.no_grad(), FitBar(1.0, show=False) as bar:
-            states = States(self.inputs, self.inputs, self.masks)
+            kept = [{} if mask is None else {"attention_mask": mask} for mask in self.masks]
+            batch_masks = [BatchMasks(one, default=SHAPE_RULE) for one in kept]
+            states = States(self.inputs, self.inputs, batch_masks)
             block = CompressedBlock("", self.dense, self.compressed, states, self.forward)
             return refined(block, self.fits, [[target] for target in self.targets], settings, store, bar)
 

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from small_networks import Block as DenseBlock
 from small_networks import padding, sequences
 from structmat.compress import states as states_module
 from structmat.compress.states import Block, States
+from structmat.network.masks import SHAPE_RULE, BatchMasks
 from structmat.network.sites import find_sites
 
 
@@ -17,13 +18,19 @@ def call(block: nn.Module, state: Any, i: int) -> Any:
     return block(state)
 
 
-def block_with(masks: list[Tensor | None]) -> Block:
+def block_with(*masks: BatchMasks) -> Block:
     dense, xs = DenseBlock(12).eval(), sequences(2)
-    return Block("layers.0", dense, DenseBlock(12).eval(), States(xs, [x + 1 for x in xs], masks), call)
+    return Block(
+        "layers.0",
+        dense,
+        DenseBlock(12).eval(),
+        States(xs, [x + 1 for x in xs], list(masks) or [BatchMasks()] * 2),
+        call,
+    )
 
 
 def test_names_within_a_block() -> None:
-    block = block_with([None, None])
+    block = block_with()
     assert block.own_name("layers.0.up") == "up"
     whole = Block("", block.dense, block.working, block.states, call)
     assert whole.own_name("layers.0.up") == "layers.0.up"
@@ -32,7 +39,7 @@ def test_names_within_a_block() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_dense_block_reads_dense_states_and_the_copy_compressed_ones(dense: bool) -> None:
-    block = block_with([None, None])
+    block = block_with()
     module, states = (block.dense, block.states.dense) if dense else (block.working, block.states.compressed)
     assert torch.equal(block.output(1, dense=dense), module(states[1]))
     site = find_sites(module)["up"]
@@ -44,22 +51,22 @@ def test_the_dense_block_reads_dense_states_and_the_copy_compressed_ones(dense: 
 @torch.no_grad()
 def test_masked_tokens_are_left_out() -> None:
     mask = padding().bool()
-    block = block_with([None, mask])
+    block = block_with(BatchMasks(), BatchMasks({"attention_mask": mask}, default=SHAPE_RULE))
     assert len(block.captured(find_sites(block.dense)["up"], 12, 1, dense=True, stop=True)) == int(mask.sum())
 
 
 @torch.no_grad()
 def test_outputs_wait_in_the_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states_module, "HOST", torch.device("meta"))  # tells where an output was sent
-    assert block_with([None, None]).output(0, dense=True).is_meta
+    assert block_with().output(0, dense=True).is_meta
 
 
 def test_memory_counts_states_that_differ_once_more() -> None:
     xs = sequences(2)
-    same = States(xs, xs, [None, None])
+    same = States(xs, xs, [BatchMasks()] * 2)
     assert not same.differ
     assert same.nbytes == sum(x.nbytes for x in xs)
-    both = States(xs, [x.clone() for x in xs], [None, None])
+    both = States(xs, [x.clone() for x in xs], [BatchMasks()] * 2)
     assert both.differ
     assert both.nbytes == 2 * same.nbytes
     assert States([{"x": xs[0]}], [{"x": xs[0]}], [None]).nbytes == 0

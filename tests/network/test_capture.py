@@ -64,7 +64,7 @@ def test_stop_ends_a_call_and_nothing_more() -> None:
 def test_inputs_are_captured_without_masked_tokens_and_as_copies() -> None:
     model, x, mask = Stack(depth=2), sequences(1)[0], padding().bool()
     sites = {name: site for name, site in find_sites(model).items() if name in ("embed", "blocks.1.up")}
-    with capturing(sites, mask) as captured:
+    with capturing(sites, lambda name, vectors: mask) as captured:
         model(x, mask)
     assert torch.equal(captured["embed"][0], x[mask])
     assert captured["blocks.1.up"][0].shape == (int(mask.sum()), 24)
@@ -76,7 +76,7 @@ def test_inputs_are_captured_without_masked_tokens_and_as_copies() -> None:
 def test_the_first_input_can_end_the_call() -> None:
     model, after = Stack(depth=2), []
     sites = {"embed": find_sites(model)["embed"]}
-    with hooked({"head": model.head}, after=lambda *_: after.append(1)), capturing(sites, None, stop=True) as captured:
+    with hooked({"head": model.head}, after=lambda *_: after.append(1)), capturing(sites, stop=True) as captured:
         model(sequences(1)[0])
     assert len(captured["embed"]) == 1
     assert after == []
@@ -84,7 +84,7 @@ def test_the_first_input_can_end_the_call() -> None:
 
 def test_every_module_of_a_shared_weight_is_captured() -> None:
     model = Tied()
-    with capturing({"first": find_sites(model)["first"]}, None) as captured:
+    with capturing({"first": find_sites(model)["first"]}) as captured:
         model(torch.randn(5, 24))
     assert [len(vectors) for vectors in captured["first"]] == [5, 5]
 

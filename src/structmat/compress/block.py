@@ -96,7 +96,7 @@ class BlockFits:
         outputs: list[list[Tensor]] = []
         batches = len(block.states.dense)
         for i in range(batches):
-            with capturing(reads if kept else {}, block.mask(i)) as captured:
+            with capturing(reads if kept else {}, block.states.masks[i].counted) as captured:
                 returned = block.call(block.dense, block.states.dense[i], i)
                 outputs += [[tensor.to(HOST) for tensor in block.matters(returned)]] if keep_outputs else []
             for name, found in kept.items():

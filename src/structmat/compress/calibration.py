@@ -13,7 +13,8 @@ from structmat._progress import progress_bar
 from structmat.fit.moments import Moments, MomentSums
 from structmat.formats import Format
 from structmat.network.calls import call, device_of, evaluating, moved, undisturbed
-from structmat.network.capture import capturing, mask_of, shared_inputs
+from structmat.network.capture import capturing, shared_inputs
+from structmat.network.masks import find_masks
 from structmat.network.sites import Site, find_sites
 
 
@@ -73,9 +74,11 @@ def calibrate(
     with undisturbed(), evaluating(model), bar:
         leaders = shared_inputs(sites, (functools.partial(call, model, moved(batch, device)) for batch in given))[0]
         sums = {leader: MomentSums() for leader in leaders.values()}
-        for batch in (moved(one, device) for one in given):
-            with capturing({leader: sites[leader] for leader in sums}, mask_of(batch)) as captured:
-                call(model, batch)
+        read = {leader: sites[leader] for leader in sums}
+        masks = find_masks(model, given, {site.name: site.module for site in read.values()}, {})
+        for batch, mask in zip(given, masks, strict=True):
+            with capturing(read, mask.counted) as captured:
+                call(model, moved(batch, device))
             for leader, vectors in captured.items():
                 sums[leader].add(torch.cat(vectors))
             bar.update()

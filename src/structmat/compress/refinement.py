@@ -116,7 +116,7 @@ def _keys(
     """The hash of everything that each refined fit depends on."""
     states = block.states
     inputs = [state for state in states.compressed if isinstance(state, Tensor)]
-    masks = [mask for mask in states.masks if mask is not None]
+    masks = [mask for one in states.masks for mask in one.masks.values()]
     own = block.working.state_dict().values()
     key = FitStore.digest(
         f"refined|{settings!r}|{sorted(fits)}", *own, *inputs, *(t for one in targets for t in one), *masks
@@ -175,9 +175,9 @@ class _Tuning:
         block = self.block
         returned = block.call(self.student, widened(block.states.compressed[i], self.compute), i)
         losses = []
-        for output, expected in zip(block.matters(returned), self.targets[i], strict=True):
+        for number, (output, expected) in enumerate(zip(block.matters(returned), self.targets[i], strict=True)):
             target = moved(expected, output.device).to(self.compute)
-            losses.append(_relative(output.to(self.compute), target, moved(block.states.masks[i], output.device)))
+            losses.append(_relative(output.to(self.compute), target, block.counted_output(i, number, output)))
         return torch.stack(losses).mean()
 
     def _held_out_error(self) -> float:
@@ -210,7 +210,7 @@ def _size(tensor: Tensor) -> float:
 
 def _relative(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """The squared error over the energy, on the tokens that count."""
-    if mask is not None and mask.shape == target.shape[: mask.ndim]:
+    if mask is not None:
         output, target = output[mask], target[mask]
     energy = target.square().mean()
     return (output - target).square().mean() / energy.clamp_min(torch.finfo(energy.dtype).tiny)

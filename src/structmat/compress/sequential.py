@@ -15,8 +15,8 @@ from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar, WorkList, with_error
 from structmat.fit import Fit
 from structmat.network.calls import call, copied, device_of, evaluating, moved
-from structmat.network.capture import mask_of
 from structmat.network.chain import Chain, Extras, Relay, find_chain
+from structmat.network.masks import BatchMasks, find_masks, masks_of
 from structmat.network.surgery import put_fits_, with_fits
 
 FORWARD_COST = 4
@@ -91,7 +91,7 @@ class SequentialRun:
     ) -> None:
         self.model, self.work, self.batches, self.blocks = model, work, batches, blocks
         self.refinement, self.store = refinement, store
-        self.masks = [mask_of(batch) for batch in batches]
+        self.masks: list[BatchMasks] = []
         tokens = sum(count_tokens(batch) for batch in batches)
         passes = 0 if refinement is None else 3 * refinement.steps / len(batches)
         self.overhead: dict[str, float] = {}
@@ -118,11 +118,20 @@ class SequentialRun:
         """
         planned = list(self.work.sites)
         with evaluating(self.model):
+            self.masks = self._find_masks()
             if self.blocks.chain is not None:
                 return self._run_chain(self.blocks.chain, bar)
             block = self._block("", self.model, self._inputs(), _call_model)
             block.ends = True
             return self._fit(block, planned, bar, keep_outputs=self.refinement is not None)[0]
+
+    def _find_masks(self) -> list[BatchMasks]:
+        """Find out which vectors of layers and of the blocks' outputs count."""
+        inputs = {name: site.module for site in self.work.sites.values() for name in site.names}
+        chain = self.blocks.chain
+        names = () if self.refinement is None else ("",) if chain is None else chain.names
+        outputs = {name: self.model.get_submodule(name) for name in names}
+        return find_masks(self.model, self.batches, inputs, outputs)
 
     def _run_chain(self, chain: Chain, bar: FitBar) -> dict[str, Fit]:
         """Fit the layers before the blocks, those in the blocks, and those after the blocks."""
@@ -203,9 +212,9 @@ class SequentialRun:
 
 def count_tokens(batch: Any) -> int:
     """About how many vectors a batch makes; this weighs the time estimate, and nothing else."""
-    mask = mask_of(batch)
-    if mask is not None:
-        return int(mask.sum())
+    masks = masks_of(batch)
+    if masks:
+        return max(int(mask.sum()) for mask in masks.values())
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
     first = next((value for value in values if isinstance(value, Tensor)), None)
     return 0 if first is None else first.numel() if not first.is_floating_point() else 64 * len(first)

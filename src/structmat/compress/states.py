@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structmat.network.calls import HOST, device_of, moved, same_draws, tensor_of, tensors_of
+from structmat.network.calls import HOST, device_of, same_draws, tensor_of, tensors_of
 from structmat.network.capture import capturing
+from structmat.network.masks import BatchMasks
 from structmat.network.sites import Site
 
 Forward = Callable[[nn.Module, Any, int], Any]
@@ -26,12 +27,12 @@ class States:
     Attributes:
         dense: The states in the dense network.
         compressed: The states in the compressed one; the same list while nothing differs.
-        masks: Which tokens count, ``(B, T)`` or None.
+        masks: Which vectors of layers and of outputs count.
     """
 
     dense: list[Any]
     compressed: list[Any]
-    masks: list[Tensor | None]
+    masks: list[BatchMasks]
 
     @property
     def differ(self) -> bool:
@@ -105,12 +106,21 @@ class Block:
             The vectors ``(T, N)``, on the layer's device; none where the call does not reach the layer.
         """
         block, states = (self.dense, self.states.dense) if dense else (self.working, self.states.compressed)
-        with capturing({site.name: site}, self.mask(i), stop=stop) as captured:
+        with capturing({site.name: site}, self.states.masks[i].counted, stop=stop) as captured:
             self.call(block, states[i], i)
         if site.name in captured:
             return torch.cat(captured[site.name])
         return next(self.dense.parameters()).new_empty(0, width)
 
-    def mask(self, i: int) -> Tensor | None:
-        """Which tokens of batch ``i`` count, on the device of the block."""
-        return moved(self.states.masks[i], device_of(self.dense))
+    def counted_output(self, i: int, number: int, output: Tensor) -> Tensor | None:
+        """Which vectors of a tensor that the block returns for batch ``i`` count; None for all of them.
+
+        Args:
+            i: The batch's number.
+            number: The tensor's number among those that matter.
+            output: The tensor ``(..., N)``.
+
+        Returns:
+            ``(...)`` of booleans, or None.
+        """
+        return self.states.masks[i].counted(f"{self.name}>{number}", output)

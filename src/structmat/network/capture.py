@@ -21,6 +21,10 @@ After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], object]
 """A function that is called after a module ran: name, module, positional and keyword arguments, and the output."""
 
 
+Counted = Callable[[str, Tensor], Tensor | None]
+"""A function of a layer's name and input ``(..., N)`` that says which of its vectors count; None for all of them."""
+
+
 class Stop(BaseException):
     """Ends a call of the network once everything that was wanted is there."""
 
@@ -65,12 +69,6 @@ def hooked(
             if after is not None:
                 stack.callback(module.register_forward_hook(after_hook(name, after), with_kwargs=True).remove)
         yield
-
-
-def mask_of(batch: Any) -> Tensor | None:
-    """The attention mask of a batch, ``(batch, tokens)`` of booleans, where the batch has one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def count_vectors(
@@ -163,13 +161,13 @@ def _reads(sites: Mapping[str, Site], run: Callable[[], object], number: int) ->
 
 @contextmanager
 def capturing(
-    sites: Mapping[str, Site], mask: Tensor | None, *, stop: bool = False
+    sites: Mapping[str, Site], counted: Counted | None = None, *, stop: bool = False
 ) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the inputs of sites as vectors ``(T, N)``, while the context is entered.
 
     Args:
         sites: The sites by name.
-        mask: Which tokens count ``(batch, tokens)``; None for all.
+        counted: Which vectors count, by the site's own name; None for all.
         stop: Whether the first input ends what is inside.
 
     Yields:
@@ -178,7 +176,7 @@ def capturing(
     captured: dict[str, list[Tensor]] = {}
 
     def note(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        captured.setdefault(name, []).append(_vectors(sites[name].name, module, inputs[0], mask))
+        captured.setdefault(name, []).append(_vectors(sites[name].name, module, inputs[0], counted))
         if stop:
             raise Stop
 
@@ -196,11 +194,12 @@ def _watched(sites: Mapping[str, Site], note: Before) -> Iterator[None]:
         yield
 
 
-def _vectors(name: str, module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """A copy of what the layer's matrix multiplies, ``(T, N)``, without the tokens that the mask leaves out."""
+def _vectors(name: str, module: nn.Module, x: Tensor, counted: Counted | None) -> Tensor:
+    """A copy of what the layer's matrix multiplies, ``(T, N)``, without the vectors that do not count."""
     if isinstance(module, nn.Conv2d):
         x = unfolded(module, x if x.ndim == 4 else x[None])[0]
-    vectors = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1]).clone()
+    mask = None if counted is None else counted(name, x)
+    vectors = x.reshape(-1, x.shape[-1]).clone() if mask is None else x[mask]
     if not torch.isfinite(vectors).all():
         raise FloatingPointError(f"the input of layer {name!r} is not finite; check the calibration data and the dtype")
     return vectors
