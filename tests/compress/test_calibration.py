@@ -328,7 +328,7 @@ def test_the_ridge_is_the_one_that_predicts_held_out_data_best() -> None:
 
 def test_without_a_second_part_the_ridge_is_the_default() -> None:
     for count in range(1, HELD_OUT_EVERY):
-        assert sums_of([correlated(9, seed=k) for k in range(count)]).moments().ridge == DEFAULT_RIDGE
+        assert sums_of([correlated(40, seed=k) for k in range(count)]).moments().ridge == DEFAULT_RIDGE
     assert sums_of([randn(9, 1, seed=k) for k in range(9)]).moments().ridge == DEFAULT_RIDGE  # nothing to predict from
 
 
@@ -357,10 +357,11 @@ def test_held_out_batches_count_too() -> None:
 
 
 def test_memory_is_counted() -> None:
-    sums = sums_of([randn(6, 8)])
+    sums = sums_of([randn(9, 8)])
     assert sums.nbytes == 8 * (8 * 8 + 8 + 1)
-    sums = sums_of([randn(6, 8)], [randn(6, 8)])
+    sums = sums_of([randn(9, 8)], [randn(9, 8)])
     assert sums.nbytes == 8 * (2 * (8 * 8 + 8) + 1)
+    assert sums_of([randn(6, 8)]).nbytes == 8 * (8 * 8 + 8 + 1 + 6 * 8)  # the vectors too, while they are few
     assert sums.moments().nbytes == 8 * 2 * (8 * 8 + 8)
 
 

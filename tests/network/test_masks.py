@@ -76,7 +76,7 @@ def test_padding_is_told_apart_in_every_shape(
 ) -> None:
     batch = {"input_ids": ids(), "attention_mask": MASK}
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.filterwarnings("always", "the vectors of")
         assert tokens_seen(Shaped(shaped, width), batch) == {"layer": expected}
     assert [str(one.message).startswith("the vectors of ['layer'] depend on padding") for one in caught] == (
         [True] if "reversed" in request.node.name else []
@@ -225,3 +225,13 @@ def test_the_families_that_were_reported() -> None:
     for name, count in counted.items():
         reads_encoder = name.startswith("encoder") or ".EncDecAttention.k" in name or ".EncDecAttention.v" in name
         assert count == (REAL if reads_encoder else int(decoder.sum())), name
+
+
+def test_where_padding_changes_everything_the_mask_is_believed() -> None:
+    class Leaks(Shaped):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            return self.layer(x + x.mean((0, 1)))
+
+    batch = {"input_ids": ids(), "attention_mask": MASK}
+    assert tokens_seen(Leaks(lambda x: x), batch) == {"layer": REAL}

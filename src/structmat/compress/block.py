@@ -50,6 +50,7 @@ class BlockFits:
         self.full = {block.own_name(name): name for name in planned}
         self.sites = sites_in(block.dense, self.full)
         self.fits: dict[str, Fit] = {}
+        self.vectors: dict[str, int] = {}  # that each layer saw, by full name
         states = block.states
         self.leaders, self.once = shared_inputs(
             self.sites, (functools.partial(block.call, block.dense, state, i) for i, state in enumerate(states.dense))
@@ -154,6 +155,7 @@ class BlockFits:
 
     def _fit(self, names: list[str], moments: Moments) -> None:
         """Fit layers that read the same input, and put the fits into the copy of the block."""
+        self.vectors |= {self.full[name]: moments.tokens for name in names}
         tasks = [self.work.task(self.full[name], self.sites[name], moments) for name in names]
         fitted = fit_tasks(tasks, self.bar, self.store)
         self.bar.advance(sum(self.overhead[self.full[name]] for name in names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from structmat.network.calls import call, device_of, evaluating, moved, undistur
 from structmat.network.capture import capturing, shared_inputs
 from structmat.network.masks import find_masks
 from structmat.network.sites import Site, find_sites
+
+MOST_NAMED = 8
+"""The most layers that a warning names."""
 
 
 class Calibration(Mapping[str, Moments]):
@@ -65,6 +69,9 @@ def calibrate(
         ValueError: If there are no batches, the plan names what is no dense layer, or a planned layer is never called;
             named by layer.
         FloatingPointError: If a layer's input is not finite.
+
+    Warns:
+        UserWarning: If layers see fewer vectors than they have inputs.
     """
     sites = _planned(model, plan)
     given, device = list(batches), device_of(model)
@@ -84,7 +91,29 @@ def calibrate(
             bar.update()
             bar.set_postfix_str(f"{sum(s.nbytes for s in sums.values()) / 2**20:.0f} MiB", refresh=False)
     moments = {leader: one.moments() for leader, one in sums.items()}
-    return Calibration({name: moments[leaders[name]] for name in sites})
+    found = Calibration({name: moments[leaders[name]] for name in sites})
+    warn_of_few({name: one.tokens for name, one in found.items()}, {name: plan[name].N for name in found})
+    return found
+
+
+def warn_of_few(vectors: Mapping[str, int], inputs: Mapping[str, int]) -> None:
+    """Name the layers that saw fewer vectors than they have inputs.
+
+    Args:
+        vectors: The number of vectors that each layer saw, by name.
+        inputs: The number of inputs of each layer, by name.
+
+    Warns:
+        UserWarning: If there are any.
+    """
+    few = [f"{name} ({count} of {inputs[name]})" for name, count in vectors.items() if count < inputs[name]]
+    if few:
+        rest = f" and {len(few) - MOST_NAMED} more" if len(few) > MOST_NAMED else ""
+        warnings.warn(
+            f"the calibration data gives fewer vectors than inputs to {', '.join(few[:MOST_NAMED])}{rest}; it decides "
+            "little there, and the fits stay near what they are without data; give more batches",
+            stacklevel=2,
+        )
 
 
 def _planned(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Site]:

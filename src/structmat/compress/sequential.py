@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from structmat.compress.block import BlockFits
+from structmat.compress.calibration import warn_of_few
 from structmat.compress.refinement import Refinement, refined
 from structmat.compress.states import Block, Forward, States
 from structmat.compress.store import FitStore
@@ -92,6 +93,7 @@ class SequentialRun:
         self.model, self.work, self.batches, self.blocks = model, work, batches, blocks
         self.refinement, self.store = refinement, store
         self.masks: list[BatchMasks] = []
+        self.vectors: dict[str, int] = {}
         tokens = sum(count_tokens(batch) for batch in batches)
         passes = 0 if refinement is None else 3 * refinement.steps / len(batches)
         self.overhead: dict[str, float] = {}
@@ -120,10 +122,13 @@ class SequentialRun:
         with evaluating(self.model):
             self.masks = self._find_masks()
             if self.blocks.chain is not None:
-                return self._run_chain(self.blocks.chain, bar)
-            block = self._block("", self.model, self._inputs(), _call_model)
-            block.ends = True
-            return self._fit(block, planned, bar, keep_outputs=self.refinement is not None)[0]
+                fits = self._run_chain(self.blocks.chain, bar)
+            else:
+                block = self._block("", self.model, self._inputs(), _call_model)
+                block.ends = True
+                fits = self._fit(block, planned, bar, keep_outputs=self.refinement is not None)[0]
+        warn_of_few(self.vectors, {name: format.N for name, format in self.work.formats.items()})
+        return fits
 
     def _find_masks(self) -> list[BatchMasks]:
         """Find out which vectors of layers and of the blocks' outputs count."""
@@ -201,6 +206,7 @@ class SequentialRun:
         block.working = copied(block.dense)
         run = BlockFits(block, planned, self.work, self.store, bar, self.overhead)
         outputs = run.run(keep_outputs=keep_outputs)
+        self.vectors |= run.vectors
         cost = sum(self.refining[name] for name in planned)
         if keep_outputs and self.refinement is not None:
             fits = refined(block, run.fits, outputs, self.refinement, self.store, bar, cost)

@@ -16,6 +16,12 @@ HELD_OUT_EVERY = 5
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """The candidates for the ridge, relative to each input's own energy."""
 
+FEW_RIDGES = (*RIDGES, 1e1, 1e2, 1e3)
+"""The candidates where there are fewer vectors than inputs; with the last the data hardly counts beside the weight."""
+
+FOLDS = 5
+"""The number of parts of which each is predicted from the others, where there are fewer vectors than inputs."""
+
 DEFAULT_RIDGE = 1e-2
 """The ridge where there is only one batch, so that nothing can be held out."""
 
@@ -112,11 +118,13 @@ class MomentSums:
     def __init__(self) -> None:
         self.batches = 0
         self._sums: list[dict[str, Tensor]] = [{}, {}]  # to learn from, and held out
+        self._few: list[tuple[Tensor, Tensor]] | None = []  # all vectors, while they are fewer than inputs
 
     @property
     def nbytes(self) -> int:
         """The memory of the sums, in bytes."""
-        return sum(tensor.nbytes for sums in self._sums for tensor in sums.values())
+        kept = {id(tensor): tensor for pair in self._few or [] for tensor in pair}.values()
+        return sum(tensor.nbytes for tensor in [*kept, *(one for sums in self._sums for one in sums.values())])
 
     @property
     def tokens(self) -> int:
@@ -139,9 +147,16 @@ class MomentSums:
             new |= {"cross": t.mT @ x, "target_mean": t.sum(0)}
         for name, value in new.items():
             sums[name] = sums[name].add_(value) if name in sums else value
+        if self._few is not None:
+            self._few = [*self._few, (x, x if targets is None else targets.double())]
+            if self.tokens >= x.shape[-1]:
+                self._few = None
 
     def moments(self) -> Moments:
-        """The moments over everything, with the ridge that predicts the held-out batches best.
+        """The moments over everything, with the ridge that predicts best what was held out.
+
+        Where there are fewer vectors than inputs, each fifth of them is predicted from the rest, and among the
+        candidates are ridges beside which the data hardly counts.
 
         Returns:
             The moments.
@@ -154,7 +169,9 @@ class MomentSums:
         if not tokens:
             raise ValueError("expected at least one input vector, got none; every token is masked out")
         ridge = DEFAULT_RIDGE
-        if held_out and int(learnt["tokens"]) and int(held_out["tokens"]):
+        if self._few is not None:
+            ridge = _ridge_of_few(self._few)
+        elif held_out and int(learnt["tokens"]) and int(held_out["tokens"]):
             ridge = _best_ridge(*(sums["second_moment"] / sums["tokens"] for sums in (learnt, held_out)))
         means = [name for name in learnt if name != "tokens"]
         total = {name: (learnt[name] + held_out[name] if held_out else learnt[name]) / tokens for name in means}
@@ -188,3 +205,52 @@ def _best_ridge(learnt: Tensor, held_out: Tensor) -> float:
         inner = (predictor * held_out[rest, known]).sum(1)
         errors.append(float((weights * (quadratic - 2 * inner)).sum()))
     return RIDGES[min(range(len(RIDGES)), key=lambda k: (errors[k] if errors[k] == errors[k] else float("inf"), k))]
+
+
+def _ridge_of_few(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """The ridge with which the regression that a fit uses predicts best what was held out.
+
+    ``t`` is regressed on ``x``, or half of the inputs on the other half where the two are the same. What is regressed
+    is the difference ``t - x``, so that an infinite ridge leaves ``x`` as it is, and the weight as it was.
+
+    Args:
+        pairs: ``x (T, N)`` and ``t (T, N)`` of each batch.
+
+    Returns:
+        One of ``FEW_RIDGES``.
+    """
+    x, t = (torch.cat(one) for one in zip(*pairs, strict=True))
+    T, N = x.shape
+    if T < 2 or N < 2:
+        return FEW_RIDGES[-1]
+    lengths = [len(one) for one, _ in pairs]
+    group = torch.arange(len(pairs)).repeat_interleave(torch.tensor(lengths)) if len(pairs) > 1 else torch.arange(T)
+    fold = group.to(x.device) % FOLDS
+    energy = x.square().mean(0)
+    scale = torch.maximum(energy, 1e-6 * quiet(energy)).rsqrt()
+    same = all(a is b for a, b in pairs)
+    read, wanted = (x * scale, (t - x) * scale) if not same else ((x * scale)[:, ::2], (x * scale)[:, 1::2])
+    errors = sum(_held_out_errors(read, wanted, fold == k) for k in fold.unique().tolist())
+    assert isinstance(errors, Tensor)
+    return FEW_RIDGES[int(errors.nan_to_num(torch.inf).argmin())]
+
+
+def _held_out_errors(read: Tensor, wanted: Tensor, held_out: Tensor) -> Tensor:
+    """The squared errors of ridge regressions on vectors that were held out, for each of ``FEW_RIDGES``.
+
+    Args:
+        read: What is regressed on, ``(T, N1)``.
+        wanted: What is predicted, ``(T, N2)``.
+        held_out: Which vectors the regression does not see, ``(T,)``.
+
+    Returns:
+        ``(len(FEW_RIDGES),)``.
+    """
+    known, rest = ~held_out, held_out
+    if not known.any():
+        return read.new_zeros(len(FEW_RIDGES))
+    values, vectors = torch.linalg.eigh(read[known] @ read[known].mT)
+    inner, outer = vectors.mT @ wanted[known], read[rest] @ read[known].mT @ vectors
+    ridges = read.new_tensor(FEW_RIDGES) * int(known.sum())
+    predicted = [(outer / (values.clamp_min(0) + ridge)) @ inner for ridge in ridges]
+    return torch.stack([(wanted[rest] - one).square().sum() for one in predicted])

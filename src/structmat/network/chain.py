@@ -204,16 +204,8 @@ def find_chain(model: nn.Module, planned: Mapping[str, Sequence[str]], batch: An
     Returns:
         The chain, or None if the network has none.
     """
-    candidates = [
-        (name, [f"{name}.{child}" if name else child for child, _ in module.named_children()])
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential))
-    ]
-    candidates = [(name, blocks) for name, blocks in candidates if len(blocks) > 1 and _holds(blocks, planned)]
-    if not candidates:
-        return None
-    blocks = max((blocks for _, blocks in candidates), key=len)
-    if len({id(model.get_submodule(name)) for name in blocks}) < len(blocks):
+    blocks = list_of_blocks(model, planned)
+    if not blocks:
         return None
     outside = [name for name in planned if not _inside(name, blocks)]
     seen = _observe(model, blocks, outside, batch)
@@ -230,6 +222,25 @@ def find_chain(model: nn.Module, planned: Mapping[str, Sequence[str]], batch: An
         )
         return None
     return chain
+
+
+def list_of_blocks(model: nn.Module, planned: Mapping[str, Sequence[str]]) -> list[str]:
+    """Find the longest list of modules, each of them there once, that holds most of the planned layers.
+
+    Args:
+        model: The network, which is not called.
+        planned: Every name of each planned layer, by its first name.
+
+    Returns:
+        The names of the modules, in order; none if there is no such list.
+    """
+    candidates = [
+        [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+    ]
+    blocks = max((one for one in candidates if len(one) > 1 and _holds(one, planned)), key=len, default=[])
+    return blocks if len({id(model.get_submodule(name)) for name in blocks}) == len(blocks) else []
 
 
 @dataclass

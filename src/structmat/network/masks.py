@@ -26,7 +26,16 @@ NO_CONTENT = ("labels", "position_ids", "token_type_ids", "cache_position")
 """How names end under which a batch holds what belongs to tokens, but is not what they say."""
 
 MOST = 0.5
-"""A mask fits a layer's vectors if it is right about more than this share of both kinds of token."""
+"""The share of vectors above which most of them change."""
+
+LEAST_SCORE = -0.05
+"""A mask fits a layer's vectors if this much more of the padding changes than of the tokens.
+
+Where a network lets padding change everything, all layers have 0, and the mask's word holds where its shape fits.
+"""
+
+Scored = dict[str, tuple[float, "Rule"]]
+"""Rules by layer, each with how much more of the padding than of the tokens it is right about."""
 
 
 def masks_of(batch: Any) -> dict[str, Tensor]:
@@ -175,12 +184,15 @@ def find_masks(
     nothing = not all(masks[i][key].any() for key, i in padded.items())
     if nothing or any(parameter.is_meta for parameter in model.parameters()):
         return [BatchMasks(found, default=SHAPE_RULE) for found in masks]
-    rules: dict[str, Rule] = {}
+    scored: dict[str, tuple[float, Rule]] = {}
     lost: set[str] = set()
     for key, i in padded.items():
         new, unclear = _Probe(model, batches[i], key, masks[i], inputs, outputs).rules()
-        rules = new | rules
         lost |= unclear
+        for name, (score, rule) in new.items():
+            if name not in scored or score > scored[name][0]:
+                scored[name] = score, rule
+    rules = {name: rule for name, (_, rule) in scored.items()}
     if lost := lost - set(rules):
         warnings.warn(
             f"the vectors of {sorted(lost)} depend on padding, but no mask of the batch fits their shape, so all of "
@@ -210,7 +222,7 @@ class _Probe:
         self.inputs, self.outputs = inputs, outputs
         self.mask = masks[key]
 
-    def rules(self) -> tuple[dict[str, Rule], set[str]]:
+    def rules(self) -> tuple[Scored, set[str]]:
         """The rules of the layers that this mask tells apart, and the layers that it should, but does not."""
         content = self._content()
         if not content:
@@ -219,7 +231,7 @@ class _Probe:
         other = self._attempt({name: self._other_padding(value) for name, value in content.items()})
         if other is None:
             return self._by_shape(plain), set()
-        rules: dict[str, Rule] = {}
+        rules: Scored = {}
         unclear: set[str] = set()
         still: list[str] = []
         for name, rows in plain.items():
@@ -227,9 +239,9 @@ class _Probe:
             if changes is None:
                 unclear.add(name)
             elif any(bool(one.any()) for one in changes):
-                rule = self._fitting(changes)
-                rules |= {} if rule is None else {name: rule}
-                unclear |= {name} if rule is None else set()
+                fitting = self._fitting(changes)
+                rules |= {} if fitting is None else {name: fitting}
+                unclear |= {name} if fitting is None else set()
             else:
                 still.append(name)
         return rules | self._silenced(plain, still, content), unclear
@@ -291,20 +303,22 @@ class _Probe:
             call(self.model, moved({**self.batch, **content}, device))
         return rows
 
-    def _fitting(self, changes: Sequence[Tensor]) -> Rule | None:
-        """The rule by which most of the padding changes and most tokens do not."""
-        return next((rule for rule, padding, real in self._shares(changes) if padding > MOST > real), None)
+    def _fitting(self, changes: Sequence[Tensor]) -> tuple[float, Rule] | None:
+        """The rule by which the most padding changes and the fewest tokens, with how many more."""
+        found = [(padding - real, rule) for rule, padding, real in self._shares(changes) if padding > MOST]
+        best = max(found, key=lambda pair: pair[0], default=None)
+        return best if best is not None and best[0] > LEAST_SCORE else None
 
-    def _silenced(self, plain: Rows, names: Sequence[str], content: Mapping[str, Tensor]) -> dict[str, Rule]:
+    def _silenced(self, plain: Rows, names: Sequence[str], content: Mapping[str, Tensor]) -> Scored:
         """The rules of layers in which tokens change with their content, and padding changes with nothing."""
         fit = [n for n in names if any(self._shares([torch.zeros(one.shape[:-1]) for one in plain[n]]))]
         other = self._attempt({name: self._other_tokens(value) for name, value in content.items()}) if fit else None
-        rules: dict[str, Rule] = {}
+        rules: Scored = {}
         for name in fit if other else ():
             changes = _changes(plain[name], (other or {}).get(name, []))
             for rule, padding, real in self._shares(changes or []):
                 if padding < MOST < real:
-                    rules.setdefault(name, rule)
+                    rules.setdefault(name, (real - padding, rule))
         return rules
 
     def _shares(self, changes: Sequence[Tensor]) -> list[tuple[Rule, float, float]]:
@@ -321,10 +335,10 @@ class _Probe:
                 found.append((Rule(self.key, layout), padding, real))
         return found
 
-    def _by_shape(self, rows: Rows) -> dict[str, Rule]:
+    def _by_shape(self, rows: Rows) -> Scored:
         """The rules by shape alone, for a mask whose tokens cannot be given other content."""
         fits = {n: all(_in_rows(self.mask, one.shape[:-1]) is not None for one in found) for n, found in rows.items()}
-        return {name: Rule(self.key, _in_rows) for name, fit in fits.items() if fit}
+        return {name: (0.0, Rule(self.key, _in_rows)) for name, fit in fits.items() if fit}
 
 
 def _row_numbers(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from structmat import _checks
 from structmat.fit import Fit
 from structmat.formats import Format, hardening_gap
 from structmat.network.adapters import record
@@ -298,19 +299,33 @@ def _tie(layer: StructuredModule) -> tuple[int, ...]:
 
 
 def check_layers(model: nn.Module) -> None:
-    """Check that the factors of every structured layer fit its format, once they have been loaded.
+    """Check that the factors of every structured layer fit its format and are finite, once they have been loaded.
 
     Args:
         model: The network.
-
-    Raises:
-        ValueError: If they do not; named by layer.
     """
     for name, layer in structured_layers(model).items():
-        try:
-            layer.format.check_factors(layer.factors)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
+        check_layer(name, layer.format, layer.factors)
+
+
+def check_layer(name: str, format: Format, factors: Mapping[str, Tensor]) -> None:
+    """Check factors that were loaded.
+
+    Args:
+        name: The name of the layer.
+        format: Its format.
+        factors: Its factors.
+
+    Raises:
+        ValueError: If they do not fit the format, or one that is trained holds NaN or infinity.
+    """
+    try:
+        format.check_factors(factors)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+    for own, spec in format.factor_specs().items():
+        if spec.trainable and not _checks.is_finite(factors[own]):
+            raise ValueError(f"expected finite factors in layer {name!r}, got NaN or infinity in {own!r}")
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
