@@ -53,6 +53,8 @@ ODD_TOKENS = (1, 5, 67)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 LAYERS = {
+    "BLAST 2 x 2": Rule(Blast, 0.5, 2),
+    "BLAST 4 x 4": Rule(Blast, 0.5, 4),
     "BLAST 16 x 16": Rule(Blast, 0.5, 16),
     "Monarch 16 x 16": Rule(Monarch, 0.5, 16),
     "low-rank": Rule(LowRank, 0.5),

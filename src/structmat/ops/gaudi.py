@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from structmat.ops.common import save_inputs, shaped_like
+from structmat.ops.common import plain, plain_backward, plain_gradients, save_inputs, shaped_like, traced
 
 
 def gaudi_mask(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Tensor:
@@ -28,14 +29,20 @@ def gaudi_mask(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Tensor
     Returns:
         ``(..., K, n)``, in the dtype of ``width``.
     """
+    if plain():
+        return _definition(width, location, sigma, n)
     return torch.ops.structmat.gaudi_mask(width, location, sigma, n)
+
+
+def _definition(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Tensor:
+    if not traced() and width.numel() == 0:
+        return width[..., None].expand(*width.shape, n).clone()
+    return torch.fft.irfft(_coefficients(width, location, sigma, n), n, norm="forward")
 
 
 @torch.library.custom_op("structmat::gaudi_mask", mutates_args=())
 def _mask(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Tensor:
-    if width.numel() == 0:
-        return width.new_empty(*width.shape, n)
-    return torch.fft.irfft(_coefficients(width, location, sigma, n), n, norm="forward")
+    return _definition(width, location, sigma, n)
 
 
 @_mask.register_fake
@@ -50,9 +57,9 @@ def _mask_backward(upstream: Tensor, width: Tensor, location: Tensor, sigma: Ten
         return torch.empty_like(width), torch.empty_like(location)
     frequencies = _frequencies(width, n)
     weights = torch.full_like(frequencies, 2)  # a frequency stands for its negative too
-    weights[0] = 1
+    weights[:1].fill_(1)  # a copy of a number from the host cannot be recorded as a CUDA graph
     if n % 2 == 0:
-        weights[-1] = 1
+        weights[-1:].fill_(1)
     spectrum = torch.fft.rfft(upstream.to(width.dtype)).conj() * weights
     # d/d width moves the right edge: a smoothed impulse at location + width
     edge = _turned(frequencies * (location.double() + width.double())[..., None] - frequencies / (2 * n), width.dtype)
@@ -92,6 +99,10 @@ def _coefficients(width: Tensor, location: Tensor, sigma: Tensor, n: int) -> Ten
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if plain_backward():
+        width, location, sigma = ctx.saved_tensors
+        product = functools.partial(_definition, sigma=sigma, n=ctx.options[0])
+        return *plain_gradients(product, ctx.needs_input_grad, upstream.to(width.dtype), width, location), None, None
     return *torch.ops.structmat.gaudi_mask_backward(upstream, *ctx.saved_tensors, *ctx.options), None, None
 
 
