@@ -64,10 +64,11 @@ def file(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
-    """Change the tensors and the header of a checkpoint."""
+    """Change the tensors and the header of a checkpoint, as of a version that wrote no digests."""
     tensors = load_file(path)
     with safe_open(path, "pt") as opened:
         header = json.loads(opened.metadata()["structmat"])
+    del header["digests"]
     change(tensors, header)
     save_file(tensors, path, {"structmat": json.dumps(header)})
 
@@ -458,9 +459,6 @@ def test_dense_weights_of_another_kind_come_back(tmp_path: Path) -> None:
 
 def test_a_plan_that_names_a_layer_that_nothing_has_is_refused(tmp_path: Path) -> None:
     save_model(nn.Sequential(nn.Linear(16, 16)), tmp_path / "m")
-    with safe_open(tmp_path / "m", framework="pt") as file:
-        header = json.loads(file.metadata()["structmat"])
-    header["plan"]["layers"]["far"] = LowRank(16, 16, 4).to_json()
-    save_file(load_file(tmp_path / "m"), tmp_path / "n", {"structmat": json.dumps(header)})
-    with pytest.raises(ValueError, match="expected a module named 'far'"):
-        load_model(nn.Sequential(nn.Linear(16, 16)), tmp_path / "n")
+    rewrite(tmp_path / "m", lambda _, header: header["plan"]["layers"].update(far=LowRank(16, 16, 4).to_json()))
+    with pytest.raises(ValueError, match=r"'.*m': expected a module named 'far'"):
+        load_model(nn.Sequential(nn.Linear(16, 16)), tmp_path / "m")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import reprlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,27 +15,105 @@ from torch import Tensor
 LARGEST_AXIS = 10**9
 """The longest axis of a matrix for which a message lists the divisors, which takes no time up to here."""
 
+LARGEST_INT = 2**63 - 1
+"""The largest integer of a tensor, and so of every size."""
 
-def positive_int(value: Any, what: str) -> int:
-    """Return ``value`` if it is an integer of at least 1.
+MOST_COMPONENTS = 10**6
+"""The most components of one matrix: some operations need a few numbers for each, whatever the matrix' shape."""
+
+Kind = type | tuple[type, ...]
+"""What a value of a file may be; ``float`` stands for every finite number."""
+
+_NAMES = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number", bool: "true or false"}
+
+
+def positive_int(value: Any, what: str, most: int = LARGEST_INT) -> int:
+    """Return ``value`` if it is an integer from 1 to ``most``.
 
     Raises:
         ValueError: If it is anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"expected {what} to be an integer of at least 1, got {value!r}")
-    return value
+    return _int_from(1, value, what, most)
 
 
-def natural_int(value: Any, what: str) -> int:
-    """Return ``value`` if it is an integer of at least 0.
+def natural_int(value: Any, what: str, most: int = LARGEST_INT) -> int:
+    """Return ``value`` if it is an integer from 0 to ``most``.
 
     Raises:
         ValueError: If it is anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"expected {what} to be an integer of at least 0, got {value!r}")
+    return _int_from(0, value, what, most)
+
+
+def _int_from(least: int, value: Any, what: str, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"expected {what} to be an integer of at least {least}, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"expected {what} to be an integer of at most {most}, got {shown(value)}")
     return value
+
+
+def shown(value: Any) -> str:
+    """The value as text for a message: short, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 120, 120, 60
+
+
+def typed(value: Any, kind: Kind, what: str) -> Any:
+    """Return ``value`` if it is of this kind.
+
+    Raises:
+        ValueError: If it is of another kind.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not any(_is_of(one, value) for one in kinds):
+        raise ValueError(
+            f"expected {what} to be {' or '.join(_NAMES.get(one, 'null') for one in kinds)}, got {shown(value)}"
+        )
+    return value
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, Mapping if kind is dict else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def fields(value: Any, kinds: Mapping[str, Kind], what: str) -> dict[str, Any]:
+    """Return the named fields of an object of a file.
+
+    Args:
+        value: What the file has.
+        kinds: The kind of each field that has to be there, by name.
+        what: What it is, for messages.
+
+    Returns:
+        The fields by name, others left out.
+
+    Raises:
+        ValueError: If it is no object, or lacks a field, or one is of another kind.
+    """
+    names = " and ".join(filter(None, (", ".join(map(repr, [*kinds][:-1])), repr([*kinds][-1]))))
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected {what} with {names}, got {shown(value)}")
+    missing = [name for name in kinds if name not in value]
+    if missing:
+        raise ValueError(f"expected {what} with {names}, got it without {', '.join(map(repr, missing))}")
+    return {name: typed(value[name], kind, f"{name!r} of {what}") for name, kind in kinds.items()}
+
+
+def values(value: Any, kind: Kind, what: str) -> dict[str, Any]:
+    """Return an object of a file whose values are all of one kind.
+
+    Raises:
+        ValueError: If it is no object, or a value is of another kind.
+    """
+    return {name: typed(one, kind, f"{shown(name)} of {what}") for name, one in typed(value, dict, what).items()}
 
 
 def fraction(value: Any, what: str) -> float:
@@ -42,7 +123,7 @@ def fraction(value: Any, what: str) -> float:
         ValueError: If it does not.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"expected {what} to be in (0, 1], got {value!r}")
+        raise ValueError(f"expected {what} to be in (0, 1], got {shown(value)}")
     return float(value)
 
 
@@ -68,15 +149,18 @@ def block_counts(blocks: Any, M: int, N: int) -> tuple[int, int]:
     """
     pair = (blocks, blocks) if isinstance(blocks, int) else tuple(blocks) if isinstance(blocks, (tuple, list)) else ()
     if len(pair) != 2:
-        raise ValueError(f"expected blocks to be one count or a pair (rows, columns), got {blocks!r}")
+        raise ValueError(f"expected blocks to be one count or a pair (rows, columns), got {shown(blocks)}")
     for count, size, axis in zip(pair, (M, N), ("rows", "columns"), strict=True):
         positive_int(count, f"the block count along the {axis}")
         if size % count:
-            known = (
-                f"; the divisors of {size} are {', '.join(map(str, divisors(size)))}" if size <= LARGEST_AXIS else ""
-            )
+            known = listed_divisors(size, f"; the divisors of {size} are ")
             raise ValueError(f"expected a block count that divides the {size} {axis}, got {count}{known}")
     return pair
+
+
+def listed_divisors(n: int, begin: str) -> str:
+    """The divisors of ``n`` as the end of a message that begins so; empty where it takes long to find them."""
+    return begin + ", ".join(map(str, divisors(n))) if n <= LARGEST_AXIS else ""
 
 
 def divisors(n: int) -> list[int]:
@@ -107,6 +191,25 @@ def matrix(weight: Any, shape: tuple[int, int], what: str) -> None:
         )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity; one without values is taken for finite."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    values = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())  # a sum is fast, and may overflow
+
+
+@contextmanager
+def about(place: str) -> Iterator[None]:
+    """Let every ``ValueError`` that comes up while this is entered name the file or folder that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        if repr(place) in str(error):
+            raise
+        raise ValueError(f"{place!r}: {error}") from error
+
+
 def same_shapes(got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Check that ``got`` has the names and shapes of ``expected``, no more and no fewer.
 
@@ -132,4 +235,4 @@ def one_of(value: Any, choices: Iterable[Any], what: str) -> None:
     """
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"expected {what} to be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"expected {what} to be one of {', '.join(map(repr, choices))}, got {shown(value)}")

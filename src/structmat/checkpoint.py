@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structmat import _checks
-from structmat._files import read_tensors, write_tensors
+from structmat._digests import check, digests, sealed
+from structmat._files import parse_json, read_tensors, write_tensors
 from structmat.network.sites import find_sites
-from structmat.network.surgery import apply_plan_
+from structmat.network.surgery import apply_plan_, check_layer
 from structmat.plan import Plan, plan_of
 
 SCHEMA_VERSION = 1
@@ -27,7 +30,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a network to one safetensors file, atomically.
 
     The file holds the state dict, each shared tensor once, and in its metadata the plan, the names that share a
-    tensor, and a schema version.
+    tensor, a digest of every tensor, and a schema version.
 
     Args:
         model: The network, structured or not.
@@ -54,8 +57,9 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    header = {"schema": SCHEMA_VERSION, "plan": json.loads(plan_of(model).to_json()), "aliases": aliases}
-    write_tensors(path, tensors, {"structmat": json.dumps(header)})
+    record = {"plan": json.loads(plan_of(model).to_json()), "aliases": aliases}
+    seal = sealed(record, digests(tensors))
+    write_tensors(path, tensors, {"structmat": json.dumps({"schema": SCHEMA_VERSION, **record, "digests": seal})})
 
 
 def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -74,27 +78,19 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no structmat checkpoint, is of a newer schema, its plan does not fit the network, a
-            tensor is missing, is extra, or has another shape or kind of number, factors do not fit their format, the
-            network shares a tensor that the file does not, or a non-persistent buffer is on the meta device.
+            tensor is missing, is extra, or has another shape or kind of number, factors do not fit their format or are
+            not finite, a tensor or the plan is not as it was saved, the network shares a tensor that the file does not,
+            or a non-persistent buffer is on the meta device.
     """
-    tensors, metadata = read_tensors(path)
-    if "structmat" not in metadata:
-        raise ValueError(
-            f"expected a checkpoint written by structmat.save_model, got {os.fspath(path)!r} without its header"
-        )
-    try:
-        header = json.loads(metadata["structmat"])
-        schema = header["schema"]
-        if schema != SCHEMA_VERSION:
-            raise ValueError(f"expected a checkpoint of schema {SCHEMA_VERSION}, got {schema}; update structmat")
-        plan, aliases = Plan.from_json(json.dumps(header["plan"])), dict(header["aliases"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"expected the header of a checkpoint in {os.fspath(path)!r}: {error!r}") from error
+    tensors, header = read_checkpoint(path)
+    plan, aliases = header.plan, header.aliases
     state = {**tensors, **{alias: tensors[name] for alias, name in aliases.items() if name in tensors}}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    _checks.same_shapes(got, _expected_shapes(model, plan), f"the checkpoint {os.fspath(path)!r}")
-    _check_values(model, plan, state)
-    _check_ties(model, state, aliases)
+    with _checks.about(os.fspath(path)):
+        _checks.same_shapes(got, _expected_shapes(model, plan), f"the checkpoint {os.fspath(path)!r}")
+        _check_values(model, plan, state)
+        _check_ties(model, state, aliases)
+        check(header.seal, header.record, tensors, os.fspath(path))
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in model.state_dict()]
     if lost:
@@ -102,7 +98,8 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"expected values for the non-persistent buffers {lost}, which no checkpoint holds, but they are "
             "on the meta device; build the model on a real device, or give the buffers their values there first"
         )
-    apply_plan_(model, plan)
+    with _checks.about(os.fspath(path)):
+        apply_plan_(model, plan)
     model.load_state_dict(state, assign=on_meta)
     if on_meta:  # assigning makes a new parameter for every name
         for alias, name in aliases.items():
@@ -110,6 +107,54 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             owner, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), child, getattr(model.get_submodule(owner), own))
     return model
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says of its tensors.
+
+    Attributes:
+        plan: The format of each structured layer.
+        aliases: The names that share the tensor of another name, and that name.
+        record: Both as they are in the file.
+        seal: The digests; empty in files of versions that wrote none.
+    """
+
+    plan: Plan
+    aliases: Mapping[str, str]
+    record: Mapping[str, Any]
+    seal: Any
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Header]:
+    """Read a file that ``save_model`` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors by name, and what the file says of them.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no structmat checkpoint, or is of a newer schema; the message names the file.
+    """
+    tensors, metadata = read_tensors(path)
+    if "structmat" not in metadata:
+        raise ValueError(
+            f"expected a checkpoint written by structmat.save_model, got {os.fspath(path)!r} without its header"
+        )
+    what = "the header of a checkpoint"
+    with _checks.about(os.fspath(path)):
+        header = parse_json(metadata["structmat"], what)
+        found = _checks.fields(header, {"schema": int, "plan": dict, "aliases": dict}, what)
+        if found["schema"] != SCHEMA_VERSION:
+            raise ValueError(
+                f"expected a checkpoint of schema {SCHEMA_VERSION}, got {found['schema']}; update structmat"
+            )
+        aliases = _checks.values(found["aliases"], str, f"'aliases' of {what}")
+        plan = Plan.from_data(found["plan"])
+    return tensors, Header(plan, aliases, {key: header[key] for key in ("plan", "aliases")}, header.get("digests", {}))
 
 
 def _check_values(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> None:
@@ -123,10 +168,7 @@ def _check_values(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> 
             continue  # the network has no such layer, which surgery tells
         for factor, spec in specs.items():
             kinds[f"{layer}.{factor}"] = spec.dtype or torch.float32
-        try:
-            format.check_factors(factors)
-        except ValueError as error:
-            raise ValueError(f"layer {layer!r}: {error}") from error
+        check_layer(layer, format, factors)
     for name, tensor in state.items():
         wanted = kinds.get(name, tensor.dtype)
         if tensor.dtype != wanted and not {tensor.dtype, wanted} <= set(FLOATS):

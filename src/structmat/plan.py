@@ -9,14 +9,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from structmat import _checks
-from structmat._files import write_atomically
-from structmat.formats import Format, format_from_json, format_named
+from structmat._files import parse_json, read_json, write_atomically
+from structmat.formats import Format, format_named
+from structmat.formats.registry import formats_from_json
 from structmat.network.sites import Site, find_sites
 from structmat.nn import StructuredModule
 
@@ -191,37 +191,32 @@ class Plan(Mapping[str, Format]):
             FileNotFoundError: If there is no such file.
             ValueError: If the file is not the JSON of a plan; the message names the file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"expected a plan in {os.fspath(path)!r}, found no file; Plan.save writes one")
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"expected a plan in {os.fspath(path)!r}: {error}") from error
+        data = read_json(path, "a plan, as Plan.save writes it,")
+        with _checks.about(os.fspath(path)):
+            return cls.from_data(data)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what ``to_json`` wrote.
+        """Read what ``to_json`` wrote; ``from_data`` says what is refused."""
+        return cls.from_data(parse_json(text, "a plan"))
+
+    @classmethod
+    def from_data(cls, data: Any) -> Plan:
+        """Read what the JSON of a plan holds.
 
         Args:
-            text: The JSON text.
+            data: The parsed JSON.
 
         Returns:
             The plan.
 
         Raises:
-            ValueError: If the text is not the JSON of a plan, or of a schema this version does not know.
+            ValueError: If it is not that of a plan, or of a schema this version does not know.
         """
-        try:
-            data = json.loads(text)
-            schema, layers, skipped = data["schema"], dict(data["layers"]), dict(data["skipped"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"expected the JSON of a plan with 'schema', 'layers' and 'skipped': {error!r}") from error
-        if schema != SCHEMA_VERSION:
-            raise ValueError(f"expected a plan of schema {SCHEMA_VERSION}, got {schema}; update structmat")
-        wrong = next((name for name, value in layers.items() if not isinstance(value, dict)), None)
-        if wrong is not None:
-            raise ValueError(f"expected the JSON of a format for layer {wrong!r}, got {layers[wrong]!r}")
-        return cls({name: format_from_json(value) for name, value in layers.items()}, skipped)
+        found = _checks.fields(data, {"schema": int, "layers": dict, "skipped": dict}, "the JSON of a plan")
+        if found["schema"] != SCHEMA_VERSION:
+            raise ValueError(f"expected a plan of schema {SCHEMA_VERSION}, got {found['schema']}; update structmat")
+        return cls(formats_from_json(found["layers"]), _checks.values(found["skipped"], str, "'skipped' of the plan"))
 
 
 def make_plan(

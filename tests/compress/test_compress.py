@@ -1,13 +1,17 @@
 """Compression: what is planned is fitted, replaced only when all is there, and kept in a cache."""
 
 import copy
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from small_networks import Tied, exact, generator, mlp, relative, snapshot
@@ -24,6 +28,7 @@ from structmat import (
     densify_,
     make_plan,
 )
+from structmat._digests import digests, sealed
 from structmat.compress import tasks
 from structmat.fit import Lee2024Blast, Magnitude, TruncatedSvd
 
@@ -213,11 +218,11 @@ def test_factors_that_overflow_are_refused() -> None:
 
 
 class Overflowing(Magnitude):
-    """A method that gives factors twice as large as it should."""
+    """A method that gives one factor that is far too large, and another that makes up for it."""
 
     def _solve(self, weights: Tensor, metric: Any, format: Any, progress: Any) -> tuple[Any, Tensor]:
         factors, history = super()._solve(weights, metric, format, progress)
-        return {name: 2 * factor for name, factor in factors.items()}, history
+        return {**factors, "left": 1e6 * factors["left"], "right": 1e-6 * factors["right"]}, history
 
 
 # Interrupts and the cache
@@ -325,15 +330,48 @@ def test_a_partly_cached_batch_is_fitted_as_a_whole(recorder: Recorder, tmp_path
             assert all(torch.equal(factor, expected[name].factors[n]) for n, factor in fit.factors.items())
 
 
-def test_a_damaged_cache_is_an_error(tmp_path: Path) -> None:
-    model, plan = mlp(), {"0": LowRank(32, 24, 4)}
-    compress_(copy.deepcopy(model), plan, cache=tmp_path, progress=False)
-    (file,) = tmp_path.iterdir()
+def _cut(file: Path, _: dict[str, Tensor], __: dict[str, str]) -> None:
     file.write_bytes(file.read_bytes()[:20])
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=f"expected a safetensors file at '{re.escape(str(file))}'"):
-        compress_(model, plan, cache=tmp_path, progress=False)
-    assert snapshot(model) == before
+
+
+def _flip(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    tensors["left"].view(torch.int32)[1, 1] ^= 1
+    save_file(tensors, file, metadata)
+
+
+def _swap(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    save_file({"left": tensors["right"], "right": tensors["left"]}, file, metadata)
+
+
+def _without_facts(file: Path, tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    save_file(tensors, file, {"format": "pt"})
+
+
+def _other_facts(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    facts = {**json.loads(metadata["fit"]), "error": "none"}
+    save_file(tensors, file, {**metadata, "fit": json.dumps(facts)})
+
+
+def _not_finite(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    tensors["left"][0, 0] = torch.nan
+    facts = json.loads(metadata["fit"])
+    save_file(tensors, file, {**metadata, "digests": json.dumps(sealed(facts, digests(tensors)))})
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, _swap, _without_facts, _other_facts, _not_finite])
+def test_a_damaged_entry_of_a_cache_is_made_again_and_told(
+    damage: Callable[[Path, dict[str, Tensor], dict[str, str]], None], tmp_path: Path
+) -> None:
+    model, plan = nn.Sequential(nn.Linear(24, 24)), {"0": LowRank(24, 24, 4)}
+    expected = compress_(copy.deepcopy(model), plan, cache=tmp_path, progress=False)["0"]
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "pt") as opened:
+        tensors, metadata = {name: opened.get_tensor(name).clone() for name in ("left", "right")}, opened.metadata()
+    damage(file, tensors, metadata)
+    with pytest.warns(UserWarning, match=f"the finished fit in '{re.escape(str(file))}' is damaged and is made again"):
+        fit = compress_(copy.deepcopy(model), plan, cache=tmp_path, progress=False)["0"]
+    assert all(torch.equal(factor, expected.factors[name]) for name, factor in fit.factors.items())
+    compress_(model, plan, cache=tmp_path, progress=False)  # the new entry is whole: no warning
 
 
 def test_a_progress_bar_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:

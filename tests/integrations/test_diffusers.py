@@ -82,6 +82,29 @@ def test_densified_models_are_dense_for_diffusers(tmp_path: Path) -> None:
     assert same_state(load(DiTTransformer2DModel, tmp_path / "dense"), loaded)
 
 
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_the_record_is_of_what_is_saved(all_of_them: bool, tmp_path: Path) -> None:
+    model = compressed()
+    for name in list(plan_of(model))[: None if all_of_them else 2]:
+        structured = model.get_submodule(name)
+        dense = nn.Linear(structured.in_features, structured.out_features)
+        dense.load_state_dict({"weight": structured.to_dense(), "bias": structured.bias})
+        model.set_submodule(name, dense)
+    model.save_pretrained(tmp_path)
+    loaded = load(DiTTransformer2DModel, tmp_path)
+    assert plan_of(loaded) == plan_of(model)
+    assert same_state(loaded, model)
+
+
+def test_a_layer_that_was_put_in_by_hand_is_recorded(tmp_path: Path) -> None:
+    model = dit()
+    model.transformer_blocks[0].attn1.to_q = StructuredLinear(LowRank(16, 16, 3))
+    model.save_pretrained(tmp_path)
+    loaded = load(DiTTransformer2DModel, tmp_path)
+    assert list(plan_of(loaded)) == ["transformer_blocks.0.attn1.to_q"]
+    assert same_state(loaded, model)
+
+
 def test_dequantize(tmp_path: Path) -> None:
     compressed().save_pretrained(tmp_path)
     loaded = load(DiTTransformer2DModel, tmp_path)

@@ -73,7 +73,7 @@ def test_a_folder_without_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [{}, {"architectures": ["NoSuchModel"]}, {"_class_name": "NoSuchModel"}])
 def test_a_class_that_the_framework_has_not(config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"to name a class of (transformers|diffusers), got .*; pass auto_class"):
+    with pytest.raises(ValueError, match=r"to name a class of (transformers|diffusers) under .*, got .* auto_class"):
         load_pretrained(tmp_path)
 
 
@@ -92,3 +92,59 @@ def test_a_framework_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ImportError, match=r"expected transformers 5\.17 or newer, got 4\.57\.6; run: pip install --upg"
     ):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [["pipeline"], ["AutoTokenizer"], ["LlamaConfig"], ["AutoModelForCausalLM", "x"], [""], ["modeling_utils"], None],
+)
+def test_nothing_but_a_model_is_loaded(named: Any, tmp_path: Path) -> None:
+    compressed(build("LlamaForCausalLM")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": named}))
+    if named and named[0] == "AutoModelForCausalLM":
+        assert type(load_pretrained(tmp_path)) is LlamaForCausalLM
+        return
+    with pytest.raises(
+        ValueError, match=f"the configuration of '{tmp_path}' to name a class of transformers under 'arch"
+    ):
+        load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="one of models, got 'AutoTokenizer'"):
+        load_pretrained(tmp_path, auto_class="AutoTokenizer")
+
+
+@pytest.mark.parametrize("architectures", [5, {"a": 1}, "LlamaForCausalLM", [5], [["LlamaForCausalLM"]]])
+def test_architectures_of_another_kind_are_refused(architectures: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures}))
+    with pytest.raises(
+        ValueError, match=rf"'{tmp_path}/config\.json': expected .*'architectures' of the configuration"
+    ):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 5}, "'layers' of the quantization_config to be an object, got 5"),
+        ({"ties": {"a": 5}}, "'a' of 'ties' of the quantization_config to be text, got 5"),
+        (
+            {"ties": {"a": "nowhere"}},
+            r"expected 'ties' of the quantization_config to name its layers, got \['nowhere'\]",
+        ),
+        ({"digests": []}, "have|"),
+        ({"schema": "1"}, "'schema' of the JSON of a plan to be an integer, got '1'"),
+        ({"quant_method": None}, "expected 'quant_method' in 'quantization_config'|quantiz"),
+        ({"self": 1, "layers": {"a": {"self": 2, "format": "low_rank", "M": 2, "N": 2}}}, "do not fit"),
+    ],
+)
+def test_a_record_of_another_kind_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    compressed(build("LlamaForCausalLM")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if "digests" in change:  # empty ones are none
+        load_pretrained(tmp_path)
+        return
+    with pytest.raises(ValueError, match=message) as raised:
+        load_pretrained(tmp_path)
+    assert str(tmp_path) in str(raised.value)

@@ -121,7 +121,7 @@ def test_a_missing_tensor_and_a_broken_weight_are_named(tmp_path: Path) -> None:
         compress_checkpoint(tmp_path / "dense", tmp_path / "out", plan, progress=False)
     assert not (tmp_path / "out.partial").exists()
     index = tmp_path / "dense" / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model.safetensors"}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model.safetensors"}}))
     with pytest.raises(ValueError, match="expected tensors under the modules' names"):
         compress_checkpoint(tmp_path / "dense", tmp_path / "out", plan, progress=False)
 

@@ -130,7 +130,7 @@ def test_opcheck(name: str, tokens: int):
     assert len(names) >= 2
     assert sum("backward" in name for name in names) * 2 == len(names)
     for function, args in recorded:
-        learns = "backward" not in str(function)  # gradients of gradients are not there
+        learns = "backward" not in str(function)  # a backward that is derived is made of PyTorch's own
         leaves = tuple(leaf(a, learns) if isinstance(a, torch.Tensor) else a for a in args)
         opcheck(function, leaves, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
@@ -149,7 +149,7 @@ def test_gradients_of_many_tokens(name: str):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_export_has_no_operator_of_ours_where_pytorch_has_its_own(name: str):
+def test_an_export_has_no_operator_of_ours(name: str):
     format: Format = CASES[name]
 
     class Module(torch.nn.Module):
@@ -166,8 +166,7 @@ def test_export_has_no_operator_of_ours_where_pytorch_has_its_own(name: str):
     program = torch.export.export(module, (x,), dynamic_shapes=({0: tokens},))
     other = torch.randn(9, format.N)
     torch.testing.assert_close(program.module()(other), module(other))
-    ours = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("structmat")}
-    assert bool(ours) == (format.name == "gblr")
+    assert [node for node in program.graph.nodes if "structmat" in str(node.target)] == []
 
 
 def test_block_sparse_rows_of_every_count_go_through_one_operator():
@@ -203,19 +202,6 @@ def test_inference_mode_leaves_nothing_behind(name: str, dtype: torch.dtype):
     assert torch.equal(inside, outside)
     again = format.matmul(-x, factors)
     assert torch.equal(again, -outside)  # and what came before was not overwritten
-
-
-@pytest.mark.parametrize("name", ["low-rank square", "monarch square", "blast square", "block-diagonal square"])
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own use of it
-def test_transforms_of_torch_func_see_the_product(name: str):
-    format = CASES[name]
-    factors = format.init(dtype=torch.float64)
-    W = format.to_dense(factors)
-    x, tangent = torch.randn(2, 5, format.N, dtype=torch.float64)
-    _, forward = torch.func.jvp(lambda v: format.matmul(v, factors), (x,), (tangent,))
-    torch.testing.assert_close(forward, tangent @ W.T)
-    gradient = torch.func.grad(lambda v: format.matmul(v, factors).square().sum())(x)
-    torch.testing.assert_close(gradient, 2 * x @ W.T @ W)
 
 
 def test_float64_is_left_alone_under_autocast():

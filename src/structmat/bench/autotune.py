@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structmat import _checks
-from structmat._files import write_atomically
+from structmat._files import read_json, write_atomically
 from structmat.bench.machine import hardware
 from structmat.bench.timing import time_side_by_side
 from structmat.formats import Format
@@ -66,6 +65,26 @@ class Choice:
     dense_seconds: float
     dense_bytes: int
 
+    @classmethod
+    def from_data(cls, data: Any) -> Choice:
+        """Read what the JSON of one choice holds.
+
+        Args:
+            data: The parsed JSON.
+
+        Returns:
+            The choice.
+
+        Raises:
+            ValueError: If a field is missing or of another kind, or a number is out of range.
+        """
+        kinds = {"int": int, "float": float, "str": str}
+        found = _checks.fields(data, {f.name: kinds[str(f.type)] for f in dataclasses.fields(cls)}, "a choice")
+        _checks.positive_int(found["tokens"], "'tokens' of a choice")
+        if not min(found["seconds"], found["automatic_seconds"], found["dense_seconds"]) > 0:
+            raise ValueError(f"expected seconds above 0 in a choice, got {_checks.shown(data)}")
+        return cls(**{**found, "algorithm": found["algorithm"].replace(" ", "_")})
+
     @property
     def dense_is_faster(self) -> bool:
         """Whether a dense product would be faster than what was chosen."""
@@ -111,16 +130,14 @@ class Tuning:
             The choices, for ``apply_``.
 
         Raises:
-            ValueError: If the file holds something else.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file holds something else; the message names it.
         """
-        try:
-            found = json.loads(Path(path).read_text())
-            choices = [{**choice, "algorithm": choice["algorithm"].replace(" ", "_")} for choice in found["choices"]]
-            return cls(tuple(Choice(**choice) for choice in choices), dict(found["hardware"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"expected choices that Tuning.save wrote in {os.fspath(path)!r}, got something else: {error}"
-            ) from error
+        what = "the choices that Tuning.save writes"
+        found = _checks.fields(read_json(path, what), {"hardware": dict, "choices": list}, f"{what} in {str(path)!r}")
+        with _checks.about(os.fspath(path)):
+            choices = tuple(Choice.from_data(choice) for choice in found["choices"])
+            return cls(choices, _checks.values(found["hardware"], str, "'hardware' of the choices"))
 
     def apply_(self, model: nn.Module, *, allow_dense: bool = False) -> nn.Module:
         """Set the choices on a network of the same plan, in place; a warning says where the hardware is another.

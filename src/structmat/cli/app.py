@@ -59,6 +59,11 @@ COMMANDS = {
         "Show what each layer of a model is and costs, and its error if compress made it.",
         ("structmat report small", "structmat report small --json", "structmat report learned --plot pictures"),
     ),
+    "verify": Entry(
+        "verify:verify",
+        "Check that a saved model is as it was written: every tensor against its digest, and that all are finite.",
+        ("structmat verify small", "structmat verify compressed.safetensors"),
+    ),
     "bench": Entry(
         "bench:bench",
         "Time structured layers or whole language models against dense ones, once they are checked to be right.",

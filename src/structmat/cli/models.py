@@ -16,6 +16,7 @@ from structmat import _checks
 from structmat.cli.errors import door
 from structmat.cli.options import Options
 from structmat.integrations.hub import load_pretrained
+from structmat.integrations.integrity import read_configuration
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -77,6 +78,7 @@ def check_name(model: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"expected a model in the folder {model!r}, but it has no config.json")
+        read_configuration(path / "config.json")
     elif (
         path.exists()
         or path.is_absolute()

@@ -16,12 +16,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from structmat._files import write_atomically
+from structmat import _checks
+from structmat._digests import digest_of_file, side_by_side
+from structmat._files import read_json, write_atomically
 from structmat._version import __version__
 from structmat.cli.show import say
 
 RECORD = "structmat.json"
 """The file in a finished folder that says what made it, and what came out."""
+
+STATE_SCALE = 2
+"""How many times larger than other JSON files the state of a trainer may be, which grows with every step it logs."""
 
 SCHEMA = 1
 """The version of the record."""
@@ -112,9 +117,10 @@ class Output:
             names = (path.name for path in self.partial.iterdir())
             return all(name == "lock" or name.startswith(".options.json.") for name in names)
         try:
-            return "command" in json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, TypeError):
+            _read_facts(file)
+        except ValueError:
             return False
+        return True
 
     def __enter__(self) -> Output:
         self._check_partial()
@@ -137,7 +143,7 @@ class Output:
             return
         file = self.partial / "options.json"
         if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = _read_facts(file)
             changes = differences(before["options"], self.options)
             if before["command"] != self.command:
                 changes = f"the command was {before['command']}"
@@ -239,12 +245,21 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in a folder; None where there is none."""
+    """The record in a folder; None where there is none, or one of another program."""
     file = folder / RECORD
     if not file.is_file():
         return None
-    record = json.loads(file.read_text(encoding="utf-8"))
-    return record if isinstance(record, dict) and "command" in record else None
+    record = read_json(file, "the record of structmat")
+    return _read_facts(file) if isinstance(record, dict) and "command" in record else None
+
+
+def _read_facts(file: Path) -> dict[str, Any]:
+    """Read a file that says which command made something, with which options."""
+    what = "the record of a command"
+    found = read_json(file, what)
+    with _checks.about(str(file)):
+        _checks.fields(found, {"command": str, "options": dict}, what)
+    return found
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -255,7 +270,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def fingerprint(source: str | os.PathLike[str] | None) -> str | None:
-    """Hash the names, sizes and times of a file or of the files of a folder.
+    """Hash the names and the contents of a file or of the files of a folder; a new date alone changes nothing.
 
     Args:
         source: A path, or the name of something on the Hub.
@@ -268,9 +283,8 @@ def fingerprint(source: str | os.PathLike[str] | None) -> str | None:
     path = Path(source)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     total = hashlib.sha256()
-    for file in files:
-        facts = file.stat()
-        total.update(f"{file.relative_to(path.parent)}|{facts.st_size}|{facts.st_mtime_ns}|".encode())
+    for file, content in zip(files, side_by_side(digest_of_file, files), strict=True):
+        total.update(f"{file.relative_to(path.parent)}|{content}|".encode())
     return total.hexdigest()[:16]
 
 

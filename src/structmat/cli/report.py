@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import safe_open
 from torch import Tensor
 
-from structmat._files import write_atomically
+from structmat import _checks
+from structmat._files import opened_tensors, read_json, write_atomically
 from structmat._tables import print_table
 from structmat.cli import models
 from structmat.cli.options import Model, Options
-from structmat.cli.output import read_record
+from structmat.cli.output import RECORD, STATE_SCALE, read_record
 from structmat.cli.show import say
 from structmat.formats import Format
 from structmat.inspect.plots import budget_shares, couplings, structure_maps
@@ -59,8 +58,7 @@ def report(model: Model, options: ReportOptions) -> None:
     filled = with_factors(model, counted if options.plot is None else drawn)
     found = report_on(filled)
     record = (read_record(Path(model)) if Path(model).is_dir() else None) or {}
-    fitted = record["layers"] if record.get("command") == "compress" else {}
-    errors = {name: facts["error"] for name, facts in fitted.items()}
+    errors = errors_of(record, Path(model)) if record.get("command") == "compress" else {}
     found = dataclasses.replace(
         found, rows=tuple(dataclasses.replace(row, error=errors.get(row.name)) for row in found.rows)
     )
@@ -70,6 +68,16 @@ def report(model: Model, options: ReportOptions) -> None:
         print(found.to_json())
     else:
         show_report(found)
+
+
+def errors_of(record: dict[str, Any], folder: Path) -> dict[str, float]:
+    """The error of each layer in the record of a compression."""
+    with _checks.about(str(folder / RECORD)):
+        layers = _checks.fields(record, {"layers": dict}, "the record of a compression")["layers"]
+        return {
+            name: _checks.fields(facts, {"error": float}, f"the record of layer {name!r}")["error"]
+            for name, facts in layers.items()
+        }
 
 
 def counted(format: Format) -> tuple[str, ...]:
@@ -114,7 +122,7 @@ def read_some(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of these names that the safetensors files of a folder have."""
     missing, found = set(names), dict[str, Tensor]()
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with opened_tensors(path) as file:
             here = missing & set(file.keys())
             found |= {name: file.get_tensor(name) for name in here}
         missing -= here
@@ -175,7 +183,24 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     found: list[list[dict[str, Any]]] = [[]]
     for path in states:
         if path.is_file():
-            callbacks = json.loads(path.read_text(encoding="utf-8")).get("stateful_callbacks") or {}
-            if CALLBACK in callbacks:
-                found.append(callbacks[CALLBACK]["attributes"]["history"])
+            found.append(history_in(path))
     return max(found, key=len)
+
+
+def history_in(path: Path) -> list[dict[str, Any]]:
+    """The history of learning in the state of a trainer; empty where it has none."""
+    state = read_json(path, "the state of a trainer", scale=STATE_SCALE)
+    with _checks.about(str(path)):
+        callbacks = _checks.typed(state, dict, "the state of a trainer").get("stateful_callbacks") or {}
+        if CALLBACK not in _checks.typed(callbacks, dict, "'stateful_callbacks'"):
+            return []
+        attributes = _checks.fields(callbacks[CALLBACK], {"attributes": dict}, f"the state of {CALLBACK}")["attributes"]
+        history = _checks.fields(attributes, {"history": list}, f"'attributes' of {CALLBACK}")["history"]
+        return [_checked_entry(entry) for entry in history]
+
+
+def _checked_entry(entry: Any) -> dict[str, Any]:
+    """An entry of the history of learning, with the fields that a picture needs."""
+    found = _checks.fields(entry, {"step": int, "structure_share": float, "costs": dict}, "an entry of the history")
+    _checks.values(found["costs"], float, "'costs' of an entry of the history")
+    return entry

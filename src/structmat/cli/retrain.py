@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from structmat import _checks
+from structmat._files import read_json
 from structmat._tables import print_table
 from structmat.cli import models
 from structmat.cli.calibration import length_for
 from structmat.cli.errors import door
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Target
-from structmat.cli.output import Output, fingerprint
+from structmat.cli.output import RECORD, STATE_SCALE, Output, fingerprint
 from structmat.cli.show import say
 from structmat.cli.training import DataOptions, TeacherOptions, TrainingOptions, arguments_class
 
@@ -48,13 +50,20 @@ def retrain(
     with output:
         run = output.partial / "run"
         done = output.recorded(run)
-        figures = work.run(run) if done is None else done["figures"]
+        figures = work.run(run) if done is None else _figures(done, run)
         if done is None:
             output.record({"figures": figures, "seconds": time.perf_counter() - started}, run)
         for checkpoint in run.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         output.appear(run)
     print_table(("figure", "value"), [(name, f"{value:.4f}") for name, value in figures.items()], right=(1,))
+
+
+def _figures(record: dict[str, Any], folder: Path) -> dict[str, float]:
+    """The figures in the record of a run that ended before its folder moved."""
+    with _checks.about(str(folder / RECORD)):
+        figures = _checks.fields(record, {"figures": dict}, "the record of a training")["figures"]
+        return _checks.values(figures, float, "'figures' of the record")
 
 
 @dataclass(frozen=True)
@@ -124,12 +133,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     Returns:
         The checkpoint's folder; None where there is none.
     """
-    numbered = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    numbered = {int(path.name[11:]): path for path in folders if re.fullmatch(r"checkpoint-\d{1,18}", path.name)}
     for number in sorted(numbered, reverse=True):
         state = numbered[number] / "trainer_state.json"
         try:
-            if json.loads(state.read_text(encoding="utf-8"))["global_step"] == number:
-                return numbered[number]
-        except (OSError, ValueError, KeyError):
+            found = read_json(state, "the state of a trainer", scale=STATE_SCALE)
+        except (OSError, ValueError):
             continue
+        if isinstance(found, dict) and found.get("global_step") == number:
+            return numbered[number]
     return None

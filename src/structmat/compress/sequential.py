@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ class BlockSource(Protocol):
         """The chain of blocks; None where the network is no chain, so that the whole of it is one block."""
         ...
 
+    def whole(self) -> AbstractContextManager[object]:
+        """Make sure that the network can be called as a whole, while the context is entered."""
+        ...
+
     def block(self, name: str) -> AbstractContextManager[nn.Module]:
         """Hold a dense block with its weights in memory, while the context is entered."""
         ...
@@ -55,6 +59,10 @@ class InMemory:
         with evaluating(model):
             names = {name: site.names for name, site in work.sites.items()}
             self.chain = find_chain(model, names, moved(batch, device_of(model)))
+
+    def whole(self) -> AbstractContextManager[object]:
+        """Do nothing: all of the network is in memory."""
+        return nullcontext()
 
     @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
@@ -136,7 +144,8 @@ class SequentialRun:
         chain = self.blocks.chain
         names = () if self.refinement is None else ("",) if chain is None else chain.names
         outputs = {name: self.model.get_submodule(name) for name in names}
-        return find_masks(self.model, self.batches, inputs, outputs)
+        with self.blocks.whole():
+            return find_masks(self.model, self.batches, inputs, outputs)
 
     def _run_chain(self, chain: Chain, bar: FitBar) -> dict[str, Fit]:
         """Fit the layers before the blocks, those in the blocks, and those after the blocks."""

@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from structmat._files import read_tensors, write_tensors
+from structmat import _checks
+from structmat._digests import changes, digests, sealed
+from structmat._files import parse_json, read_tensors, write_tensors
 from structmat._version import __version__
 from structmat.fit import Fit
 from structmat.formats import Format
+from structmat.network.surgery import check_layer
 
 
 class FitStore:
@@ -54,19 +58,16 @@ class FitStore:
             device: The device for the factors.
 
         Returns:
-            The fit, or None where there is none.
+            The fit; None where there is none, or one that is damaged, of which a warning tells.
         """
         path = self.folder / f"{key}.safetensors"
-        if not path.exists():
+        if not path.is_file():
             return None
-        tensors, metadata = read_tensors(path)
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        bias = tensors.pop("bias", None)
-        format.check_factors(tensors)
-        facts = json.loads(metadata["fit"])
-        return Fit(
-            format, tensors, facts["error"], tuple(facts["history"]), facts["seconds"], facts["output_error"], bias
-        )
+        try:
+            return _checked(*read_tensors(path), format, device)
+        except ValueError as error:
+            warnings.warn(f"the finished fit in {str(path)!r} is damaged and is made again: {error}", stacklevel=2)
+            return None
 
     def write(self, key: str, fit: Fit) -> None:
         """Keep a fit under a key."""
@@ -78,4 +79,39 @@ class FitStore:
             "saved": time.time(),
         }
         tensors = dict(fit.factors) if fit.bias is None else {**fit.factors, "bias": fit.bias}
-        write_tensors(self.folder / f"{key}.safetensors", tensors, {"fit": json.dumps(facts)})
+        metadata = {"fit": json.dumps(facts), "digests": json.dumps(sealed(facts, digests(tensors)))}
+        write_tensors(self.folder / f"{key}.safetensors", tensors, metadata)
+
+
+FACTS = {"error": float, "history": list, "seconds": float, "output_error": (float, type(None))}
+"""What is known of a fit beside its tensors, and of which kind it is."""
+
+
+def _checked(tensors: dict[str, Tensor], metadata: dict[str, str], format: Format, device: torch.device) -> Fit:
+    """The fit of a file, if everything is as it was written.
+
+    Args:
+        tensors: The tensors of the file.
+        metadata: Its metadata.
+        format: The format of the fit.
+        device: The device for the factors.
+
+    Returns:
+        The fit.
+
+    Raises:
+        ValueError: If something is missing, or not as it was written.
+    """
+    texts = _checks.fields(metadata, {"fit": str, "digests": str}, "the metadata of a fit")
+    record = parse_json(texts["fit"], "the facts of a fit")
+    found = changes(parse_json(texts["digests"], "the digests of a fit"), record, digests(tensors))
+    if found:
+        raise ValueError("; ".join(found))
+    facts = _checks.fields(record, FACTS, "the facts of a fit")
+    factors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    bias = factors.pop("bias", None)
+    check_layer("", format, factors)
+    if bias is not None and not _checks.is_finite(bias):
+        raise ValueError("expected a finite bias, got NaN or infinity")
+    history = tuple(_checks.typed(one, float, "an error in the history of a fit") for one in facts["history"])
+    return Fit(format, factors, facts["error"], history, facts["seconds"], facts["output_error"], bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,8 @@ class Task:
         format: The format to fit.
         method: The method that fits it.
         target: The matrix to approximate; it is ``weight`` where earlier layers do not change the inputs.
-        second_moment: The second moment ``(N, N)`` of the inputs; None for the Frobenius norm.
+        second_moment: The second moment ``(N, N)`` of the inputs, with a ridge; None for the Frobenius norm.
+        data: The second moment of the inputs without the ridge, by which the error of the output is measured.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Task:
     method: Method[Any]
     target: Tensor
     second_moment: Tensor | None = None
+    data: Tensor | None = None
 
     @property
     def cost(self) -> float:
@@ -103,10 +106,12 @@ class WorkList:
         """
         site = self.sites[name] if site is None else site
         weight = site.matrix.detach()
-        target, second_moment = weight, None
+        target, second_moment, data = weight, None, None
         if moments is not None:
-            target, second_moment = moments.problem(weight, centred=site.own_bias is not None)
-        return Task(name, weight, self.formats[name], self.methods[name], target, second_moment)
+            centred = site.own_bias is not None
+            target, second_moment = moments.problem(weight, centred=centred)
+            data = moments.deviations(centred=centred)
+        return Task(name, weight, self.formats[name], self.methods[name], target, second_moment, data)
 
 
 def method_for(format: Format, method: MethodChoice) -> Method[Any]:
@@ -218,10 +223,18 @@ def _fit_batch(batch: Sequence[Task], bar: FitBar) -> list[Fit]:
         names=names,
         progress=show,
     )
-    return [
-        fit if task.target is task.weight else with_error(fit, task.weight)
-        for task, fit in zip(batch, fitted, strict=True)
-    ]
+    return [_measured(fit, task) for fit, task in zip(fitted, batch, strict=True)]
+
+
+def _measured(fit: Fit, task: Task) -> Fit:
+    """Give a fit its error against the weight, and that of its output under the data, without the ridge."""
+    fit = fit if task.target is task.weight else with_error(fit, task.weight)
+    if task.data is None:
+        return fit
+    dense = task.target.double()
+    rest = dense - fit.format.to_dense(fit.factors).double()
+    energy, loss = (float(((one @ task.data.to(one)) * one).sum()) for one in (dense, rest))
+    return replace(fit, output_error=math.sqrt(max(loss, 0.0) / energy) if energy > 0 else 0.0)
 
 
 def with_error(fit: Fit, weight: Tensor) -> Fit:

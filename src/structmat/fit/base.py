@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ An exception that it raises, such as ``KeyboardInterrupt``, ends the fit.
 """
 
 
+USUAL = 1e12
+"""The largest root mean square of a weight, and the inverse of the least, whose products float32 holds for sure."""
+
+INDEFINITE = 1e-5
+"""The share of a second moment's largest entry below whose negative an eigenvalue is more than an error of rounding."""
+
 FormatT = TypeVar("FormatT", bound=Format)
 
 
@@ -37,7 +44,8 @@ class Fit:
         history: The relative error after each iteration as the method estimates it; empty for a closed form.
         seconds: The wall-clock time; for a batch, its time divided by its size.
         output_error: The relative error of the output, ``sqrt(E|W x - W_hat x|^2 / E|W x|^2)`` over the inputs whose
-            second moment the fit was given; None where it was given none.
+            second moment the fit was given; None where it was given none. In sequence ``W x`` is the best that a dense
+            layer could make of the inputs that the compressed layers before it give.
         bias: The bias ``(M,)`` that goes with the factors; None where the old one stays.
     """
 
@@ -82,7 +90,9 @@ class Method(abc.ABC, Generic[FormatT]):
 
         Raises:
             TypeError: If the method cannot fit this format, or the weight is no floating-point tensor.
-            ValueError: If the weight or the second moment has another shape, or contains NaN or infinity.
+            ValueError: If the weight or the second moment has another shape, or contains NaN or infinity, or the second
+                moment is not symmetric or has a negative eigenvalue.
+            FloatingPointError: If the computation, its result or an error of it is not finite.
         """
         second_moments = None if second_moment is None else [second_moment]
         return self.fit_many([weight], format, second_moments=second_moments, progress=progress)[0]
@@ -120,7 +130,7 @@ class Method(abc.ABC, Generic[FormatT]):
     ) -> list[Fit]:
         """Fit several weights of one shape in one batched computation.
 
-        Each result is what the weight alone would give, up to rounding.
+        Each result is what the weight alone would give, up to rounding, and never worse than a zero matrix.
 
         Args:
             weights: The weights, each ``(M, N)``, all of one dtype and on one device.
@@ -135,8 +145,9 @@ class Method(abc.ABC, Generic[FormatT]):
         Raises:
             TypeError: If the method cannot fit this format, or a weight is no floating-point tensor.
             ValueError: If a weight has another shape, dtype or device, a second moment another shape, there are not as
-                many second moments as weights, or one of them contains NaN or infinity.
-            FloatingPointError: If the computation or its result is not finite.
+                many second moments as weights, or one of them contains NaN or infinity, is not symmetric or has a
+                negative eigenvalue.
+            FloatingPointError: If the computation, its result or an error of it is not finite.
         """
         if not isinstance(format, self.formats):
             known = ", ".join(f.__name__ for f in self.formats)
@@ -150,17 +161,17 @@ class Method(abc.ABC, Generic[FormatT]):
         start = time.perf_counter()
         with torch.no_grad():
             stack, scale = _normalized(weights)
-            device = stack.device
-            moments = (
-                None if second_moments is None else torch.stack([one.detach().to(device) for one in second_moments])
-            )
+            moments = None if second_moments is None else _stacked(second_moments, stack.device)
             metric = None if moments is None else prepared(moments)
             try:
                 solved, history = self._solve(stack, metric, format, progress)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; the batch is {list(names or range(len(weights)))}") from error
-            factors = _in_layer_dtype(format.scaled(solved, scale), format, weights[0].dtype, called)
-            errors = self._relative_errors(stack, metric, scale, format, factors)
+            solved = self._at_least_zero(stack, moments, format, solved)
+            factors = _in_layer_dtype(_scaled(format, solved, scale), format, weights[0].dtype, called)
+            sums = self._sums(stack, moments, scale, format, factors)
+            _check_finite(sums, weights[0].dtype, called)
+            errors = [_errors(row, moments is not None) for row in sums[:, :4].sqrt().tolist()]
         seconds = (time.perf_counter() - start) / len(weights)
         return [
             Fit(
@@ -187,25 +198,56 @@ class Method(abc.ABC, Generic[FormatT]):
             was finished earlier.
         """
 
-    def _relative_errors(
-        self, weights: Tensor, metric: Tensor | None, scale: Tensor, format: FormatT, factors: Factors
-    ) -> list[tuple[float, float | None]]:
-        """Both relative errors of each weight, ``factors`` being those of ``scale * weights``."""
-        errors: list[tuple[float, float | None]] = []
+    def _at_least_zero(self, weights: Tensor, moments: Tensor | None, format: FormatT, solved: Factors) -> Factors:
+        """The factors, but of the best multiple of their matrix where it is worse than zero for outputs (or entries)."""
+        ones = torch.ones(len(weights), dtype=torch.float64, device=weights.device)
+
+        def missed(factors: Factors) -> tuple[Tensor, Tensor]:
+            sums = self._sums(weights, moments, ones, format, factors)
+            whole, part = (sums[:, :2] if moments is None else sums[:, 2:4]).unbind(1)
+            return whole, part
+
+        total, rest = missed(solved)
+        worse = rest > total
+        if not bool(worse.any()):
+            return solved
+        # the best multiple is <W, W_hat> / |W_hat|^2; both follow from what the matrix misses, and what half of it does
+        inner = (rest - total) / 2 - 2 * (missed(_scaled(format, solved, ones / 2))[1] - total)
+        energy = rest - total + 2 * inner
+        best = (inner / energy.where(energy > 0, 1)).clamp_min(0).nan_to_num(0)
+        best = torch.where(worse, best, 1.0)
+        still = missed(_scaled(format, solved, best))[1] > total  # for rounding, where the two differ enormously
+        return _scaled(format, solved, best.where(~still, 0))
+
+    def _sums(
+        self, weights: Tensor, moments: Tensor | None, scale: Tensor, format: FormatT, factors: Factors
+    ) -> Tensor:
+        """Squared norms of each weight and of what its factors miss, of both outputs, and the factors' largest entry.
+
+        Args:
+            weights: ``(B, M, N)``.
+            moments: The second moments of the inputs ``(B, N, N)``, float64; None for none, whose norms are 0.
+            scale: The number ``(B,)`` by which the factors' matrices are larger than the weights.
+            format: The format.
+            factors: The factors of the batch.
+
+        Returns:
+            ``(B, 5)``, float64.
+        """
         specs = format.factor_specs()
+        sums = torch.zeros(len(weights), 5, dtype=torch.float64, device=weights.device)
         for b, weight in enumerate(weights):
-            one = {n: f[b].to(specs[n].dtype or weights.dtype) for n, f in factors.items()}
-            sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
+            usual = 1 / USUAL < float(scale[b]) < USUAL  # else float32 has too few exponents for the products
+            compute = weights.dtype if usual else torch.float64
+            one = {n: f[b].to(specs[n].dtype or compute) for n, f in factors.items()}
             for rows, piece in self._dense_rows(format, one):
                 part = weight[rows].double()
-                rest = part - (piece / scale[b]).double()
-                sums[:2] += torch.stack([part.square().sum(), rest.square().sum()])
-                if metric is not None:
-                    sums[2:] += torch.stack([((e @ metric[b]) * e).sum() for e in (part, rest)])
-            energy, loss, output_energy, output_loss = sums.clamp_min(0).sqrt().tolist()
-            output_error = None if metric is None else output_loss / output_energy if output_energy > 0 else 0.0
-            errors.append((loss / energy if energy > 0 else 0.0, output_error))
-        return errors
+                rest = part - piece.double() / scale[b].where(scale[b] > 0, 1)
+                sums[b, :2] += torch.stack([part.square().sum(), rest.square().sum()])
+                sums[b, 4] = torch.maximum(sums[b, 4], piece.abs().amax().double())
+                if moments is not None:
+                    sums[b, 2:4] += torch.stack([((e @ moments[b]) * e).sum() for e in (part, rest)])
+        return sums.clamp_min(0)
 
     def _dense_rows(self, format: FormatT, factors: Factors) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the rows with the dense matrix there; a method for large matrices yields it piece by piece."""
@@ -229,17 +271,65 @@ def _check_second_moments(
     for index, one in enumerate(second_moments):
         what = f"the second moment of {called[index]}" if called else "the second moment"
         _checks.matrix(one, (format.N, format.N), what)
+        _check_definite(one.detach().double(), what)
+
+
+def _check_definite(moment: Tensor, what: str) -> None:
+    """Check that a matrix is symmetric without negative eigenvalues, both up to rounding."""
+    largest = float(moment.abs().amax())
+    if float((moment - moment.mT).abs().amax()) > 2 * INDEFINITE * largest:
+        raise ValueError(f"expected {what} to be symmetric, as E[x x^T] is, got entries that differ from their mirrors")
+    shifted = (moment + moment.mT) / 2
+    shifted.diagonal().add_(len(moment) ** 0.5 * INDEFINITE * largest)
+    if largest and int(torch.linalg.cholesky_ex(shifted).info):
+        raise ValueError(
+            f"expected {what} to have no negative eigenvalue, as E[x x^T] has none, got one; give the second moment of "
+            "inputs, such as X.T @ X / len(X)"
+        )
+
+
+def _stacked(second_moments: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The second moments ``(B, N, N)`` in float64, symmetric to the last bit."""
+    stack = torch.stack([one.detach().to(device, torch.float64) for one in second_moments])
+    return (stack + stack.mT) / 2
+
+
+def _errors(norms: Sequence[float], aware: bool) -> tuple[float, float | None]:
+    """The relative errors of a weight and of its output, from the norms of both and of what the factors miss."""
+    shares = [part / whole if whole > 0 else 0.0 for whole, part in (norms[:2], norms[2:])]
+    return shares[0], shares[1] if aware else None
+
+
+def _check_finite(sums: Tensor, dtype: torch.dtype, called: Sequence[str]) -> None:
+    """Check that the errors are finite, and that the layer's dtype has room for every entry of the approximation."""
+    for b, (*norms, largest) in enumerate(sums.tolist()):
+        what = called[b] if called else "the weight"
+        if not all(math.isfinite(norm) for norm in norms):
+            raise FloatingPointError(f"the error of the fit of {what} is not finite; scale the weight")
+        if not largest <= torch.finfo(dtype).max:
+            raise FloatingPointError(
+                f"the approximation of {what} overflows {dtype}, with entries up to {largest:.3g}; scale the weight or "
+                "use a dtype of more range"
+            )
 
 
 def _normalized(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The weights ``(B, M, N)`` divided by their root mean squares ``(B,)``, in the dtype of the computation."""
+    """The weights ``(B, M, N)`` divided by their root mean squares ``(B,)`` in float64, in the computation's dtype."""
     compute = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
     stack = torch.stack([weight.detach().to(compute) for weight in weights])
     largest = stack.abs().amax((1, 2))
-    safe = largest.where(largest > 0, 1)
-    scale = largest * (stack / safe[:, None, None]).square().mean((1, 2)).sqrt()  # no overflow, no underflow
-    stack /= scale.where(scale > 0, 1)[:, None, None]
-    return stack, scale
+    shrunk = stack / largest.where(largest > 0, 1)[:, None, None]  # neither overflows nor underflows when squared
+    rest = shrunk.square().mean((1, 2)).sqrt()
+    scale = largest * rest
+    usual = scale >= torch.finfo(compute).tiny
+    divided = stack / scale.where(usual, 1)[:, None, None]
+    stack = torch.where(usual[:, None, None], divided, shrunk / rest.where(rest > 0, 1)[:, None, None])
+    return stack, torch.where(usual, scale.double(), largest.double() * rest.double())
+
+
+def _scaled(format: Format, factors: Factors, scale: Tensor) -> dict[str, Tensor]:
+    """The factors of a batch times ``scale (B,)``, each in its own dtype."""
+    return {name: factor.to(factors[name].dtype) for name, factor in format.scaled(factors, scale).items()}
 
 
 def _in_layer_dtype(factors: Factors, format: Format, dtype: torch.dtype, called: Sequence[str]) -> dict[str, Tensor]:

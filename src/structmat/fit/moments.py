@@ -97,6 +97,10 @@ class Moments:
         shift = weight.double() @ target - approximation.double() @ self.mean
         return (bias.double() + shift).to(bias.dtype)
 
+    def deviations(self, *, centred: bool = False) -> Tensor:
+        """The second moment ``(N, N)`` of the inputs without a ridge, or of their deviations from the mean."""
+        return self._matrices(centred)[0]
+
     def _matrices(self, centred: bool) -> tuple[Tensor, Tensor | None]:
         if not centred:
             return self.second_moment, self.cross
@@ -210,8 +214,8 @@ def _best_ridge(learnt: Tensor, held_out: Tensor) -> float:
 def _ridge_of_few(pairs: list[tuple[Tensor, Tensor]]) -> float:
     """The ridge with which the regression that a fit uses predicts best what was held out.
 
-    ``t`` is regressed on ``x``, or half of the inputs on the other half where the two are the same. What is regressed
-    is the difference ``t - x``, so that an infinite ridge leaves ``x`` as it is, and the weight as it was.
+    The difference ``t - x`` is regressed on ``x``, so that an infinite ridge leaves the weight unchanged. Where ``t``
+    is ``x``, half of the inputs is regressed on the other half.
 
     Args:
         pairs: ``x (T, N)`` and ``t (T, N)`` of each batch.
@@ -230,8 +234,7 @@ def _ridge_of_few(pairs: list[tuple[Tensor, Tensor]]) -> float:
     scale = torch.maximum(energy, 1e-6 * quiet(energy)).rsqrt()
     same = all(a is b for a, b in pairs)
     read, wanted = (x * scale, (t - x) * scale) if not same else ((x * scale)[:, ::2], (x * scale)[:, 1::2])
-    errors = sum(_held_out_errors(read, wanted, fold == k) for k in fold.unique().tolist())
-    assert isinstance(errors, Tensor)
+    errors = torch.stack([_held_out_errors(read, wanted, fold == k) for k in fold.unique().tolist()]).sum(0)
     return FEW_RIDGES[int(errors.nan_to_num(torch.inf).argmin())]
 
 

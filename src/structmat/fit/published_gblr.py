@@ -90,7 +90,8 @@ class PublishedGblr(Method[GaudiGblr]):
         factors: dict[str, Tensor],
         progress: Progress | None,
     ) -> Tensor:
-        """Adam on all factors, in place; returns the relative error before each step."""
+        """Adam on all factors, in place, back to the start if that was better; the relative error before each step."""
+        start = {name: factor.clone() for name, factor in factors.items()}
         learned = [factors[name].requires_grad_() for name in ("left", "right", "location", "width")]
         optimizer = torch.optim.Adam(learned, lr=self.learning_rate)
         budget = format.num_parameters()
@@ -107,6 +108,10 @@ class PublishedGblr(Method[GaudiGblr]):
             subtract_excess_(factors["width"], format, budget)
             if progress is not None:
                 progress(step + 1, self.steps, (float(history[-1]),))
+        with torch.no_grad():
+            if not float(self._energy(weight - format.to_dense(factors), metric) / energy) <= float(history[0]) ** 2:
+                for name, factor in start.items():
+                    factors[name].copy_(factor)
         return torch.stack(history)
 
     @staticmethod

@@ -14,6 +14,7 @@ from structmat.formats.base import Factors, FactorSpec
 from structmat.formats.gblr import Gblr, even, from_segments
 from structmat.formats.learned import LearnedSegments, Unit
 from structmat.ops import gaudi_mask, low_rank_matmul
+from structmat.ops.common import plain
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,12 @@ class GaudiGblr(LearnedSegments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.positive_int(self.components, "components")
+        _checks.positive_int(self.components, "components", _checks.MOST_COMPONENTS)
         _checks.fraction(self.initial_width, "initial_width")
         _checks.positive_int(self.multiple, "multiple")
         if self.M % self.multiple or self.N % self.multiple:
-            common = _checks.divisors(math.gcd(self.M, self.N))
-            raise ValueError(
-                f"expected a multiple that divides {self.M} and {self.N}, got {self.multiple}; "
-                f"those are {', '.join(map(str, common))}"
-            )
+            known = _checks.listed_divisors(math.gcd(self.M, self.N), "; those are ")
+            raise ValueError(f"expected a multiple that divides {self.M} and {self.N}, got {self.multiple}{known}")
 
     @classmethod
     def for_budget(cls, M: int, N: int, *, keep: float, components: int | None = None, multiple: int = 1) -> GaudiGblr:
@@ -181,10 +179,13 @@ class GaudiGblr(LearnedSegments):
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Two products with the masked contents, or one with the dense matrix, whichever multiplies less."""
         left, right = self.masked(factors)
-        tokens = math.prod(x.shape[:-1])
-        if tokens * self.components * (self.M + self.N) <= (self.components + tokens) * self.M * self.N:
+        if plain() or self._two_are_less(math.prod(x.shape[:-1])):  # a graph for all lengths has one way
             return low_rank_matmul(x, left, right)
         return x @ (left @ right).mT
+
+    def _two_are_less(self, tokens: int) -> bool:
+        """Whether two products multiply less than one with the dense matrix, which has to be made first."""
+        return tokens * self.components * (self.M + self.N) <= (self.components + tokens) * self.M * self.N
 
     def num_parameters(self, factors: Factors | None = None) -> int:
         """The number of entries inside the segments, those of components without a block left out.

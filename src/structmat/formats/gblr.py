@@ -13,7 +13,7 @@ from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
 from structmat.formats.tiled_gblr import AXES, TiledGblr
 from structmat.ops import gblr_matmul
-from structmat.ops.tiling import positions, tiling
+from structmat.ops.tiling import in_full_length, positions, tiling
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Gblr(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.natural_int(self.components, "components")
+        _checks.natural_int(self.components, "components", _checks.MOST_COMPONENTS)
         entries = tuple(self.entries)
         object.__setattr__(self, "entries", entries)
         if len(entries) != 2:
@@ -126,13 +126,10 @@ class Gblr(Format):
 
     def axes(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """The contents in full length, ``(M, K)`` and ``(K, N)``, zero outside the segments, ordered as ``left``."""
-        K = self.components
-        full = []
-        for axis, name in enumerate(("left", "right")):
-            values = factors[name]
-            rows, columns = positions(factors["start"][axis], factors["width"][axis], self.shape[axis], len(values))
-            full.append(values.new_zeros(K, self.shape[axis]).index_put((rows, columns), values))
-        return full[0].mT, full[1][factors["order"].long()]
+        start, width = factors["start"], factors["width"]
+        left = in_full_length(factors["left"], start[0], width[0], self.M)
+        right = in_full_length(factors["right"], start[1], width[1], self.N)
+        return left.mT, right[factors["order"].long()]
 
     def to_dense(self, factors: Factors) -> Tensor:
         """The sum of the components."""
@@ -245,5 +242,6 @@ def tile(
 
 def even(total: int, count: int) -> Tensor:
     """``count`` whole numbers, as equal as can be, that sum to ``total``."""
-    edges = torch.arange(count + 1) * total // max(count, 1)
-    return edges.diff()
+    whole, rest = divmod(total, max(count, 1))
+    edges = torch.arange(count + 1) * rest // max(count, 1)
+    return whole + edges.diff()

@@ -116,14 +116,39 @@ def format_from_json(data: Mapping[str, Any]) -> Format:
     Raises:
         ValueError: If the name is unknown or the fields do not fit it.
     """
-    fields = dict(data)
-    kind = format_named(fields.pop("format", ""))
+    fields = dict(_checks.typed(data, dict, "the JSON of a format"))
+    kind = format_named(_checks.typed(fields.pop("format", ""), str, "the format's name"))
     try:
-        return kind(**{name: _tuples(value) for name, value in fields.items()})
+        return kind(**{str(name): _tuples(value) for name, value in fields.items()})
     except TypeError as error:
         raise ValueError(f"the fields of a {kind.name} format do not fit: {error}") from error
 
 
-def _tuples(value: Any) -> Any:
+def formats_from_json(layers: Mapping[str, Any]) -> dict[str, Format]:
+    """Rebuild the formats of layers.
+
+    Args:
+        layers: The JSON form of each format, by the name of the layer.
+
+    Returns:
+        The formats by name.
+
+    Raises:
+        ValueError: If one cannot be rebuilt; the layer is named.
+    """
+    formats: dict[str, Format] = {}
+    for name, data in layers.items():
+        try:
+            formats[name] = format_from_json(data)
+        except ValueError as error:
+            raise ValueError(f"layer {_checks.shown(name)}: {error}") from error
+    return formats
+
+
+def _tuples(value: Any, depth: int = 4) -> Any:
     """The value with every list as a tuple, as the fields of a frozen class are."""
-    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    if not depth:
+        raise ValueError("expected lists at most 4 deep in the fields of a format, got deeper ones")
+    return tuple(_tuples(one, depth - 1) for one in value)

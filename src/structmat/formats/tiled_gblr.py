@@ -37,7 +37,8 @@ class TiledGblr(Format):
         block_sizes: ``B`` of the output and of the input axis.
 
     Raises:
-        ValueError: If a number is not positive, a block is longer than its axis, or there is not a tile for each block.
+        ValueError: If a number is not positive or too large, a block is longer than its axis, or there is not a tile
+            for each block.
     """
 
     components: int
@@ -53,7 +54,7 @@ class TiledGblr(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.positive_int(self.components, "components")
+        _checks.positive_int(self.components, "components", _checks.MOST_COMPONENTS)
         for field in ("out_groups", "in_groups", "block_sizes"):
             numbers = tuple(getattr(self, field))
             for number in numbers:
@@ -62,6 +63,8 @@ class TiledGblr(Format):
         if len(self.block_sizes) != 2 or self.block_sizes[0] > self.M or self.block_sizes[1] > self.N:
             raise ValueError(f"expected two block_sizes of at most {self.shape} entries, got {self.block_sizes}")
         for groups, n, B in zip((self.out_groups, self.in_groups), self.shape, self.block_sizes, strict=True):
+            if max(groups[1::2], default=0) > _checks.MOST_COMPONENTS:
+                raise ValueError(f"expected tiles of at most {_checks.MOST_COMPONENTS} rows, got {groups}")
             if len(groups) % 2 or sum(groups[::2]) != -(-n // B):
                 raise ValueError(
                     f"expected groups as numbers and heights of tiles, {-(-n // B)} tiles in all for blocks of {B} on "

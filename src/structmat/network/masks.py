@@ -238,7 +238,7 @@ class _Probe:
             changes = _changes(rows, other.get(name, []))
             if changes is None:
                 unclear.add(name)
-            elif any(bool(one.any()) for one in changes):
+            elif any(bool((one == 1).any()) for one in changes):
                 fitting = self._fitting(changes)
                 rules |= {} if fitting is None else {name: fitting}
                 unclear |= {name} if fitting is None else set()
@@ -331,7 +331,7 @@ class _Probe:
                 mask, changed = (
                     torch.cat([one.reshape(-1).float() for one in part]) for part in zip(*pairs, strict=True)
                 )
-                padding, real = float(changed[mask == 0].mean()), float(changed[mask == 1].mean())
+                padding, real = (float(changed[mask == side].nanmean().nan_to_num(0)) for side in (0, 1))
                 found.append((Rule(self.key, layout), padding, real))
         return found
 
@@ -350,9 +350,20 @@ def _row_numbers(tensor: Tensor) -> Tensor:
 
 
 def _changes(rows: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor] | None:
-    """Which vectors differ, call by call; None where the shapes do, so that none corresponds to another."""
+    """Which vectors differ, call by call: 1 or 0, and NaN for one that is zero, which says nothing of where it is from.
+
+    Args:
+        rows: Two numbers for each vector, call by call.
+        others: The same of other calls.
+
+    Returns:
+        ``(...)`` for each call; None where the shapes differ, so that none corresponds to another.
+    """
     if [one.shape for one in rows] != [one.shape for one in others]:
         return None
-    return [
-        (a[..., 1] - b[..., 1]).abs() > torch.maximum(a[..., 0], b[..., 0]) for a, b in zip(rows, others, strict=True)
-    ]
+    changes: list[Tensor] = []
+    for a, b in zip(rows, others, strict=True):
+        size = torch.maximum(a[..., 0], b[..., 0])
+        changed = ((a[..., 1] - b[..., 1]).abs() > size).float()
+        changes.append(changed.where((size > 0) | (a[..., 1] != b[..., 1]), torch.nan))
+    return changes

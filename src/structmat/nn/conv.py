@@ -8,10 +8,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from structmat import _checks
 from structmat.formats import Format
 from structmat.nn.linear import StructuredModule
+from structmat.ops.common import traced
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -107,7 +109,9 @@ class StructuredConv2d(StructuredModule):
         Raises:
             ValueError: If the input has other dimensions or another number of channels.
         """
-        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
+        if isinstance(x, Proxy):
+            return self._recorded(x)
+        if x.ndim not in (3, 4) or (not traced() and x.shape[-3] != self.in_channels):
             raise ValueError(
                 f"expected an input (batch, {self.in_channels}, height, width) or without the batch, "
                 f"got shape {tuple(x.shape)}"

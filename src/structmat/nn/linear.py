@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from structmat.formats import Format
 from structmat.nn.weight import ReadOnlyWeight
+from structmat.ops.common import plain, traced
 
 
 def bucket(tokens: int) -> int:
@@ -135,9 +137,18 @@ class StructuredModule(nn.Module):
         """The matrix ``(M, N)`` as a view in the layout of the dense layer's ``weight``."""
         return matrix
 
+    def _recorded(self, x: Proxy) -> Any:
+        """What stands for the output in a graph of ``torch.fx``: a call of the layer, as for PyTorch's own layers."""
+        name = x.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
+        if not name:
+            raise TypeError(
+                "expected a network that holds structured layers, to record it with torch.fx, got one itself"
+            )
+        return x.tracer.create_proxy("call_module", name, (x,), {})
+
     def _product(self, x: Tensor) -> Tensor:
         algorithm = ""
-        if self.algorithms and not torch.compiler.is_exporting():  # an exported graph has one way for all lengths
+        if self.algorithms and not plain():  # a graph for elsewhere has one way for all lengths
             tokens = x.numel() // self.format.N
             algorithm = next((name for most, name in self.algorithms.items() if most // 2 < tokens <= most), "")
         y = self.format.matmul(x, self.factors, algorithm)
@@ -189,7 +200,9 @@ class StructuredLinear(StructuredModule):
         Raises:
             ValueError: If the last dimension is not ``N``.
         """
-        if x.shape[-1] != self.format.N:
+        if isinstance(x, Proxy):
+            return self._recorded(x)
+        if not traced() and x.shape[-1] != self.format.N:
             raise ValueError(f"expected an input with {self.format.N} features, got shape {tuple(x.shape)}")
         return self._product(x)
 

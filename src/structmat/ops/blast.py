@@ -31,6 +31,8 @@ from structmat.ops.common import (
     is_half,
     keeps_intermediates,
     plain,
+    plain_backward,
+    plain_gradients,
     save_inputs,
     save_with_kept,
     shaped_like,
@@ -187,6 +189,8 @@ _matmul_backward.register_fake(lambda upstream, x, left, diag, right, *_: shaped
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if plain_backward():
+        return *plain_gradients(whole, ctx.needs_input_grad, upstream, *ctx.saved_tensors), None
     if not any(ctx.needs_input_grad[1:4]):  # frozen factors: the product with the transposed matrix
         _, left, diag, right = ctx.saved_tensors
         factors = right.mT, diag.transpose(0, 1), left.mT
@@ -200,6 +204,8 @@ _matmul.register_autograd(_backward, setup_context=save_inputs)
 def _keeping_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 4
+    if plain_backward():
+        return plain_gradients(whole, ctx.needs_input_grad, upstream, *ctx.saved_tensors[:4])
     return torch.ops.structmat.blast_matmul_backward(upstream, *ctx.saved_tensors, "")
 
 

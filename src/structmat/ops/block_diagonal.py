@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side, triton_kernels
+from structmat.ops.common import (
+    TRITON,
+    cast,
+    plain,
+    plain_backward,
+    plain_gradients,
+    save_inputs,
+    shaped_like,
+    side_by_side,
+    triton_kernels,
+)
 
 
 def block_diagonal_matmul(x: Tensor, blocks: Tensor, algorithm: str = "") -> Tensor:
@@ -84,6 +94,8 @@ _matmul_backward.register_fake(lambda upstream, x, blocks, algorithm: shaped_lik
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if plain_backward():
+        return *plain_gradients(_whole, ctx.needs_input_grad, upstream, *ctx.saved_tensors), None
     gradients = torch.ops.structmat.block_diagonal_matmul_backward(upstream, *ctx.saved_tensors, *ctx.options)
     return *gradients, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -11,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side, triton_kernels
+from structmat.ops.common import (
+    TRITON,
+    cast,
+    plain,
+    plain_backward,
+    plain_gradients,
+    save_inputs,
+    shaped_like,
+    side_by_side,
+    triton_kernels,
+)
 
 
 def block_sparse_matmul(
@@ -46,7 +57,7 @@ def _whole(x: Tensor, blocks: Tensor, counts: Sequence[int], columns: Sequence[i
     pieces: list[Tensor | None] = [None] * len(counts)
     for rows, entries in _equal_rows(counts):
         products = torch.bmm(_gathered(segments, columns, entries), _rows(blocks, entries).mT)  # (rows, T, P)
-        for i, product in zip(rows, products, strict=True):
+        for i, product in zip(rows, products.unbind(), strict=True):
             pieces[i] = product
     empty = x.new_zeros(x.shape[0], P)
     return torch.cat([empty if piece is None else piece for piece in pieces], 1)
@@ -148,6 +159,10 @@ _matmul_backward.register_fake(lambda upstream, x, blocks, *_: shaped_like(x, bl
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if plain_backward():
+        counts, columns, block_columns, _ = ctx.options
+        product = functools.partial(_whole, counts=counts, columns=columns, block_columns=block_columns)
+        return *plain_gradients(product, ctx.needs_input_grad, upstream, *ctx.saved_tensors), None, None, None, None
     gradients = torch.ops.structmat.block_sparse_matmul_backward(upstream, *ctx.saved_tensors, *ctx.options)
     return *gradients, None, None, None, None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,12 +92,46 @@ def side_by_side(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
+def traced() -> bool:
+    """Whether ``torch.jit.trace`` looks on, for which sizes are tensors: what hangs on them would be a constant."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def plain() -> bool:
-    """Whether PyTorch's own operators alone can be used: for other runtimes, in ``torch.func`` and forward mode."""
+    """Whether PyTorch's own operators alone can be used: in graphs for elsewhere, ``torch.func`` and forward mode."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    return transformed or forward_ad._current_level >= 0
+    return transformed or forward_ad._current_level >= 0 or traced()
+
+
+def plain_backward() -> bool:
+    """Whether the backward that runs must consist of PyTorch's own operators: where its result is derived again."""
+    return torch.is_grad_enabled() or plain()
+
+
+def plain_gradients(
+    product: Callable[..., Tensor], needed: Sequence[bool], upstream: Tensor, *inputs: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of an operator so that they have gradients themselves, to any order.
+
+    Args:
+        product: What the operator computes, in PyTorch's own operators.
+        needed: Which inputs need a gradient; what comes after those of the product is ignored.
+        upstream: The gradient of the output.
+        inputs: The inputs of the product.
+
+    Returns:
+        The gradient of each input; None for those that need none.
+    """
+    again, needed = torch.is_grad_enabled(), needed[: len(inputs)]
+    with torch.enable_grad():
+        # views: tensors of their own, even where one is given twice
+        own = [value.view_as(value) if needs else value for value, needs in zip(inputs, needed, strict=True)]
+        y = product(*own)
+    wanted = [value for value, needs in zip(own, needed, strict=True) if needs]
+    gradients = iter(torch.autograd.grad(y, wanted, upstream, create_graph=again))
+    return tuple(next(gradients) if needs else None for needs in needed)
 
 
 def keeps_intermediates(x: Tensor, *factors: Tensor) -> bool:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import cast, save_inputs, shaped_like
-from structmat.ops.tiling import tile_matmul, tile_matmul_in_chunks, tile_project, tile_spread, tiling
+from structmat.ops.common import cast, plain, plain_backward, plain_gradients, save_inputs, shaped_like
+from structmat.ops.tiling import (
+    in_full_length,
+    tile_matmul,
+    tile_matmul_in_chunks,
+    tile_project,
+    tile_spread,
+    tiling,
+)
 
 
 def gblr_matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int) -> Tensor:
@@ -28,8 +37,16 @@ def gblr_matmul(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Te
         Output ``(..., M)``.
     """
     x, left, right = cast(x, left, right)
-    y = torch.ops.structmat.gblr_matmul(x.reshape(-1, x.shape[-1]), left, right, start, width, order, M)
+    product = _definition if plain() else torch.ops.structmat.gblr_matmul
+    y = product(x.reshape(-1, x.shape[-1]), left, right, start, width, order, M)
     return y.view(*x.shape[:-1], M)
+
+
+def _definition(x: Tensor, left: Tensor, right: Tensor, start: Tensor, width: Tensor, order: Tensor, M: int) -> Tensor:
+    """The product with contents in full length: tiles hang on the segments, which a graph cannot look at."""
+    left = in_full_length(left, start[0], width[0], M)
+    right = in_full_length(right, start[1], width[1], x.shape[1])[order.long()]
+    return F.linear(F.linear(x, right), left.mT)
 
 
 @torch.library.custom_op("structmat::gblr_matmul", mutates_args=())
@@ -73,6 +90,11 @@ _matmul_backward.register_fake(lambda upstream, x, left, right, *_: shaped_like(
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if plain_backward():
+        x, left, right, *segments = ctx.saved_tensors
+        start, width, order = segments
+        product = functools.partial(_definition, start=start, width=width, order=order, M=ctx.options[0])
+        return *plain_gradients(product, ctx.needs_input_grad, upstream, x, left, right), None, None, None, None
     gradients = torch.ops.structmat.gblr_matmul_backward(upstream, *ctx.saved_tensors)
     return *gradients, None, None, None, None
 

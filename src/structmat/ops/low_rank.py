@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import cast, linear, plain, save_with_kept, shaped_like
+from structmat.ops.common import (
+    cast,
+    linear,
+    plain,
+    plain_backward,
+    plain_gradients,
+    save_with_kept,
+    shaped_like,
+)
 
 
 def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, algorithm: str = "") -> Tensor:
@@ -28,9 +36,13 @@ def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, algorithm: str = "")
     """
     x, left, right = cast(x, left, right)
     if plain():
-        return F.linear(F.linear(x, right), left)
+        return _definition(x, left, right)
     y, _ = torch.ops.structmat.low_rank_matmul(x.reshape(-1, x.shape[-1]), left, right, algorithm)
     return y.view(*x.shape[:-1], left.shape[0])
+
+
+def _definition(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return F.linear(F.linear(x, right), left)
 
 
 @torch.library.custom_op("structmat::low_rank_matmul", mutates_args=())
@@ -59,6 +71,8 @@ def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None
     if upstream is None:
         return (None,) * 4
     x, left, right, z = ctx.saved_tensors
+    if plain_backward():
+        return *plain_gradients(_definition, ctx.needs_input_grad, upstream, x, left, right), None
     if not any(ctx.needs_input_grad[1:3]):  # frozen factors: the product with the transposed matrix
         return torch.ops.structmat.low_rank_matmul(upstream, right.mT, left.mT, "linear")[0], None, None, None
     return *torch.ops.structmat.low_rank_matmul_backward(upstream, x, z, left, right), None

@@ -5,6 +5,7 @@ The numbers were tuned by measurement on a CPU; ``benchmarks/cpu.py`` times the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from structmat.ops.common import (
     is_half,
     keeps_intermediates,
     plain,
+    plain_backward,
+    plain_gradients,
     save_inputs,
     save_with_kept,
     shaped_like,
@@ -198,6 +201,8 @@ _matmul_backward.register_fake(lambda upstream, x, left, right, *_: shaped_like(
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if plain_backward():
+        return *_plain_gradients(ctx, upstream), None
     if not any(ctx.needs_input_grad[1:3]):  # frozen factors: the product with the transposed matrix
         _, left, right = ctx.saved_tensors
         permute_output, algorithm = ctx.options
@@ -212,9 +217,17 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 _matmul.register_autograd(_backward, setup_context=save_inputs)
 
 
+def _plain_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    permute_output = ctx.options[0]
+    product = functools.partial(_whole, permute_output=permute_output)
+    return *plain_gradients(product, ctx.needs_input_grad, upstream, *ctx.saved_tensors[:3]), None
+
+
 def _keeping_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 4
+    if plain_backward():
+        return _plain_gradients(ctx, upstream)
     gradients = torch.ops.structmat.monarch_matmul_backward(upstream, *ctx.saved_tensors, *ctx.options, "")
     return *gradients, None
 

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structmat.ops.common import TRITON, cast, plain, save_inputs, shaped_like, side_by_side, triton_kernels
+from structmat.ops.common import (
+    TRITON,
+    cast,
+    plain,
+    plain_backward,
+    plain_gradients,
+    save_inputs,
+    shaped_like,
+    side_by_side,
+    triton_kernels,
+)
 from structmat.ops.tiling import (
     Inputs,
     Outputs,
@@ -19,6 +29,7 @@ from structmat.ops.tiling import (
     sorted_rows,
     tile_matmul,
     tile_matmul_in_chunks,
+    tile_matmul_plainly,
     tile_project,
     tile_spread,
 )
@@ -41,7 +52,7 @@ def tiled_gblr_matmul(x: Tensor, inputs: Inputs, outputs: Outputs, M: int, algor
     x, right, left = cast(x, inputs[0], outputs[0])
     tokens = x.reshape(-1, x.shape[-1])
     if plain():
-        y = tile_matmul(tokens, (right, *inputs[1:]), (left, *outputs[1:]), M)
+        y = tile_matmul_plainly(tokens, (right, *inputs[1:]), (left, *outputs[1:]), M)
     else:
         y = torch.ops.structmat.tiled_gblr_matmul(tokens, right, *inputs[1:], left, *outputs[1:], M, algorithm)
     return y.view(*x.shape[:-1], M)
@@ -136,10 +147,23 @@ def _(upstream: Tensor, x: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, .
 
 def _tiled_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     x, right, place, rows, offsets, left, *left_indices = ctx.saved_tensors
-    groups, left_groups, _, algorithm = ctx.options
+    groups, left_groups, M, algorithm = ctx.options
     inputs, outputs = (right, groups, place, rows, offsets), (left, left_groups, *left_indices)
+    if plain_backward():
+        return _plain_gradients(ctx, upstream, x, inputs, outputs, M)
     x, right, left = torch.ops.structmat.tiled_gblr_matmul_backward(upstream, x, *inputs, *outputs, algorithm)
     return x, right, None, None, None, None, left, None, None, None, None, None
+
+
+def _plain_gradients(
+    ctx: Any, upstream: Tensor, x: Tensor, inputs: Inputs, outputs: Outputs, M: int
+) -> tuple[Tensor | None, ...]:
+    def product(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
+        return tile_matmul_plainly(x, (right, *inputs[1:]), (left, *outputs[1:]), M)
+
+    needs = ctx.needs_input_grad
+    found = plain_gradients(product, (needs[0], needs[1], needs[6]), upstream, x, inputs[0], outputs[0])
+    return found[0], found[1], None, None, None, None, found[2], None, None, None, None, None
 
 
 _tiled.register_autograd(_tiled_autograd, setup_context=save_inputs)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structmat.ops.common import tokens_within, workspace
+from structmat.ops.common import tokens_within, traced, workspace
 
 Inputs = tuple[Tensor, Sequence[int], Tensor, Tensor, Tensor]
 """The input axis: tiles, groups, blocks, the rows sorted by component, and where the rows of each component begin."""
@@ -66,10 +66,31 @@ def positions(start: Tensor, width: Tensor, n: int, total: int) -> tuple[Tensor,
         Both ``(total,)``, int64.
     """
     start, width = start.long(), width.long()
-    components = torch.arange(len(width), device=width.device)
-    rows = torch.repeat_interleave(components, width, output_size=total)
     offsets = width.cumsum(0) - width
+    rows = _parts(offsets, total)
     return rows, (start[rows] + torch.arange(total, device=width.device) - offsets[rows]) % n
+
+
+def _parts(offsets: Tensor, total: int) -> Tensor:
+    """The part of each of ``total`` entries, where parts begin at ``offsets``; ONNX has no ``repeat_interleave``."""
+    marks = offsets.new_zeros(total + 1).index_add(0, offsets, torch.ones_like(offsets))
+    return marks[:-1].cumsum(0) - 1
+
+
+def in_full_length(contents: Tensor, start: Tensor, width: Tensor, n: int) -> Tensor:
+    """Flat contents as vectors along the axis, zero outside of their segments.
+
+    Args:
+        contents: The entries of all segments, one segment after the other.
+        start: The first entries of the segments, ``(K,)``, whole numbers.
+        width: The widths of the segments, ``(K,)``, whole numbers of at least 1.
+        n: The number of entries of the axis, which is cyclic.
+
+    Returns:
+        ``(K, n)``.
+    """
+    rows, columns = positions(start, width, n, contents.shape[0])
+    return contents.new_zeros(width.shape[0], n).index_put((rows, columns), contents)
 
 
 @dataclass(frozen=True)
@@ -226,6 +247,14 @@ def tile_matmul(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
     return tile_spread(tile_project(x, *inputs), *outputs, M).contiguous()
 
 
+def tile_matmul_plainly(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
+    """The same by operators that have derivatives of any order and that other runtimes know."""
+    tiles, groups, blocks, rows, offsets = inputs
+    pieces, components = _pieces(x, tiles, groups, blocks), rows_to_components(rows, offsets)
+    z = pieces.new_zeros(offsets.shape[0], x.shape[0]).index_add(0, components, pieces)
+    return tile_spread(z, *outputs, M).contiguous()
+
+
 def tile_matmul_in_chunks(x: Tensor, inputs: Inputs, outputs: Outputs, M: int) -> Tensor:
     """The same for some of the tokens at a time, in memory that the thread keeps."""
     (right, right_groups, right_place, bag, offsets), (left, left_groups, left_place, index) = inputs, outputs
@@ -271,8 +300,7 @@ def rows_to_components(rows: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         ``(rows,)``, int64.
     """
-    ends = torch.cat([offsets[1:], offsets.new_full((1,), len(rows))])
-    components = torch.repeat_interleave(torch.arange(len(offsets), device=rows.device), (ends - offsets).long())
+    components = _parts(offsets.long(), rows.shape[0])
     return torch.empty_like(components).index_put((rows.long(),), components)
 
 
@@ -305,9 +333,14 @@ def tile_project(
     Returns:
         ``(K, T)``.
     """
+    pieces = _pieces(x, tiles, groups, blocks)
+    return F.embedding_bag(rows, pieces, offsets, mode="sum")  # on a CPU a tenth of the time of index_add
+
+
+def _pieces(x: Tensor, tiles: Tensor, groups: Sequence[int], blocks: Tensor) -> Tensor:
+    """The products of the rows of all tiles with what is in their blocks, ``(rows, T)``."""
     segments = _arranged(_cut(x, tiles.shape[1]).permute(1, 2, 0), groups, blocks)  # (C, B, T)
-    pieces = [torch.bmm(some, segments[chosen]).flatten(0, 1) for chosen, some in by_group(groups, tiles)]
-    return F.embedding_bag(rows, _joined(pieces), offsets, mode="sum")  # on a CPU a tenth of the time of index_add
+    return _joined([torch.bmm(some, segments[chosen]).flatten(0, 1) for chosen, some in by_group(groups, tiles)])
 
 
 def tile_spread(z: Tensor, tiles: Tensor, groups: Sequence[int], blocks: Tensor, index: Tensor, n: int) -> Tensor:
@@ -344,4 +377,4 @@ def _arranged(segments: Tensor, groups: Sequence[int], blocks: Tensor) -> Tensor
 def _cut(x: Tensor, block: int) -> Tensor:
     """``(T, n)`` as ``(T, C, B)``, the last block filled up with zeros."""
     missing = -x.shape[1] % block
-    return (F.pad(x, (0, missing)) if missing else x).unflatten(1, (-1, block))
+    return (F.pad(x, (0, missing)) if traced() or missing else x).unflatten(1, (-1, block))

@@ -9,6 +9,7 @@ diffusers refuses to save dense ones too.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from enum import Enum
 from typing import Any
@@ -20,7 +21,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, recorded
+from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, recorded, refuse_adapters
 from structmat.network.adapters import Adapter, register_adapter
 from structmat.network.surgery import apply_plan_, check_layers, densify_
 from structmat.nn import StructuredModule
@@ -133,6 +134,18 @@ def _write_down_one(model: Any) -> None:
         model.__dict__.pop("hf_quantizer", None)
 
 
+_SAVE: Any = ModelMixin.save_pretrained
+
+
+@functools.wraps(_SAVE)
+def _save_pretrained(model: Any, *arguments: Any, **options: Any) -> None:
+    """Save a model as its class does, with a record of what is structured in it now, whoever made it so."""
+    refuse_adapters(model)
+    write_down(model)
+    _SAVE(model, *arguments, **options)
+
+
+ModelMixin.save_pretrained = _save_pretrained  # pyright: ignore - the record is to be of what is saved
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = StructmatDiffusersConfig  # there is no function for it
 auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = StructmatDiffusersQuantizer
 register_adapter("diffusers", Adapter(record=write_down, outputs=("sample",)))

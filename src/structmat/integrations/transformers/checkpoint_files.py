@@ -10,10 +10,11 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from structmat._files import write_atomically, write_tensors
+from structmat._digests import digests
+from structmat._files import opened_tensors, write_atomically, write_tensors
+from structmat.integrations.integrity import read_index
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -33,20 +34,25 @@ class CheckpointReader:
     def __init__(self, source: str | os.PathLike[str], model: nn.Module) -> None:
         folder = Path(source)
         if (folder / INDEX).is_file():
-            where: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            where = read_index(folder / INDEX)
         elif (folder / SINGLE).is_file():
-            with safe_open(folder / SINGLE, framework="pt") as file:
+            with opened_tensors(folder / SINGLE) as file:
                 where = dict.fromkeys(file.keys(), SINGLE)
         else:
             raise FileNotFoundError(f"expected {SINGLE} or {INDEX} in {os.fspath(source)!r}, found neither")
         self.paths = {name: folder / file for name, file in where.items()}
         tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        self.owners = {name: owner for name, owner in tied.items() if name not in self.paths}
         missing = [name for name in model.state_dict() if name not in self.paths and name not in tied]
         if missing:
             raise ValueError(
                 f"expected tensors under the modules' names in {os.fspath(source)!r}, but {missing[0]!r} and "
                 f"{len(missing) - 1} others are not there; load this model into memory and use compress_"
             )
+
+    def stored_as(self, name: str) -> str:
+        """The name under which the files have a tensor: another one's where it is tied to that."""
+        return self.owners.get(name, name)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors.
@@ -63,7 +69,7 @@ class CheckpointReader:
                 by_path.setdefault(self.paths[name], []).append(name)
         tensors: dict[str, Tensor] = {}
         for path, wanted in by_path.items():
-            with safe_open(path, framework="pt") as file:
+            with opened_tensors(path) as file:
                 tensors |= {name: file.get_tensor(name) for name in wanted}
         return tensors
 
@@ -73,16 +79,22 @@ class CheckpointWriter:
 
     Args:
         folder: The folder, which is there.
+
+    Attributes:
+        weight_map: The file of each tensor.
+        digests: The digest of each tensor.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.weight_map: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
 
     def write(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one file with some of the tensors."""
         write_tensors(self.folder / file, tensors, {"format": "pt"})
         self.weight_map |= dict.fromkeys(tensors, file)
+        self.digests |= digests(tensors)
 
     def write_index(self) -> None:
         """Write down which file has which tensor."""

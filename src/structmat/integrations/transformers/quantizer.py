@@ -1,16 +1,17 @@
 """Structured networks in Hugging Face transformers: plain ``save_pretrained``, plain ``from_pretrained``.
 
 Importing this module, or ``structmat`` before or after transformers, registers the quantization method
-``"structmat"``. Surgery writes the plan into ``config.quantization_config``; ``from_pretrained`` reads it, puts the
-structured layers into the empty skeleton, and transformers fills them like any others: sharded, on a device map, in
-another dtype, into the model with a head or the one without.
+``"structmat"``. Surgery writes the plan into ``config.quantization_config``, and ``save_pretrained`` writes it anew,
+for layers that were put in or taken out without surgery. ``from_pretrained`` reads it, puts the structured layers into
+the empty skeleton, and transformers fills them like any others: sharded, on a device map, in another dtype, into the
+model with a head or the one without.
 
 **A program that did not import structmat gets an error, never random weights.** Transformers alone only warns about a
 method that it does not know, and continues with a dense model whose missing weights it draws at random. Therefore every
 structured layer also stores one byte under the name of the dense weight that it replaced. Without structmat, that byte
 has the wrong shape for the weight, and ``from_pretrained`` raises an error that names each layer (unless it was told
 ``ignore_mismatched_sizes=True``). With structmat, the byte is ignored. The plan travels in the configuration of the
-outermost model that was given to the surgery; operate on that model, not on one of its blocks.
+model that is saved.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from structmat import _checks
 from structmat.formats import Format
-from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, recorded, ties_of
+from structmat.integrations.integrity import check_files, recording_digests
+from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, recorded, refuse_adapters, ties_of
 from structmat.network.adapters import Adapter, register_adapter
 from structmat.network.sites import DENSE_KINDS, DenseKind, dense_weight
 from structmat.network.surgery import apply_plan_, check_layers, densify_
@@ -94,6 +97,12 @@ class StructmatQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        with _checks.about(model.config._name_or_path):
+            check_files(self.quantization_config, kwargs.get("checkpoint_files"))
+            return self._make_structured(model)
+
+    def _make_structured(self, model: Any) -> Any:
+        """Put structured layers into a skeleton, in place."""
         names = _names_in(model, self.quantization_config)
         for copy, owner in self.quantization_config.ties.items():
             if copy in names and owner in names:
@@ -120,7 +129,8 @@ class StructmatQuantizer(HfQuantizer):
                 f"expected values for every tensor of the structured layers, but the checkpoint has none for {lost}; "
                 "it is incomplete, or its tensors are under other names"
             )
-        check_layers(model)
+        with _checks.about(model.config._name_or_path):
+            check_layers(model)
         model.is_quantized = False  # .half() and .float() refuse to work on models that are
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -157,6 +167,10 @@ def placeholders(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+_SAVE: Any = PreTrainedModel.save_pretrained
+
+
+@functools.wraps(_SAVE)
 def _save_pretrained(
     model: Any,
     save_directory: str | os.PathLike[str],
@@ -165,15 +179,22 @@ def _save_pretrained(
     *arguments: Any,
     **options: Any,
 ) -> None:
-    """Save a structured model as its class does.
+    """Save a model as its class does, with a record of what is structured in it now, whoever made it so.
 
     Transformers forgets the ``state_dict`` that it was given, which is all that a sharded trainer can save, where a
     model has a quantizer; the quantizer is told it here.
     """
-    quantizer = model.hf_quantizer
+    if not getattr(model, "_hf_peft_config_loaded", False):  # or transformers saves the adapter alone
+        refuse_adapters(model)
+        write_down(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, StructmatQuantizer):
+        _SAVE(model, save_directory, is_main_process, state_dict, *arguments, **options)
+        return
     quantizer.given = state_dict
     try:
-        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *arguments, **options)
+        with recording_digests(save_directory, model.should_save_on_this_rank(is_main_process)):
+            _SAVE(model, save_directory, is_main_process, state_dict, *arguments, **options)
     finally:
         quantizer.given = None
 
@@ -230,8 +251,7 @@ def _write_down_one(model: Any) -> None:
     if facts is None:
         if before is not None:
             del config.quantization_config
-            for own in ("hf_quantizer", "save_pretrained"):
-                model.__dict__.pop(own, None)
+            model.__dict__.pop("hf_quantizer", None)
             _declare_ties(model)
         return
     if isinstance(model.get_output_embeddings(), StructuredModule):
@@ -239,7 +259,6 @@ def _write_down_one(model: Any) -> None:
             part.tie_word_embeddings = False
     config.quantization_config = StructmatConfig(**facts)
     model.hf_quantizer = StructmatQuantizer(config.quantization_config)
-    model.save_pretrained = functools.partial(_save_pretrained, model)
     _declare_ties(model)
 
 
@@ -286,6 +305,7 @@ def _declare_ties(model: Any) -> None:
 
 
 ReadOnlyWeight._is_hf_initialized = True  # pyright: ignore - transformers is not to draw such a weight at random
+PreTrainedModel.save_pretrained = _save_pretrained  # pyright: ignore - the record is to be of what is saved
 register_quantization_config(QUANT_METHOD)(StructmatConfig)
 register_quantizer(QUANT_METHOD)(StructmatQuantizer)
 register_adapter(

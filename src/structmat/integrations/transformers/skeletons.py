@@ -10,6 +10,8 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
+from structmat.integrations.hub import model_class
+from structmat.integrations.integrity import read_configuration
 from structmat.integrations.recorded import is_ours
 from structmat.integrations.transformers.quantizer import StructmatConfig, StructmatQuantizer
 
@@ -48,14 +50,10 @@ def skeleton(source: str | os.PathLike[str]) -> Any:
     must_be_folder = not isinstance(source, str) or folder.is_absolute() or folder.is_dir()
     if must_be_folder and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"expected a folder with config.json, got {os.fspath(source)!r}")
+    if must_be_folder:
+        read_configuration(folder / "config.json")
     config = transformers.AutoConfig.from_pretrained(source)
-    named = (config.architectures or [None])[0]
-    kind = getattr(transformers, str(named), None)
-    if kind is None:
-        raise ValueError(
-            f"expected the configuration of {os.fspath(source)!r} to name a class of transformers under "
-            f"'architectures', got {named!r}"
-        )
+    kind = model_class("transformers", (config.architectures or [None])[0], os.fspath(source))
     facts = config.__dict__.pop("quantization_config", None)
     if facts is not None and not is_ours(facts):
         raise ValueError(

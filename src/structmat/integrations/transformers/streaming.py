@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.compress.api import checked_batches
@@ -23,11 +23,13 @@ from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar, MethodChoice, WorkList, fit_tasks
 from structmat.fit import Fit
 from structmat.formats import Format
+from structmat.integrations.integrity import record_digests
 from structmat.integrations.transformers.checkpoint_files import CheckpointReader, CheckpointWriter
 from structmat.integrations.transformers.quantizer import placeholders, write_down
 from structmat.integrations.transformers.skeletons import skeleton
 from structmat.network.calls import evaluating
-from structmat.network.chain import Chain, find_chain
+from structmat.network.capture import hooked
+from structmat.network.chain import Chain, find_chain, list_of_blocks
 from structmat.network.surgery import apply_plan_, put_fits_
 
 NO_CHAIN = (
@@ -83,7 +85,7 @@ def compress_checkpoint(
     partial = _partial_folder(Path(out))
     try:
         work = WorkList.of(model, wanted, method)
-        blocks = OnDisk(model, work, files, CheckpointWriter(partial))
+        blocks = OnDisk(model, work, files, CheckpointWriter(partial), None if given is None else given[0])
         store = FitStore(cache) if cache else None
         with torch.no_grad():
             if given is None:
@@ -137,21 +139,59 @@ class OnDisk:
         work: The work list.
         files: The dense checkpoint.
         output: The new one.
+        batch: The inputs of a call, in which the blocks are to be a chain; None where the model is not called.
 
     Attributes:
-        chain: The chain of blocks.
+        chain: The blocks: a chain if there is a batch.
 
     Raises:
-        ValueError: If a planned layer lies outside the blocks.
+        ValueError: If a planned layer lies outside the blocks, or these are no chain.
     """
 
-    def __init__(self, model: Any, work: WorkList, files: CheckpointReader, output: CheckpointWriter) -> None:
+    def __init__(
+        self, model: Any, work: WorkList, files: CheckpointReader, output: CheckpointWriter, batch: Any = None
+    ) -> None:
         self.model, self.work, self.files, self.output = model, work, files, output
-        self.chain = _chain_of(model, work)
-        if any(self.chain.outside(list(work.sites))):
+        planned = {name: site.names for name, site in work.sites.items()}
+        self.chain = Chain(tuple(list_of_blocks(model, planned)), False, ())
+        if any(self.chain.outside(list(planned))):
             raise ValueError(NO_CHAIN)
         model.load_state_dict(files.read(self.names_outside()), strict=False, assign=True)
         model.tie_weights()
+        if batch is not None:
+            with evaluating(model), self.whole():
+                chain = find_chain(model, planned, _one_example(batch))
+            if chain is None:
+                raise ValueError(NO_CHAIN)
+            self.chain = chain
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While it is entered, the model can be called: each block is read for its call, and let go after it."""
+        blocks = {name: self.model.get_submodule(name) for name in self.chain.names}
+        parts = [part for block in blocks.values() for part in block.modules()]
+        before = {part: part._parameters for part in parts}
+
+        def read(name: str, block: nn.Module, *_: Any) -> None:
+            for part in block.modules():
+                part._parameters = before[part]  # on the meta device, so that a copy takes no memory
+            filled = self._filled(name)
+            for part, other in zip(block.modules(), filled.modules(), strict=True):
+                part._parameters = other._parameters
+
+        def let_go(name: str, block: nn.Module, *_: Any) -> None:
+            for part in block.modules():
+                part._parameters = hollow[part]
+
+        hollow = {part: _hollow(parameters) for part, parameters in before.items()}
+        try:
+            for name, block in blocks.items():
+                let_go(name, block)
+            with hooked(blocks, before=read, after=let_go):
+                yield
+        finally:
+            for part, parameters in before.items():
+                part._parameters = parameters
 
     def names_outside(self) -> list[str]:
         """The names of the tensors outside the blocks."""
@@ -165,23 +205,38 @@ class OnDisk:
     @contextmanager
     def block(self, name: str) -> Iterator[nn.Module]:
         """Read a block, and hold it while the context is entered."""
-        block = copy.deepcopy(self.model.get_submodule(name))
-        tensors = self.files.read(f"{name}.{own}" for own in block.state_dict())
-        block.load_state_dict({own.removeprefix(f"{name}."): t for own, t in tensors.items()}, assign=True)
+        block = self._filled(name)
         for full in self.planned(name):
             weight = self.work.sites[full].matrix_of(block.get_submodule(full.removeprefix(f"{name}.")))
             _checks.matrix(weight, self.work.formats[full].shape, f"the weight of layer {full!r}")
         yield block
 
+    def _filled(self, name: str) -> nn.Module:
+        """A copy of a block, with its values from the files."""
+        block = copy.deepcopy(self.model.get_submodule(name))
+        stored = {own: self.files.stored_as(f"{name}.{own}") for own in block.state_dict()}
+        tensors = self.files.read(dict.fromkeys(stored.values()))
+        block.load_state_dict({own: tensors[at] for own, at in stored.items() if at in tensors}, assign=True)
+        return block
+
     def finish(self, name: str, compressed: nn.Module, fits: dict[str, Fit]) -> dict[str, Fit]:
         """Write a compressed block; the factors of the fits that are returned are on the meta device."""
         state = {f"{name}.{own}": tensor for own, tensor in compressed.state_dict().items()}
+        state = {full: tensor for full, tensor in state.items() if self.files.stored_as(full) == full}
         state |= {f"{name}.{own}": byte for own, byte in placeholders(compressed).items()}
         self.output.write(f"block-{len(self.output.weight_map):08d}.safetensors", state)
         return {
             own: dataclasses.replace(fit, factors={key: factor.to("meta") for key, factor in fit.factors.items()})
             for own, fit in fits.items()
         }
+
+
+def _hollow(parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter | None]:
+    """Parameters of the same shapes and dtypes on the CPU, each of one number in memory."""
+    return {
+        name: None if one is None else nn.Parameter(one.new_zeros((), device="cpu").expand(one.shape), False)
+        for name, one in parameters.items()
+    }
 
 
 def _fit_weights(work: WorkList, blocks: OnDisk, store: FitStore | None, progress: bool) -> dict[str, Fit]:
@@ -205,6 +260,7 @@ def _finish(model: Any, plan: Mapping[str, Format], blocks: OnDisk, source: Path
     apply_plan_(model, plan)
     write_down(model)
     model.config.save_pretrained(folder)
+    record_digests(folder, blocks.output.digests)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     for path in source.iterdir():
@@ -213,27 +269,12 @@ def _finish(model: Any, plan: Mapping[str, Format], blocks: OnDisk, source: Path
             shutil.copy(path, folder / path.name)
 
 
-def _with_two_blocks(model: Any) -> Any:
-    """Make a small random model of the same kind, whose embedding holds the special tokens and few others."""
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config(decoder=True)
-    specials = [getattr(text, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")]
-    text.vocab_size = 1 + max([63, *(token for token in specials if isinstance(token, int))])
-    text.num_hidden_layers = 2
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:2]
-    return type(model)(config)
-
-
-def _chain_of(model: Any, work: WorkList) -> Chain:
-    """Find the blocks of the model by calling a small one of the same kind."""
-    small = _with_two_blocks(model)
-    present = {name for name, _ in small.named_modules()}
-    planned = {name: site.names for name, site in work.sites.items() if name in present}
-    with evaluating(small):
-        chain = find_chain(small, planned, {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
-    if chain is None:
-        raise ValueError(NO_CHAIN)
-    parent = chain.names[0].rpartition(".")[0]
-    blocks = tuple(f"{parent}.{child}" for child, _ in model.get_submodule(parent).named_children())
-    return dataclasses.replace(chain, names=blocks)
+def _one_example(batch: Any) -> Any:
+    """The first example of a batch, whose states take less memory; the whole batch where that is not plain to see."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    lengths = {len(value) if isinstance(value, Tensor) and value.ndim else None for value in values}
+    if len(lengths) > 1 or None in lengths:
+        return batch
+    if isinstance(batch, Mapping):
+        return {name: value[:1] for name, value in batch.items()}
+    return batch[:1] if isinstance(batch, Tensor) else type(batch)(value[:1] for value in batch)

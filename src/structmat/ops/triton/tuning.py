@@ -23,6 +23,8 @@ import triton
 import triton.testing
 from triton.runtime.errors import OutOfResources
 
+from structmat._files import read_json
+
 Choice = dict[str, int | str]
 """A way to launch: what ``choose`` picks from, and what the file stores."""
 
@@ -132,7 +134,7 @@ def _table(path: Path) -> dict[str, Choice]:
 def _read(path: Path) -> dict[str, Choice]:
     """What the file holds; nothing if it is missing or damaged, since all of it can be measured again."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path, "launches that were measured")
     except (OSError, ValueError):
         return {}
     if not isinstance(stored, dict):
