@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     )
     from structmat.bench.autotune import autotune_
     from structmat.checkpoint import load_model, save_model
+    from structmat.compress.allocate import allocate
     from structmat.compress.api import compress_
     from structmat.compress.calibration import calibrate
     from structmat.compress.refinement import Refinement
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "structmat.bench.autotune": ("autotune_",),
     "structmat.checkpoint": ("load_model", "save_model"),
+    "structmat.compress.allocate": ("allocate",),
     "structmat.compress.api": ("compress_",),
     "structmat.compress.calibration": ("calibrate",),
     "structmat.compress.refinement": ("Refinement",),
@@ -137,6 +139,7 @@ __all__ = [
     "StructuredConv2d",
     "StructuredLinear",
     "__version__",
+    "allocate",
     "apply_plan_",
     "autotune_",
     "calibrate",

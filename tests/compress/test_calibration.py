@@ -360,9 +360,10 @@ def test_memory_is_counted() -> None:
     sums = sums_of([randn(9, 8)])
     assert sums.nbytes == 8 * (8 * 8 + 8 + 1)
     sums = sums_of([randn(9, 8)], [randn(9, 8)])
-    assert sums.nbytes == 8 * (2 * (8 * 8 + 8) + 1)
+    assert sums.nbytes == 8 * (2 * (8 * 8 + 8) + 2)
     assert sums_of([randn(6, 8)]).nbytes == 8 * (8 * 8 + 8 + 1 + 6 * 8)  # the vectors too, while they are few
-    assert sums.moments().nbytes == 8 * 2 * (8 * 8 + 8)
+    other = sums_of([randn(9, 8)], [randn(9, 8, seed=1)])
+    assert other.moments().nbytes == 8 * 2 * (8 * 8 + 8)
 
 
 # The problem
@@ -471,3 +472,10 @@ def test_formats_do_not_matter_to_calibration() -> None:
         calibrate(model, [x], {"2": f}, progress=False) for f in (LowRank(32, 32, 1), BlockDiagonal(32, 32, 4))
     )
     assert torch.equal(one["2"].second_moment, other["2"].second_moment)
+
+
+def test_inputs_that_differ_by_rounding_alone_count_as_equal() -> None:
+    x = randn(300, 10)
+    for size, crossed_too in ((1e-6, False), (1e-2, True)):
+        moments = sums_of([x], [x + size * randn(300, 10, seed=1)]).moments()
+        assert (moments.cross is not None) == (moments.target_mean is not None) == crossed_too

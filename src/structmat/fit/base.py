@@ -199,7 +199,7 @@ class Method(abc.ABC, Generic[FormatT]):
         """
 
     def _at_least_zero(self, weights: Tensor, moments: Tensor | None, format: FormatT, solved: Factors) -> Factors:
-        """The factors, but of the best multiple of their matrix where it is worse than zero for outputs (or entries)."""
+        """The factors, or those of the best multiple of their matrix where zero is better for outputs (or entries)."""
         ones = torch.ones(len(weights), dtype=torch.float64, device=weights.device)
 
         def missed(factors: Factors) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,10 @@ ROUNDING = 1e-12
 """The share of the second moment below which a variance is an error of rounding and the input counts as constant."""
 
 
+SAME = 1e-4
+"""The difference, relative to their spread, up to which inputs of the compressed and the dense network are equal."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """The moments of a layer's inputs ``x``, and of the inputs ``t`` that its target output is computed from.
@@ -148,7 +152,7 @@ class MomentSums:
         new = {"tokens": x.new_tensor(len(x)), "second_moment": x.mT @ x, "mean": x.sum(0)}
         if targets is not None:
             t = targets.double()
-            new |= {"cross": t.mT @ x, "target_mean": t.sum(0)}
+            new |= {"cross": t.mT @ x, "target_mean": t.sum(0), "difference": (t - x).square().sum()}
         for name, value in new.items():
             sums[name] = sums[name].add_(value) if name in sums else value
         if self._few is not None:
@@ -179,6 +183,10 @@ class MomentSums:
             ridge = _best_ridge(*(sums["second_moment"] / sums["tokens"] for sums in (learnt, held_out)))
         means = [name for name in learnt if name != "tokens"]
         total = {name: (learnt[name] + held_out[name] if held_out else learnt[name]) / tokens for name in means}
+        if "difference" in total:
+            variance = (total["second_moment"].diagonal() - total["mean"].square()).clamp_min(0).sum()
+            if total.pop("difference") <= SAME**2 * variance:
+                del total["cross"], total["target_mean"]  # a regression would make much of what rounding does
         return Moments(tokens, ridge=ridge, **total)
 
 
