@@ -25,6 +25,14 @@ COMMANDS = {
             "structmat plan --layers '.*up_proj' --layers '.*down_proj' --format monarch:permute_output=true MODEL",
         ),
     ),
+    "allocate": Entry(
+        "allocate:allocate_plan",
+        "Share one budget among all layers by what each does to the output, on data; the plan is for compress.",
+        (
+            "structmat allocate MODEL -o plan.json --keep 0.8 --calibrate 'texts.txt[:500]'",
+            "structmat allocate MODEL -o plan.json --keep 0.6 --unit multiplications --calibrate images/ --effort best",
+        ),
+    ),
     "compress": Entry(
         "compress:compress",
         "Replace the layers of a pretrained model by structured ones; an interrupted run resumes when it is run again.",

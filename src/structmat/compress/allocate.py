@@ -11,6 +11,7 @@ from torch import nn
 
 from structmat import _checks
 from structmat._tables import table_text
+from structmat.compress.candidates import UNITS as UNITS
 from structmat.compress.candidates import Candidate, Unit, fitted_library, library_method, plans_at, price_of
 from structmat.compress.effects import Effect
 from structmat.compress.search import Picks, Search
@@ -28,7 +29,10 @@ LEVELS: dict[str, tuple[float, ...]] = {
 }
 """The shares of a layer's parameters at which it is fitted, by effort."""
 
-EXCHANGES = {"quick": 0, "default": 1, "best": 6}
+ROUNDS = {"quick": 0, "default": 1, "best": 3}
+"""How often layers are probed again within the compressed network, by effort."""
+
+EXCHANGES = {"quick": 0, "default": 0, "best": 3}
 """How many exchanges are tried for each layer, by effort."""
 
 PROBE_VECTORS = 4096
@@ -115,8 +119,9 @@ def allocate(
     Each layer is fitted at several sizes in every structure, with the second moments of its inputs. One size of each
     layer alone is put into the network, and the change of the output gives its sensitivity: the change is proportional
     to the squared error of the layer's output (``methods.md``, section 6). Sizes are then chosen so that the sum of the
-    predicted changes is least within the budget, a dense layer being one of the choices. Last, exchanges between layers
-    are tried on the joint effect, since errors of several layers interact.
+    predicted changes is least within the budget, a dense layer being one of the choices. Since errors of several layers
+    interact, layers are probed again within the compressed network, and sizes chosen again; last, with the effort
+    ``"best"``, exchanges between layers are tried on the joint effect.
 
     Args:
         model: The dense network; it is as before afterwards.
@@ -130,7 +135,8 @@ def allocate(
         unit: What the budget counts: ``"parameters"``, ``"multiplications"``, or a function of a format, such as the
             seconds that its product takes.
         whole: Whether the budget is for all parameters of the model, those of other layers being spent already.
-        effort: ``"quick"``, ``"default"`` or ``"best"``: how many sizes are fitted, and how many exchanges are tried.
+        effort: ``"quick"``, ``"default"`` or ``"best"``: how many sizes are fitted, how often layers are probed, and
+            how many exchanges are tried.
         effect: What is measured at the output: see ``OutputEffect``.
         method: The method of the fits, as for ``compress_``; None for the default ones with fewer sweeps.
         cache: The folder for finished fits, as for ``compress_``; a second call with another budget takes them from it.
@@ -164,7 +170,7 @@ def allocate(
         dense = sum(options[-1].cost for options in library.values())
         budget = _budget(model, library, keep, dense, unit, whole)
         search = Search(model, _few(given), library, budget, effect)
-        found = search.run(EXCHANGES[effort] * len(library), seed, progress)
+        found = search.run(ROUNDS[effort], EXCHANGES[effort] * len(library), seed, progress)
     return _allocation(search, found, skipped, unit if isinstance(unit, str) else "cost")
 
 

@@ -19,6 +19,9 @@ from structmat.plan import Plan, Rule, Selector, make_plan
 RANK_MULTIPLE = 8
 """What ranks are rounded down to multiples of, where they are twice as large: products of such ranks are fastest."""
 
+UNITS = ("parameters", "multiplications")
+"""What a budget may count that has a name."""
+
 Unit = str | Callable[[Format], float]
 """``"parameters"``, ``"multiplications"``, or a function of a format, such as its time in seconds."""
 
@@ -77,7 +80,7 @@ def price_of(unit: Unit) -> Callable[[Format], float]:
     """What a format costs."""
     if callable(unit):
         return unit
-    _checks.one_of(unit, ("parameters", "multiplications"), "unit")
+    _checks.one_of(unit, UNITS, "unit")
     return (lambda format: format.num_parameters()) if unit == "parameters" else lambda format: format.multiplications()
 
 

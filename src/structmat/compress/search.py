@@ -13,6 +13,9 @@ from structmat.compress.candidates import Candidate
 from structmat.compress.effects import Effect, OutputEffect, dense_weights
 from structmat.network.sites import find_sites
 
+LEAST_SLOPE = 0.05
+"""The least share of a sensitivity that is believed when it is measured again, since differences are small there."""
+
 PROBED = 0.5
 """The level at which the effect of one layer alone is measured."""
 
@@ -46,9 +49,19 @@ class Search:
         self.sensitivity: dict[str, float] = {}
         self.measured = 0.0
 
-    def run(self, exchanges: int, seed: int, progress: bool) -> Picks:
-        """Probe, choose and exchange; the numbers of the candidates."""
-        total = len(self.library) + exchanges
+    def run(self, rounds: int, exchanges: int, seed: int, progress: bool) -> Picks:
+        """Probe and choose, again within the compressed network, and exchange.
+
+        Args:
+            rounds: How often all layers are probed within the compressed network.
+            exchanges: How many exchanges are tried.
+            seed: The seed of the exchanges.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The numbers of the candidates.
+        """
+        total = (1 + rounds) * len(self.library) + exchanges
         bar = progress_bar(desc="allocate", unit="call", total=total, show=progress)
         with bar, dense_weights(self.sites) as put:
 
@@ -60,9 +73,9 @@ class Search:
                 self.sensitivity[name] = self._probe(name, show)
                 bar.update()
             picks = self.best()
-            for name, pick in picks.items():
-                show(name, pick)
-            self.measured = self.output.measure()
+            self.measured = self._joint(picks, show)
+            for _ in range(rounds):
+                picks = self._again(picks, show, bar)
             picker = random.Random(seed)
             for _ in range(exchanges):
                 picks = self._exchanged(picks, picker, show)
@@ -81,6 +94,46 @@ class Search:
         effect = self.output.measure()
         show(name, len(options) - 1)
         return max(effect, 0.0) / error
+
+    def _joint(self, picks: Picks, show: Callable[[str, int], None]) -> float:
+        """The effect of all layers together, which then are in the network."""
+        for name, pick in picks.items():
+            show(name, pick)
+        return self.output.measure()
+
+    def _again(self, picks: Picks, show: Callable[[str, int], None], bar: Any) -> Picks:
+        """Choose again, by sensitivities that are halfway to those within the compressed network.
+
+        Halfway is the geometric mean. What is measured is the change of the joint effect when one layer alone becomes
+        two sizes larger, or smaller where it is dense.
+
+        Args:
+            picks: What was chosen, which is in the network.
+            show: Puts a candidate of a layer into the network.
+            bar: The progress bar.
+
+        Returns:
+            The better one of both choices, which is in the network.
+        """
+        before = dict(self.sensitivity)
+        for name, pick in picks.items():
+            options = self.library[name]
+            other = min(pick + 2, len(options) - 1) if pick < len(options) - 1 else max(pick - 2, 0)
+            step = options[pick].error - options[other].error
+            if step:
+                show(name, other)
+                slope = (self.measured - self.output.measure()) / step
+                show(name, pick)
+                self.sensitivity[name] = (before[name] * max(slope, LEAST_SLOPE * before[name])) ** 0.5
+            bar.update()
+        new = self.best()
+        effect = self._joint(new, show)
+        if effect < self.measured:
+            self.measured = effect
+            return new
+        self.sensitivity = before
+        self._joint(picks, show)
+        return picks
 
     def best(self) -> Picks:
         """The candidates with the least sum of predicted effects within the budget.

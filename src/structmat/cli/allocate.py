@@ -1,0 +1,128 @@
+"""``structmat allocate``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from structmat import _checks
+from structmat.cli import models
+from structmat.cli.calibration import CalibrationOptions
+from structmat.cli.compress import batches_of
+from structmat.cli.formats import HINT, NAMES, read_blocks, read_format
+from structmat.cli.models import Placement
+from structmat.cli.options import Model, Options
+from structmat.cli.selection import check_picks, checked_pattern, usual_layers
+from structmat.cli.show import say
+from structmat.compress.allocate import LEVELS, UNITS, allocate
+
+PANEL = "Plan"
+
+
+@dataclass(frozen=True)
+class AllocationOptions(Options):
+    """The options of an allocation.
+
+    Attributes:
+        out: The file for the plan.
+        format: What layers may become, with options.
+        keep: The share of the cost that is kept.
+        blocks: The block counts, ``16`` or ``8x16``.
+        layers: Patterns of the layers that share the budget; none for the usual ones.
+        exclude: Patterns of the layers to leave alone.
+        unit: What the budget counts.
+        whole: Whether the budget is for all of the model.
+        effort: How much is fitted and measured.
+        cache: The folder for finished fits; None for none.
+    """
+
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file for the plan, as JSON.")] = Path("plan.json")
+    format: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help=f"What layers may become beside dense, repeated for several formats: {NAMES}; {HINT}.",
+            rich_help_panel=PANEL,
+        ),
+    ] = ("blast", "low_rank")
+    keep: Annotated[float, typer.Option(help="The share that the layers keep together.", rich_help_panel=PANEL)] = 0.5
+    blocks: Annotated[
+        str, typer.Option(help="The block counts of formats with blocks: 16, or 8x16.", rich_help_panel=PANEL)
+    ] = "16"
+    layers: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--layers",
+            metavar="REGEX",
+            help="A pattern of layers that share the budget, repeated for several patterns; by default every linear "
+            "layer but the output head and classifiers.",
+            rich_help_panel=PANEL,
+        ),
+    ] = ()
+    exclude: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--exclude",
+            metavar="REGEX",
+            help="A pattern of layers to leave alone, repeated for several patterns.",
+            rich_help_panel=PANEL,
+        ),
+    ] = ()
+    unit: Annotated[str, typer.Option(help=f"What the budget counts: {' or '.join(UNITS)}.", rich_help_panel=PANEL)] = (
+        "parameters"
+    )
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Let --keep be the share of all parameters of the model.", rich_help_panel=PANEL),
+    ] = False
+    effort: Annotated[
+        str, typer.Option(help=f"How much is fitted and measured: {', '.join(LEVELS)}.", rich_help_panel=PANEL)
+    ] = "default"
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for finished fits, from which another run with another --keep takes them.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+
+
+def allocate_plan(
+    model: Model, options: AllocationOptions, calibration: CalibrationOptions, placement: Placement
+) -> None:
+    """Run ``structmat allocate``."""
+    if calibration.calibrate is None:
+        raise ValueError("expected --calibrate: what a layer does to the output is measured on data")
+    _checks.one_of(options.effort, LEVELS, "--effort")
+    _checks.one_of(options.unit, UNITS, "--unit")
+    keep, blocks = _checks.fraction(options.keep, "--keep"), read_blocks(options.blocks)
+    structures = [read_format(text, "--format") for text in options.format]
+    layers = [checked_pattern(pattern, "--layers") for pattern in options.layers]
+    exclude = [checked_pattern(pattern, "--exclude") for pattern in options.exclude]
+    loaded = models.load(model, placement)
+    check_picks(loaded, {"--layers": layers, "--exclude": exclude})
+    if not layers:
+        names = [name for name in usual_layers(loaded) if not any(re.fullmatch(one, name) for one in exclude)]
+        layers, exclude = ["|".join(map(re.escape, names))], []
+    batches = batches_of(calibration, models.processors(model), loaded.config)
+    plan = allocate(
+        loaded,
+        batches or [],
+        keep=keep,
+        structures=structures,
+        blocks=blocks,
+        layers=layers,
+        exclude=exclude,
+        unit=options.unit,
+        whole=options.whole,
+        effort=options.effort,
+        cache=options.cache,
+    )
+    print(plan.why())
+    plan.save(options.out)
+    say(f"wrote {options.out}; structmat compress MODEL --plan {options.out} uses it")
