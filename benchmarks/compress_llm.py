@@ -38,8 +38,9 @@ MONARCH_BLOCKS = 4
 REFINEMENT = sm.Refinement()
 CALIBRATIONS = ("stories", "wikitext")
 
-PLAIN, AT_ONCE, IN_SEQUENCE, REFINED = "plain", "at once", "in sequence", "refined"
-"""How a row uses data: not at all, statistics of the dense model, block by block (the default), with refinement."""
+PLAIN, AT_ONCE, IN_SEQUENCE, REFINED, ALLOCATED = "plain", "at once", "in sequence", "refined", "allocated"
+"""How a row uses data: not at all, statistics of the dense model, block by block (the default), with refinement, or in
+sequence with one budget for the whole network in place of a uniform keep."""
 
 
 ROWS: dict[str, tuple[type[sm.Format], int | None, str]] = {
@@ -56,6 +57,7 @@ ROWS: dict[str, tuple[type[sm.Format], int | None, str]] = {
     "blast, activation-aware": (sm.Blast, BLOCKS, AT_ONCE),
     "blast, in sequence": (sm.Blast, BLOCKS, IN_SEQUENCE),
     "blast, refined": (sm.Blast, BLOCKS, REFINED),
+    "blast, allocated": (sm.Blast, BLOCKS, ALLOCATED),
 }
 """What to compress with: structure, blocks, and how."""
 
@@ -111,10 +113,13 @@ class Bench:
         """One cell."""
         kind, blocks, how = ROWS[row]
         model = self.load()
-        plan = sm.make_plan(model, {r".*_proj": kind}, keep=keep, blocks=blocks)
         moments, spent = dense_moments(CALIBRATIONS.index(calibration), self) if how == AT_ONCE else (None, 0.0)
-        batches = self.batches(calibration) if how in (IN_SEQUENCE, REFINED) else None
+        batches = self.batches(calibration) if how in (IN_SEQUENCE, REFINED, ALLOCATED) else None
         start = time.perf_counter()
+        if how == ALLOCATED:
+            plan = sm.allocate(model, batches or [], keep=keep, structures=kind, blocks=blocks, layers=r".*_proj")
+        else:
+            plan = sm.make_plan(model, {r".*_proj": kind}, keep=keep, blocks=blocks)
         refine = REFINEMENT if how == REFINED else None
         fits = sm.compress_(model, plan, calibration=moments, batches=batches, refine=refine)
         seconds = time.perf_counter() - start + spent

@@ -218,6 +218,17 @@ def test_a_budget_that_nothing_fits_is_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupt_while_the_program_is_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(structmat.cli.importlib, "import_module", interrupted)
+    assert main(["--version"]) == 130
+    assert capsys.readouterr().err == "structmat: interrupted\n"
+
+
 def test_an_interrupt_is_no_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: Any) -> None:
         raise KeyboardInterrupt

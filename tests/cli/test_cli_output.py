@@ -1,10 +1,12 @@
 """What is beside an output folder, and that nothing of the user's is ever removed."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from structmat.cli.output import Output
+from support.changes import Killed, stopped
 
 
 def test_a_folder_of_the_user_in_the_place_of_the_partial_one_is_left_alone(tmp_path: Path) -> None:
@@ -48,3 +50,62 @@ def test_what_a_killed_command_left_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "out.partial" / ".options.json.x1").touch()
     with Output(tmp_path / "out", "compress", {}):
         assert (tmp_path / "out.partial" / "options.json").is_file()
+
+
+def work(folder: Path, text: str, **options: bool) -> None:
+    """Do what a command does: keep something for going on, write a model, let it appear."""
+    output = Output(folder / "out", "compress", {"text": text}, **options)
+    with output:
+        (output.partial / "fits").mkdir(exist_ok=True)
+        (output.partial / "fits" / "fit").write_text(text)
+        (output.new_folder() / "model").write_text(text)
+        output.finish({})
+
+
+def text_of(folder: Path) -> str:
+    """The text of a whole output."""
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "structmat.json"]
+    return (folder / "model").read_text()
+
+
+@pytest.mark.parametrize("error", [Killed, KeyboardInterrupt])
+def test_a_stop_before_any_change_of_a_file(tmp_path: Path, error: type[BaseException]) -> None:
+    between = 0
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        work(folder, "old")
+        with stopped(number, error) as stop:
+            work(folder, "new", overwrite=True)
+        if stop.seen < number:
+            break
+        if not (folder / "out").exists():
+            between += 1
+            assert (text_of(folder / "out.partial" / "old"), text_of(folder / "out.partial" / "model")) == (
+                "old",
+                "new",
+            )
+        with pytest.raises(FileExistsError, match="was made with other options"):
+            work(folder, "other")
+        assert text_of(folder / "out") in ("old", "new")
+        work(folder, "new", overwrite=True)
+        assert text_of(folder / "out") == "new"
+        assert [path.name for path in folder.iterdir()] == ["out"]
+    assert number > 20
+    assert between == (error is Killed)
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+def test_half_an_output_is_never_put_back(tmp_path: Path) -> None:
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        work(folder, "old")
+        with stopped(number, Killed) as stop:
+            work(folder, "new", overwrite=True)
+        if stop.seen < number:
+            break
+        if (folder / "out").exists():
+            (folder / "out").rename(folder / "taken")  # by the user
+        with Output(folder / "out", "compress", {}, overwrite=True):
+            assert not (folder / "out").exists() or text_of(folder / "out") == "old"

@@ -74,6 +74,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
         patch.setattr(integration.StructuredTrainer, "save_model", saving_until(6))
         assert retrain(folder, out, *words) == 130
     assert (tmp_path / "out.partial/run/checkpoint-4/trainer_state.json").exists()
+    (tmp_path / "out.partial/run/.config.json.x1").touch()  # as a kill leaves it
     capsys.readouterr()
     assert retrain(folder, out, *words, "--learning-rate", "1") == 1
     assert re.search("the options of the interrupted run in .*, got others .learning_rate: ", capsys.readouterr().err)
@@ -84,9 +85,26 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(integration, "retrain", interrupted)  # all is done but the last step
         assert retrain(folder, out, *words) == 0
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("quiet", "out")]
+    assert names[0] == names[1]
     quiet, resumed = (load_pretrained(tmp_path / name).state_dict() for name in ("quiet", "out"))
     assert all(torch.equal(quiet[name], tensor) for name, tensor in resumed.items())
+    losses = [json.loads((tmp_path / name / "structmat.json").read_text())["figures"] for name in ("quiet", "out")]
+    assert losses[0]["train_loss"] == losses[1]["train_loss"]
     assert {path.name for path in tmp_path.iterdir()} == {"quiet", "out"}
+
+
+def test_an_output_between_two_moves_is_put_back(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert retrain(folder, out, "--steps", "1") == 0
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/options.json").write_text('{"command": "retrain", "options": {}}')
+    out.rename(tmp_path / "out.partial/old")
+    assert retrain(folder, out, "--steps", "1") == 0
+    assert "is finished, with the same options" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def saving_until(step: int) -> Any:

@@ -1,5 +1,6 @@
 """Compression from file to file: the same as in memory, with one block in memory at a time."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from structmat import Blast, Dense, LowRank, Refinement, Rule, compress_, make_plan
-from structmat.integrations.transformers.streaming import compress_checkpoint, skeleton
+from structmat.integrations.transformers.streaming import compress_checkpoint, partial_folder, skeleton
+from support.changes import Killed, stopped
 
 RULES = {r".*\.(q|o)_proj": Rule(Blast, blocks=4), r".*\.mlp\..*": LowRank}
 
@@ -110,6 +112,20 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
         compress_checkpoint(folder, tmp_path / "out", plan)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_a_process_leaves_that_is_killed_at_any_change_of_a_file_is_taken_over(tmp_path: Path) -> None:
+    for number in itertools.count(1):
+        out = tmp_path / str(number)
+        partial = partial_folder(out)
+        (partial / "block.safetensors").write_text("x")
+        with stopped(number, Killed) as stop:
+            partial_folder(out)
+        assert partial_folder(out) == partial
+        assert [path.name for path in partial.iterdir()] == [".structmat-partial"]
+        if stop.seen < number:
+            break
+    assert number > 4
 
 
 def test_a_missing_tensor_and_a_broken_weight_are_named(tmp_path: Path) -> None:

@@ -98,6 +98,56 @@ def test_a_run_that_is_resumed_ends_bit_equal(tmp_path: Path, task: str) -> None
     ]
 
 
+def test_a_run_that_is_resumed_between_two_logs_logs_all_steps(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 4, "max_steps": 10, **DISTILLS}
+    whole = trainer("causal-lm", arguments(tmp_path, **options), teacher=teacher("causal-lm"))
+    expected = whole.train().training_loss
+    logged = [{k: v for k, v in entry.items() if "loss" in k} for entry in whole.state.log_history]
+    steps = [entry["step"] for entry in whole.state.log_history]
+    assert steps == [4, 8, 10]
+    for checkpoint in (3, 6, 10):
+        again = trainer("causal-lm", arguments(tmp_path, **options), teacher=teacher("causal-lm"))
+        assert again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}")).training_loss == expected
+        assert [{k: v for k, v in entry.items() if "loss" in k} for entry in again.state.log_history] == logged
+
+
+def test_the_mean_loss_is_that_of_every_step(tmp_path: Path) -> None:
+    run = trainer("causal-lm", arguments(tmp_path, max_steps=5, logging_steps=1))
+    found = run.train().training_loss
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert found == pytest.approx(sum(losses) / 5, rel=1e-6)
+    again = trainer("causal-lm", arguments(tmp_path / "other", max_steps=5, logging_steps=3))
+    assert again.train().training_loss == pytest.approx(found, rel=1e-6)
+
+
+def test_a_checkpoint_without_sums_is_resumed(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer("causal-lm", arguments(tmp_path, **options)).train()
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["LossSums"]
+    file.write_text(json.dumps(state))
+    run = trainer("causal-lm", arguments(tmp_path, **options))
+    found = run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).training_loss
+    assert found == pytest.approx(sum(entry["loss"] for entry in run.state.log_history[-3:-1]) / 2)
+
+
+def test_a_loss_that_is_not_finite_counts_as_the_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer("causal-lm", arguments(tmp_path, logging_steps=4))
+    compute, losses = run.compute_loss, []
+
+    def broken(*given: Any, **options: Any) -> Tensor:
+        loss = compute(*given, **options)
+        losses.append(float(loss))
+        return loss * torch.nan if len(losses) == 3 else loss
+
+    monkeypatch.setattr(run, "compute_loss", broken)
+    monkeypatch.setattr(run, "optimizer_cls_and_kwargs", (torch.optim.SGD, {"lr": 0.0}))
+    run.train()
+    entry = next(entry for entry in run.state.log_history if "loss" in entry)
+    assert torch.tensor(entry["loss"]).isfinite() or torch.tensor(losses[3]).isnan()
+
+
 @each_task
 def test_checkpoints_are_plain_and_have_no_teacher(tmp_path: Path, task: str) -> None:
     args = arguments(tmp_path, save_strategy="steps", save_steps=4, **DISTILLS)

@@ -23,8 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error that was explained on standard error, 2 for words that make no command, 130
         for an interrupt.
     """
-    if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        print("structmat: the command line needs typer and rich: pip install 'structmat[cli]'", file=sys.stderr)
-        return 1
-    app = importlib.import_module("structmat.cli.app")
-    return app.run(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        if any(importlib.util.find_spec(name) is None for name in NEEDED):
+            print("structmat: the command line needs typer and rich: pip install 'structmat[cli]'", file=sys.stderr)
+            return 1
+        app = importlib.import_module("structmat.cli.app")
+        return app.run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:  # while the program itself is imported
+        print("structmat: interrupted", file=sys.stderr)
+        return 130

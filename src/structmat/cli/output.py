@@ -133,12 +133,13 @@ class Output:
             ) from error
         try:
             self._begin()
-        except BaseException:
-            self._lock.release()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
     def _begin(self) -> None:
+        self._put_back()
         if self.finished:
             return
         file = self.partial / "options.json"
@@ -164,20 +165,20 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is KeyboardInterrupt:
-            say(f"{self.partial} keeps what is done; run the same command again to go on")
+        if kind is not None:
+            self._put_back()
         if kind is None or not any(file.is_file() for file in self.partial.glob("*/**/*")):
             self._clear()
             self._leave()
-        else:
-            self._lock.release()
+            return
+        if kind is KeyboardInterrupt:
+            say(f"{self.partial} keeps what is done; run the same command again to go on")
+        self._lock.release()
 
     def _clear(self) -> None:
         for path in self.partial.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name not in ("lock", "options.json"):
-                path.unlink()
+            if path.name not in ("lock", "options.json"):
+                _remove(path)
 
     def _leave(self) -> None:
         """Give the lock back and remove the partial folder."""
@@ -222,15 +223,33 @@ class Output:
         Args:
             folder: A folder inside the partial one.
         """
-        if os.path.lexists(self.path):
-            if _is_empty(self.path):
-                self.path.rmdir()
-            else:
-                old = self.partial / "old"
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(self.path, old)
+        if _is_empty(self.path):
+            self.path.rmdir()
+        elif os.path.lexists(self.path):
+            self._discard_old()
+            os.replace(self.path, self._old)
         os.replace(folder, self.path)
+        self._discard_old()
         say(f"wrote {self.path}")
+
+    @property
+    def _old(self) -> Path:
+        """The place of the output before, from its move until the new one is there."""
+        return self.partial / "old"
+
+    def _put_back(self) -> None:
+        """Put back the output before, if a run ended between the two moves of ``appear``."""
+        if os.path.lexists(self._old) and not os.path.lexists(self.path):
+            os.replace(self._old, self.path)
+
+    def _discard_old(self) -> None:
+        """Remove the output before; half of it is never at the place from which it is put back."""
+        discarded = self.partial / "discarded"
+        if os.path.lexists(discarded):
+            _remove(discarded)
+        if os.path.lexists(self._old):
+            os.replace(self._old, discarded)
+            _remove(discarded)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the record into ``folder``, and let it be the output."""
@@ -297,6 +316,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, a file, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _is_empty(path: Path) -> bool:

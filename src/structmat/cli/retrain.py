@@ -48,8 +48,12 @@ def retrain(
         work.run(output.partial / "run")
         return
     with output:
+        if output.said_finished():  # by a process that has ended since, or put back
+            return
         run = output.partial / "run"
         done = output.recorded(run)
+        if done is None:
+            clear(run)
         figures = work.run(run) if done is None else _figures(done, run)
         if done is None:
             output.record({"figures": figures, "seconds": time.perf_counter() - started}, run)
@@ -57,6 +61,13 @@ def retrain(
             shutil.rmtree(checkpoint)
         output.appear(run)
     print_table(("figure", "value"), [(name, f"{value:.4f}") for name, value in figures.items()], right=(1,))
+
+
+def clear(run: Path) -> None:
+    """Remove what an interrupted run left in its folder beside the checkpoints: half a model, temporary files."""
+    for path in run.glob("*"):
+        if path.is_file() or path.is_symlink():
+            path.unlink()
 
 
 def _figures(record: dict[str, Any], folder: Path) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +60,7 @@ class _Pass(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> _Pass:
         return _Pass(self.__dict__["standing_for"], self.length, self.notes, self.last)
 
-    def forward(self, state: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, state: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         if self.notes.entered is None:
             self.notes.entered = state
         self.notes.extras.append(Extras(args, kwargs))
@@ -194,7 +194,7 @@ def find_chain(model: nn.Module, planned: Mapping[str, Sequence[str]], batch: An
     A list of modules is the chain if most planned layers lie in it, its modules are called once each and in order, each
     on the tensor that the one before returned, and nothing else that they are called with comes out of a block. The
     blocks are then called one by one: a chain whose states are not those of the network, to the last bit, is none, and
-    a warning says so.
+    a warning says so. The same holds where something outside a block calls a planned layer that lies in it.
 
     Args:
         model: The network, in evaluation mode.
@@ -207,13 +207,13 @@ def find_chain(model: nn.Module, planned: Mapping[str, Sequence[str]], batch: An
     blocks = list_of_blocks(model, planned)
     if not blocks:
         return None
-    outside = [name for name in planned if not _inside(name, blocks)]
-    seen = _observe(model, blocks, outside, batch)
+    seen = _observe(model, blocks, planned, batch)
     if not _passes_on(seen.calls, blocks):
         return None
     lengths = {name: len(output) for name, _, _, output in seen.calls if isinstance(output, tuple)}
     chain = Chain(tuple(blocks), bool(lengths), tuple(dict.fromkeys(seen.before)), lengths)
-    difference = _difference(chain, model, batch, seen)
+    difference = f"{seen.strays[0]!r} is called from outside too" if seen.strays else None
+    difference = difference or _difference(chain, model, batch, seen)
     if difference is not None:
         warnings.warn(
             f"the blocks {blocks[0]!r} to {blocks[-1]!r} cannot be called one by one ({difference}); the whole network "
@@ -245,12 +245,16 @@ def list_of_blocks(model: nn.Module, planned: Mapping[str, Sequence[str]]) -> li
 
 @dataclass
 class _Seen:
-    """What was seen in a call of the network: calls of the blocks, their states, and what layers outside them read."""
+    """What was seen in a call of the network: calls of the blocks, their states, and what layers outside them read.
+
+    The strays are layers in blocks that were called while their block was not.
+    """
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     read: dict[str, list[Tensor]] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)
 
 
 def _passes_on(calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]], blocks: Sequence[str]) -> bool:
@@ -325,25 +329,37 @@ def _inside(name: str, blocks: Sequence[str]) -> str | None:
     return next((block for block in blocks if name.startswith(f"{block}.")), None)
 
 
-def _observe(model: nn.Module, blocks: Sequence[str], outside: Sequence[str], batch: Any) -> _Seen:
+def _observe(model: nn.Module, blocks: Sequence[str], planned: Mapping[str, Sequence[str]], batch: Any) -> _Seen:
     """Call the network, and note how each block is called and what it returns, and what the other layers read."""
-    seen, started = _Seen(), list[str]()
+    seen, started, running = _Seen(), list[str](), set[str]()
     keep = _reader(seen.read)
+    homes = {user: home for users in planned.values() for user in users if (home := _inside(user, blocks))}
 
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def enter(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        started.append(name)
+        running.add(name)
+
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        running.discard(name)
         seen.calls.append((name, args, kwargs, output))
         state = _state_in(output)
         seen.states += [] if state is None else [state.clone()]
 
-    def early(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def inside(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.strays += [] if homes[name] in running else [name]
+
+    def outside(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         keep(name, module, args)
         if not started:
             seen.before.append(name)
 
-    parts = {name: model.get_submodule(name) for name in (*blocks, *outside)}
+    def parts(names: Iterable[str]) -> dict[str, nn.Module]:
+        return {name: model.get_submodule(name) for name in names}
+
     with (
-        hooked({name: parts[name] for name in blocks}, before=lambda name, *_: started.append(name), after=note),
-        hooked({name: parts[name] for name in outside}, before=early),
+        hooked(parts(blocks), before=enter, after=leave),
+        hooked(parts(homes), before=inside),
+        hooked(parts(name for name in planned if not _inside(name, blocks)), before=outside),
         same_draws(0, device_of(model)),
     ):
         call(model, batch)

@@ -305,7 +305,8 @@ class _Probe:
 
     def _fitting(self, changes: Sequence[Tensor]) -> tuple[float, Rule] | None:
         """The rule by which the most padding changes and the fewest tokens, with how many more."""
-        found = [(padding - real, rule) for rule, padding, real in self._shares(changes) if padding > MOST]
+        shares = self._shares(changes)  # in a sliding window, some padding sees one token alone and does not change
+        found = [(padding - real, rule) for rule, padding, real in shares if padding > (MOST if real else 0)]
         best = max(found, key=lambda pair: pair[0], default=None)
         return best if best is not None and best[0] > LEAST_SCORE else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,8 @@ def retrain(
     held_out = None if evaluation is None else prepare(evaluation, evaluation_split)
     for examples in (learned, held_out):
         _check_classes(model, examples)
+    args, checkpoint = copy.copy(args), args.resume_from_checkpoint
+    args.resume_from_checkpoint = None  # the arguments that are saved are those of a run without an interrupt
     trainer = StructuredTrainer(
         model,
         args,
@@ -84,7 +87,7 @@ def retrain(
         processing_class=processor,
         compute_metrics=None if task == "causal-lm" else _accuracy,
     )
-    figures = dict(trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics)
+    figures = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     trainer.save_model()
     trainer.save_state()
     if task == "causal-lm" and evaluation is not None:

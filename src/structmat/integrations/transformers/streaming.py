@@ -82,7 +82,7 @@ def compress_checkpoint(
     model = skeleton(source)
     wanted = {name: format for name, format in plan.items() if format.replaces}
     files = CheckpointReader(source, model)
-    partial = _partial_folder(Path(out))
+    partial = partial_folder(Path(out))
     try:
         work = WorkList.of(model, wanted, method)
         blocks = OnDisk(model, work, files, CheckpointWriter(partial), None if given is None else given[0])
@@ -98,7 +98,8 @@ def compress_checkpoint(
         os.replace(partial, out)
         (Path(out) / MARKER).unlink()
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.is_dir():
+            _remove(partial)
     return {name: fits[name] for name in wanted}
 
 
@@ -106,7 +107,7 @@ MARKER = ".structmat-partial"
 """The file that marks a folder as one that was made here, so that it may be removed."""
 
 
-def _partial_folder(out: Path) -> Path:
+def partial_folder(out: Path) -> Path:
     """Make the folder beside ``out`` in which the checkpoint grows; one that an earlier run left is removed.
 
     Args:
@@ -120,15 +121,31 @@ def _partial_folder(out: Path) -> Path:
     """
     partial = out.with_name(f"{out.name}.partial")
     if os.path.lexists(partial):
-        if partial.is_symlink() or not (partial / MARKER).is_file():
+        if partial.is_symlink() or not _is_ours(partial):
             raise FileExistsError(
                 f"expected {str(partial)!r} to be free for what is unfinished, but something is there that structmat "
                 "did not make; move it away or choose another folder"
             )
-        shutil.rmtree(partial)
+        _remove(partial)
     partial.mkdir(parents=True)
     (partial / MARKER).touch()
     return partial
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether there is the marker, or a folder without anything, as before the marker is written."""
+    return (partial / MARKER).is_file() or (partial.is_dir() and next(partial.iterdir(), None) is None)
+
+
+def _remove(partial: Path) -> None:
+    """Remove a partial folder; its marker goes last, so that what a process leaves that is killed here has it."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+    (partial / MARKER).unlink(missing_ok=True)
+    partial.rmdir()
 
 
 class OnDisk:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer
 
 from structmat.integrations.transformers.arguments import StructuredTrainingArguments
 from structmat.integrations.transformers.callback import StructureCallback
+from structmat.integrations.transformers.losses import LossSums
 from structmat.integrations.transformers.tasks import TASKS, task_of
 from structmat.training import balance_, distill_hidden, distill_logits, parameter_groups
 from structmat.training.distillation import IGNORED, next_token_mask, row_weights
@@ -67,8 +68,7 @@ class StructuredTrainer(Trainer):
         super().__init__(model, args, **options)
         self.task = task_of(model, task) if taught else task
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and sums_its_loss(model)
-        self._terms: dict[str, Tensor] = {}
-        self._terms_since = 0
+        self.add_callback(LossSums())
         if args.teacher is not None:
             loader = TASKS[task_of(model, task)].loader
             teacher = loader.from_pretrained(args.teacher, dtype=args.teacher_dtype, **_sharding_of(model))
@@ -93,7 +93,8 @@ class StructuredTrainer(Trainer):
         """
         if self.args.balance and not resume_from_checkpoint and self.model is not None:
             balance_(self.model)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        return result._replace(training_loss=result.metrics["train_loss"])
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that ``args.optim`` names, over the groups of ``parameter_groups``.
@@ -156,8 +157,7 @@ class StructuredTrainer(Trainer):
         scale, step_share = self._scales(inputs["labels"], num_items_in_batch)
         sums = self._distillation(outputs, taught, inputs)
         terms = {"task": loss, **{name: total * scale for name, total in sums.items()}}
-        for name, term in terms.items():
-            self._terms[name] = self._terms.get(name, 0.0) + term.detach() * step_share
+        self.losses.add({f"loss_{name}": term for name, term in terms.items()}, step_share)
         weights = {
             "task": self.args.task_weight,
             "logits": self.args.distill_logits,
@@ -197,19 +197,38 @@ class StructuredTrainer(Trainer):
             sums["hidden"] = distill_hidden(outputs["hidden_states"], taught["hidden_states"], weights)
         return sums
 
+    @property
+    def losses(self) -> LossSums:
+        """The sums of the losses that are to be logged."""
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, LossSums))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Train on a batch, and note its loss.
+
+        Args:
+            model: The network, possibly wrapped.
+            inputs: The batch.
+            num_items_in_batch: The number of labels of the whole step.
+
+        Returns:
+            The loss.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        broken = self.args.logging_nan_inf_filter and not bool(loss.isfinite())
+        self.losses.add({"loss": loss if not broken else self.losses.usual(self.state.global_step)})
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and with the loss its terms before they are weighted.
+        """Log, with losses over all steps that they stand for, and the terms of the loss before they are weighted.
 
         Args:
             logs: The values to log, by name.
             start_time: The time at which the training began.
         """
-        steps = self.state.global_step - self._terms_since
-        if "loss" in logs and self._terms and steps:
-            for name, term in self._terms.items():
-                everywhere: Any = self.accelerator.gather(term)
-                logs[f"loss_{name}"] = everywhere.mean().item() / steps
-            self._terms, self._terms_since = {}, self.state.global_step
+        if "loss" in logs and self.state.global_step > self.losses.logged:
+            logs |= self.losses.take(self.state.global_step, self.accelerator.gather)
+        if "train_loss" in logs:
+            logs["train_loss"] = self.losses.mean(self.state.global_step)
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
