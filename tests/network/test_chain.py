@@ -93,6 +93,46 @@ def test_models_of_transformers(name: str, blocks: str | None, before: tuple[str
         assert chain.before == before
 
 
+class Borrows(Stack):
+    """A stack that calls a layer of its first block again after the blocks."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, attention_mask) + self.head(self.blocks[0].up(self.embed(x))[..., :24])
+
+
+def test_a_layer_that_is_called_from_outside_of_its_block_makes_a_warning() -> None:
+    model, batch = Borrows().eval(), sequences(1)[0]
+    with pytest.warns(UserWarning, match=r"one by one \('blocks.0.up' is called from outside too\); the whole network"):
+        assert chain_of(model, batch) is None
+    others = {name: names for name, names in planned(model).items() if name != "blocks.0.up"}
+    with torch.no_grad():
+        assert find_chain(model, others, batch) is not None
+
+
+class Named(Block):
+    """A block that calls an argument as a stand-in might call its own."""
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class PassesNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Named(12), Named(12)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, state=None)
+        return x
+
+
+def test_the_names_of_arguments_are_the_blocks_own() -> None:
+    chain = chain_of(PassesNames(), sequences(1)[0])
+    assert chain is not None
+    assert chain.names == ("blocks.0", "blocks.1")
+
+
 # What passes through
 
 

@@ -47,9 +47,22 @@ def prefixed(x: Tensor) -> Tensor:
     return torch.cat([torch.ones(len(x), 2, WIDTH), x], 1)
 
 
+def partly_constant(x: Tensor) -> Tensor:
+    """All padding but the first of each sequence is the same whatever it says, as where a sliding window is empty."""
+    speaking = torch.arange(MASK.shape[1]) <= MASK.sum(1, keepdim=True)
+    return x.where(speaking[..., None], 1)
+
+
+def attending(x: Tensor) -> Tensor:
+    """Padding reads the tokens, each with the weight of its place, and nothing of the padding."""
+    mask = MASK[:, : x.shape[1], None]
+    read = (x * mask * torch.arange(1, x.shape[1] + 1)[:, None]).sum(1, keepdim=True)
+    return x.where(mask.bool(), read)
+
+
 FORMS = (
     *("rows", "flat", "one", "columns", "flat columns", "heads", "heads first", "prefix", "reversed", "unpadded"),
-    *("silent", "pooled"),
+    *("silent", "pooled", "partly constant", "attending"),
 )
 
 
@@ -68,6 +81,8 @@ FORMS = (
         (lambda x: x[MASK.bool()], WIDTH, REAL),  # no padding is left
         (lambda x: x * MASK[..., None], WIDTH, REAL),  # the padding is silent
         (lambda x: x[:, 0], WIDTH, 4),
+        (partly_constant, WIDTH, REAL),
+        (attending, WIDTH, REAL),
     ],
     ids=FORMS,
 )

@@ -156,9 +156,9 @@ def find_masks(
 
     For each mask the network is called twice on the first batch that has padding, with other content where the mask
     says padding. A layer's vectors that change are padding. Where none changes, the network may have set the padding to
-    zero; a third call with other content in the place of real tokens shows this. A layer whose vectors the mask does
-    not tell apart, such as a decoder's by the encoder's mask or an image's patches, counts them all. No call is made
-    where no batch has padding.
+    zero; a third call with other content in the place of real tokens shows this, or a fourth with a token less. A layer
+    whose vectors the mask does not tell apart, such as a decoder's by the encoder's mask or an image's patches, counts
+    them all. No call is made where no batch has padding.
 
     Args:
         model: The network, in evaluation mode.
@@ -244,7 +244,8 @@ class _Probe:
                 unclear |= {name} if fitting is None else set()
             else:
                 still.append(name)
-        return rules | self._silenced(plain, still, content), unclear
+        rules |= self._silenced(plain, still, content)
+        return rules | self._shortened(plain, [name for name in still if name not in rules], content), unclear
 
     def _content(self) -> dict[str, Tensor]:
         """What the tokens say, by name in the batch."""
@@ -322,6 +323,29 @@ class _Probe:
                     rules.setdefault(name, (real - padding, rule))
         return rules
 
+    def _shortened(self, plain: Rows, names: Sequence[str], content: Mapping[str, Tensor]) -> Scored:
+        """The rules of layers that read one vector less for each sequence where it has one token less.
+
+        In such layers padding may depend on nothing but the tokens, as where it attends to all of them alike.
+
+        Args:
+            plain: The rows of the layers, by name.
+            names: The names of the layers that nothing else told apart.
+            content: What the tokens say, by name in the batch.
+
+        Returns:
+            The rules by name.
+        """
+        B, T = self.mask.shape
+        own = self.key.removesuffix(MASK).removesuffix(PADDING_MASK)
+        beside = [self.key, *(f"{own}{one}" for one in NO_CONTENT if one != "labels")]  # which may be a decoder's
+        more = {n: v for n, v in self.batch.items() if n in beside and getattr(v, "shape", None) == (B, T)}
+        fit = [name for name in names if all(one.shape[:-1] == (B, T) for one in plain[name])]
+        shorter = {name: value[:, :-1] for name, value in (more | {**content}).items()}
+        other = (self._attempt(shorter) if fit and T > 1 else None) or {}
+        cut = [name for name in fit if name in other and all(one.shape[:-1] == (B, T - 1) for one in other[name])]
+        return {name: (0.0, Rule(self.key, _in_rows)) for name in cut}
+
     def _shares(self, changes: Sequence[Tensor]) -> list[tuple[Rule, float, float]]:
         """For each layout that fits, the share of padding that changes, and the share of tokens."""
         found: list[tuple[Rule, float, float]] = []
@@ -346,7 +370,8 @@ def _row_numbers(tensor: Tensor) -> Tensor:
     """Two numbers ``(..., 2)`` for each vector of ``(..., N)``: its norm, and its product with a random vector."""
     wide = tensor.detach().double()
     random = torch.randn(wide.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tolerance = torch.finfo(tensor.dtype).eps ** 0.5 if tensor.is_floating_point() else 0.0
+    eps = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
+    tolerance = min(eps**0.5, 100 * eps)
     return torch.stack([tolerance * torch.linalg.vector_norm(wide, dim=-1), wide @ random.to(wide.device)], -1).cpu()
 
 
