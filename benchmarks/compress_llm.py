@@ -170,7 +170,9 @@ def table(dense: dict[str, float]) -> str:
         f"300 stories (BOS, cut at 512 tokens), dense {dense['token']:.3f} (word perplexity {dense['word']:.2f}); in "
         "brackets ln(perplexity / dense). BLAST has 16 x 16 blocks, Monarch 4 x 4. *Activation-aware* and *whitened*: "
         "statistics of the dense model, all at once. *In sequence*: block by block on what the compressed blocks give, "
-        "the default with data. *Refined*: `--refine`. No row is retrained.",
+        "the default with data. *Refined*: `--refine`. *Allocated*: in sequence, the same share of all parameters "
+        "spread over the layers by `allocate`, in place of the same keep in each (each cell's JSON has its hardware). "
+        "No row is retrained.",
     ]
     for calibration, title in (("stories", "1,500 stories"), ("wikitext", "WikiText-2, as many tokens")):
         lines += ["", f"## Calibrated on {title}", "", "| structure | " + " | ".join(f"keep {k}" for k in KEEPS) + " |"]
