@@ -224,8 +224,8 @@ def test_an_interrupt_while_the_program_is_imported(
     def interrupted(_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(structmat.cli.importlib, "import_module", interrupted)
-    assert main(["--version"]) == 130
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["--version"]) == 130
     assert capsys.readouterr().err == "structmat: interrupted\n"
 
 

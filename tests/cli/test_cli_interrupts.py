@@ -1,28 +1,17 @@
-"""``structmat compress`` that is killed, interrupted or started twice: the result is that of one quiet run."""
+"""``structmat compress`` that is interrupted and started twice: the result is that of one quiet run."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from processes import start
 from training import tiny
-
-TESTS = Path(__file__).parents[1]
-
-KILLS = 20
-
-
-def environment() -> dict[str, str]:
-    """Of a process that a test starts: one thread, and torchvision's operators declared."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS / "support"), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +27,6 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-def model_files(folder: Path) -> dict[str, bytes]:
-    """Every file but the record, which says how long it took."""
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != "structmat.json"}
-
-
-def start(words: list[str], out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "structmat.cli", *words, "-o", str(out)],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def wait_for(what: Path, process: subprocess.Popen[str], pattern: str) -> None:
     """Until files of this pattern are in the folder."""
     deadline = time.monotonic() + 120
@@ -57,65 +34,6 @@ def wait_for(what: Path, process: subprocess.Popen[str], pattern: str) -> None:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-class Forks:
-    """Runs of the program without its start."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log.open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "support" / "forking.py")],
-            env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-        )  # fmt: skip
-        self._answer()
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        answer = self.process.stdout.readline()
-        assert answer, Path(self.log.name).read_text()[-3000:]
-        return answer
-
-    def run(self, words: list[str], out: Path, delay: float | None = None) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"words": [*words, "-o", str(out)], "delay": delay}) + "\n")
-        self.process.stdin.flush()
-        return int(self._answer())
-
-    def close(self) -> None:
-        self.process.communicate()
-        self.log.close()
-
-
-@pytest.fixture
-def forks(tmp_path: Path) -> Iterator[Forks]:
-    runs = Forks(tmp_path / "log")
-    yield runs
-    runs.close()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_runs_that_are_killed_end_like_a_quiet_one(words: list[str], forks: Forks, tmp_path: Path) -> None:
-    began = time.monotonic()
-    assert forks.run(words, tmp_path / "quiet") == 0, (tmp_path / "log").read_text()[-3000:]
-    duration = time.monotonic() - began
-    expected = model_files(tmp_path / "quiet")
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(expected)
-    chance = random.Random(0)
-    kills = finished = 0
-    while kills < KILLS or finished == 0:
-        out = tmp_path / f"killed-{finished}"
-        status = forks.run(words, out, chance.uniform(0, duration) if kills < KILLS else None)
-        if status == -signal.SIGKILL:
-            kills += 1
-            continue
-        assert status == 0, (tmp_path / "log").read_text()[-3000:]
-        assert model_files(out) == expected
-        assert not out.with_name(f"{out.name}.partial").exists()
-        finished += 1
-    assert forks.run(words, tmp_path / f"killed-{finished}") == 0
-    assert model_files(tmp_path / f"killed-{finished}") == expected
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ import time
 from typing import Any
 
 import changes  # from this folder
+
 import structmat.cli.app
-import structmat.cli.compress
-import structmat.cli.retrain
+import structmat.cli.compress  # noqa: F401
+import structmat.cli.retrain  # noqa: F401
 from structmat.integrations.transformers import quantizer, retraining, streaming  # noqa: F401
 
 from transformers import (  # noqa: F401  # isort: skip
@@ -53,11 +54,12 @@ def child(asked: dict[str, Any], counter: mmap.mmap) -> None:
         count_changes(counter, asked.get("event"), signal.Signals[asked.get("signal") or "SIGKILL"])
         status = structmat.cli.main(asked["words"])
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:  # before the command or after it
-        status = -signal.SIGINT
+    except KeyboardInterrupt:  # before the command or after it, where a process ends by the signal itself
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     finally:
         sys.stdout.flush()
-        os._exit(status & 0xFF)
+        os._exit(status)
 
 
 def run(asked: dict[str, Any]) -> dict[str, Any]:

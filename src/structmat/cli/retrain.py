@@ -50,17 +50,33 @@ def retrain(
     with output:
         if output.said_finished():  # by a process that has ended since, or put back
             return
-        run = output.partial / "run"
-        done = output.recorded(run)
-        if done is None:
-            clear(run)
-        figures = work.run(run) if done is None else _figures(done, run)
-        if done is None:
-            output.record({"figures": figures, "seconds": time.perf_counter() - started}, run)
-        for checkpoint in run.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        output.appear(run)
+        figures = train(work, output, started)
     print_table(("figure", "value"), [(name, f"{value:.4f}") for name, value in figures.items()], right=(1,))
+
+
+def train(work: Training, output: Output, started: float) -> dict[str, float]:
+    """Train, or go on with what an interrupted run left, and let the result appear.
+
+    Args:
+        work: The training run.
+        output: The output, which is entered.
+        started: The time at which the command began.
+
+    Returns:
+        The figures.
+    """
+    run = output.partial / "run"
+    done = output.recorded(run)
+    if done is not None:
+        figures = _figures(done, run)
+    else:
+        clear(run)
+        figures = work.run(run)
+        output.record({"figures": figures, "seconds": time.perf_counter() - started}, run)
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    output.appear(run)
+    return figures
 
 
 def clear(run: Path) -> None:

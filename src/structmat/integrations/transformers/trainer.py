@@ -231,6 +231,12 @@ class StructuredTrainer(Trainer):
             logs["train_loss"] = self.losses.mean(self.state.global_step)
         super().log(logs, start_time)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # from the last checkpoint ``Trainer`` would take one step more than it was told to
+            self.control.should_training_stop = True
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load_tensors_(self.model, resume_from_checkpoint)
