@@ -167,9 +167,12 @@ class Method(abc.ABC, Generic[FormatT]):
                 solved, history = self._solve(stack, metric, format, progress)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; the batch is {list(names or range(len(weights)))}") from error
-            solved = self._at_least_zero(stack, moments, format, solved)
             factors = _in_layer_dtype(_scaled(format, solved, scale), format, weights[0].dtype, called)
             sums = self._sums(stack, moments, scale, format, factors)
+            if bool(_worse_than_zero(sums, moments).any()):
+                solved = self._best_multiples(stack, moments, format, solved)
+                factors = _in_layer_dtype(_scaled(format, solved, scale), format, weights[0].dtype, called)
+                sums = self._sums(stack, moments, scale, format, factors)
             _check_finite(sums, weights[0].dtype, called)
             errors = [_errors(row, moments is not None) for row in sums[:, :4].sqrt().tolist()]
         seconds = (time.perf_counter() - start) / len(weights)
@@ -198,25 +201,20 @@ class Method(abc.ABC, Generic[FormatT]):
             was finished earlier.
         """
 
-    def _at_least_zero(self, weights: Tensor, moments: Tensor | None, format: FormatT, solved: Factors) -> Factors:
+    def _best_multiples(self, weights: Tensor, moments: Tensor | None, format: FormatT, solved: Factors) -> Factors:
         """The factors, or those of the best multiple of their matrix where zero is better for outputs (or entries)."""
         ones = torch.ones(len(weights), dtype=torch.float64, device=weights.device)
 
-        def missed(factors: Factors) -> tuple[Tensor, Tensor]:
-            sums = self._sums(weights, moments, ones, format, factors)
-            whole, part = (sums[:, :2] if moments is None else sums[:, 2:4]).unbind(1)
-            return whole, part
+        def sums(shares: Tensor) -> Tensor:
+            return self._sums(weights, moments, ones, format, _scaled(format, solved, shares))
 
-        total, rest = missed(solved)
-        worse = rest > total
-        if not bool(worse.any()):
-            return solved
+        total, rest = _compared(sums(ones), moments)
         # the best multiple is <W, W_hat> / |W_hat|^2; both follow from what the matrix misses, and what half of it does
-        inner = (rest - total) / 2 - 2 * (missed(_scaled(format, solved, ones / 2))[1] - total)
+        inner = (rest - total) / 2 - 2 * (_compared(sums(ones / 2), moments)[1] - total)
         energy = rest - total + 2 * inner
         best = (inner / energy.where(energy > 0, 1)).clamp_min(0).nan_to_num(0)
-        best = torch.where(worse, best, 1.0)
-        still = missed(_scaled(format, solved, best))[1] > total  # for rounding, where the two differ enormously
+        best = torch.where(rest > total, best, 1.0)
+        still = _worse_than_zero(sums(best), moments)  # for rounding, where the two differ enormously
         return _scaled(format, solved, best.where(~still, 0))
 
     def _sums(
@@ -292,6 +290,17 @@ def _stacked(second_moments: Sequence[Tensor], device: torch.device) -> Tensor:
     """The second moments ``(B, N, N)`` in float64, symmetric to the last bit."""
     stack = torch.stack([one.detach().to(device, torch.float64) for one in second_moments])
     return (stack + stack.mT) / 2
+
+
+def _compared(sums: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sums by which a fit is judged, both ``(B,)``: of the whole, and of what the factors miss."""
+    return (sums[:, 0], sums[:, 1]) if moments is None else (sums[:, 2], sums[:, 3])
+
+
+def _worse_than_zero(sums: Tensor, moments: Tensor | None) -> Tensor:
+    """Which factors ``(B,)`` are worse than zero, for the outputs where there are second moments of the inputs."""
+    total, rest = _compared(sums, moments)
+    return rest > total
 
 
 def _errors(norms: Sequence[float], aware: bool) -> tuple[float, float | None]:
