@@ -25,6 +25,8 @@ from transformers import (
 from structmat import LowRank, compress_, make_plan
 from structmat.integrations.transformers.streaming import _one_example, compress_checkpoint, skeleton
 
+pytestmark = pytest.mark.slow
+
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 TEXT: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "patch_size": 8}

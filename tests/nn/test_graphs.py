@@ -55,6 +55,7 @@ def test_export_holds_for_every_batch(format: Format):
         close(found(x), layer(x))
 
 
+@pytest.mark.slow
 @each_format
 def test_strict_export_holds_for_every_batch(format: Format):
     layer = StructuredLinear(format).eval()
@@ -64,6 +65,7 @@ def test_strict_export_holds_for_every_batch(format: Format):
         close(found(x), layer(x))
 
 
+@pytest.mark.slow
 @each_format
 def test_export_holds_for_every_length(format: Format):
     layer = StructuredLinear(format)
@@ -90,6 +92,7 @@ def test_trace_holds_for_every_batch(format: Format, learning: bool):
             close(got, expected)
 
 
+@pytest.mark.slow
 @each_convolution
 def test_convolutions_export_and_trace(layer: StructuredConv2d):
     sizes = {0: Dim("batch", min=1), 2: Dim("height", min=5, max=99), 3: Dim("width", min=5, max=99)}
