@@ -59,6 +59,7 @@ def test_formats_layers_and_the_unit_are_chosen(folder: Path, tmp_path: Path) ->
         (["--unit", "seconds"], "expected --unit to be one of"),
         (["--keep", "0.001"], "expected a budget of at least"),
         (["--layers", "nothing"], "expected --layers 'nothing' to pick"),
+        (["--exclude", ".*"], "expected dense linear layers to compress, found none"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,11 +15,9 @@ from structmat.cli.compress import batches_of
 from structmat.cli.formats import HINT, NAMES, read_blocks, read_format
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options
-from structmat.cli.selection import check_picks, checked_pattern, usual_layers
+from structmat.cli.selection import PANEL, Exclude, Layers, check_any, check_picks, checked_pattern, usual_pattern
 from structmat.cli.show import say
 from structmat.compress.allocate import LEVELS, UNITS, allocate
-
-PANEL = "Plan"
 
 
 @dataclass(frozen=True)
@@ -54,25 +51,8 @@ class AllocationOptions(Options):
     blocks: Annotated[
         str, typer.Option(help="The block counts of formats with blocks: 16, or 8x16.", rich_help_panel=PANEL)
     ] = "16"
-    layers: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--layers",
-            metavar="REGEX",
-            help="A pattern of layers that share the budget, repeated for several patterns; by default every linear "
-            "layer but the output head and classifiers.",
-            rich_help_panel=PANEL,
-        ),
-    ] = ()
-    exclude: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--exclude",
-            metavar="REGEX",
-            help="A pattern of layers to leave alone, repeated for several patterns.",
-            rich_help_panel=PANEL,
-        ),
-    ] = ()
+    layers: Layers = ()
+    exclude: Exclude = ()
     unit: Annotated[str, typer.Option(help=f"What the budget counts: {' or '.join(UNITS)}.", rich_help_panel=PANEL)] = (
         "parameters"
     )
@@ -107,8 +87,8 @@ def allocate_plan(
     loaded = models.load(model, placement)
     check_picks(loaded, {"--layers": layers, "--exclude": exclude})
     if not layers:
-        names = [name for name in usual_layers(loaded) if not any(re.fullmatch(one, name) for one in exclude)]
-        layers, exclude = ["|".join(map(re.escape, names))], []
+        layers, exclude = usual_pattern(loaded, exclude), []
+    check_any(layers)
     batches = batches_of(calibration, models.processors(model), loaded.config)
     plan = allocate(
         loaded,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,27 @@ HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 """Names of output layers, beside those that the model itself tells."""
 
 PANEL = "Plan"
+
+Layers = Annotated[
+    tuple[str, ...],
+    typer.Option(
+        "--layers",
+        metavar="REGEX",
+        help="A pattern of whole names of layers to compress, repeated for several patterns; by default every "
+        "linear layer but the output head and classifiers.",
+        rich_help_panel=PANEL,
+    ),
+]
+
+Exclude = Annotated[
+    tuple[str, ...],
+    typer.Option(
+        "--exclude",
+        metavar="REGEX",
+        help="A pattern of layers to leave alone, repeated for several patterns.",
+        rich_help_panel=PANEL,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -55,25 +77,8 @@ class PlanOptions(Options):
             help="The block counts of formats with blocks: 16, or 8x16 for rows x columns.", rich_help_panel=PANEL
         ),
     ] = "16"
-    layers: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--layers",
-            metavar="REGEX",
-            help="A pattern of whole names of layers to compress, repeated for several patterns; by default every "
-            "linear layer but the output head and classifiers.",
-            rich_help_panel=PANEL,
-        ),
-    ] = ()
-    exclude: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--exclude",
-            metavar="REGEX",
-            help="A pattern of layers to leave alone, repeated for several patterns.",
-            rich_help_panel=PANEL,
-        ),
-    ] = ()
+    layers: Layers = ()
+    exclude: Exclude = ()
     rules: Annotated[
         tuple[str, ...],
         typer.Option(
@@ -112,15 +117,9 @@ class PlanOptions(Options):
         keep, blocks = _checks.fraction(self.keep, "--keep"), read_blocks(self.blocks)
         check_picks(model, {"--rule": rules, "--exclude": exclude, "--layers": layers})
         if not layers:
-            taken = (*rules, *exclude)
-            names = [name for name in usual_layers(model) if not any(re.fullmatch(one, name) for one in taken)]
-            layers = ["|".join(re.escape(name) for name in names)] if names else []
+            layers = usual_pattern(model, (*rules, *exclude))
         rules |= {pattern: chosen for pattern in layers if pattern not in rules}
-        if not rules:
-            raise ValueError(
-                "expected dense linear layers to compress, found none that is not excluded; is the model compressed "
-                "already?"
-            )
+        check_any(rules)
         misfits = "skip" if self.skip_misfits else "error"
         try:
             return make_plan(model, rules, keep=keep, blocks=blocks, exclude=exclude, misfits=misfits)
@@ -215,6 +214,36 @@ def usual_layers(model: Any) -> list[str]:
         and not any(module is output for module in site.modules)
         and name.rpartition(".")[2] not in HEADS
     ]
+
+
+def usual_pattern(model: Any, taken: Iterable[str]) -> list[str]:
+    """The pattern of the layers that are compressed where the user names none.
+
+    Args:
+        model: The model.
+        taken: The patterns of layers that are excluded, or have a rule.
+
+    Returns:
+        One pattern, or none where no layer is left.
+    """
+    names = [name for name in usual_layers(model) if not any(re.fullmatch(one, name) for one in taken)]
+    return ["|".join(map(re.escape, names))] if names else []
+
+
+def check_any(patterns: Collection[str]) -> None:
+    """Check that there is something to compress.
+
+    Args:
+        patterns: The patterns of layers to compress.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not patterns:
+        raise ValueError(
+            "expected dense linear layers to compress, found none that is not excluded; is the model compressed "
+            "already?"
+        )
 
 
 def checked_pattern(pattern: str, option: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,10 @@ from structmat.compress.candidates import UNITS as UNITS
 from structmat.compress.candidates import Candidate, Unit, fitted_library, library_method, plans_at, price_of
 from structmat.compress.effects import Effect
 from structmat.compress.search import Picks, Search
+from structmat.compress.states import count_tokens
 from structmat.compress.tasks import MethodChoice
 from structmat.network.calls import device_of, evaluating, moved, undisturbed
 from structmat.network.chain import find_chain
-from structmat.network.masks import masks_of
 from structmat.network.sites import find_sites
 from structmat.plan import FormatChoice, Plan, Rule, Selector, as_rule
 
@@ -117,9 +118,9 @@ def allocate(
     """Share one budget among the layers of a network by what compressing them does to its output.
 
     Each layer is fitted at several sizes in every structure, with the second moments of its inputs. One size of each
-    layer alone is put into the network, and the change of the output gives its sensitivity: the change is proportional
-    to the squared error of the layer's output (``methods.md``, section 6). Sizes are then chosen so that the sum of the
-    predicted changes is least within the budget, a dense layer being one of the choices. Since errors of several layers
+    layer alone is put into the network, and the change of the output gives its sensitivity, since the change grows
+    about as the squared error of the layer's output. Sizes are then chosen so that the sum of the predicted changes is
+    least within the budget, a dense layer being one of the choices. Since errors of several layers
     interact, layers are probed again within the compressed network, and sizes chosen again; last, with the effort
     ``"best"``, exchanges between layers are tried on the joint effect.
 
@@ -180,11 +181,7 @@ def _selected(model: nn.Module, batch: Any, layers: Selector | Iterable[Selector
         return [layers] if isinstance(layers, (str, type)) else list(layers)
     names = {name: site.names for name, site in find_sites(model).items() if not site.problem}
     chain = find_chain(model, names, moved(batch, device_of(model)))
-    return [".*"] if chain is None else [rf"(?:{'|'.join(map(_escaped, chain.names))})\..*"]
-
-
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
+    return [".*"] if chain is None else [rf"(?:{'|'.join(map(re.escape, chain.names))})\..*"]
 
 
 def _budget(
@@ -214,20 +211,10 @@ def _few(batches: Sequence[Any]) -> list[Any]:
     vectors = 0
     for i in order:
         taken.append(i)
-        vectors += _vectors(batches[i])
+        vectors += count_tokens(batches[i], example=1)
         if vectors >= PROBE_VECTORS:
             break
     return [batches[i] for i in sorted(taken)]
-
-
-def _vectors(batch: Any) -> int:
-    """About how many tokens, or examples, a batch has."""
-    masks = masks_of(batch)
-    if masks:
-        return max(int(mask.sum()) for mask in masks.values())
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    first = next((value for value in values if hasattr(value, "is_floating_point")), None)
-    return 1 if first is None else len(first) if first.is_floating_point() else first.numel()
 
 
 def _allocation(search: Search, picks: Picks, skipped: Mapping[str, str], unit: str) -> Allocation:

@@ -78,8 +78,8 @@ class OutputEffect:
             return float(now[0] - before[0]), 1.0
         if self.of_logits:
             return float(F.kl_div(now[0], before[0], reduction="sum", log_target=True)), float(len(now[0]))
-        sums = [((a - b).square().sum(), b.square().sum()) for a, b in zip(now, before, strict=True)]
-        return tuple(float(torch.stack(part).double().sum()) for part in zip(*sums, strict=True))  # pyright: ignore
+        missed = sum(float((a - b).square().sum()) for a, b in zip(now, before, strict=True))
+        return missed, sum(float(one.square().sum()) for one in before)
 
 
 def _has_logits(returned: Any) -> bool:

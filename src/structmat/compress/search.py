@@ -43,8 +43,8 @@ class Search:
         effect: Effect,
     ) -> None:
         self.library, self.budget = library, budget
-        sites = find_sites(model)
-        self.sites = {name: next(site for site in sites.values() if name in site.names) for name in library}
+        by_name = {name: site for site in find_sites(model).values() for name in site.names}
+        self.sites = {name: by_name[name] for name in library}
         self.output = OutputEffect(model, batches, effect)
         self.sensitivity: dict[str, float] = {}
         self.measured = 0.0

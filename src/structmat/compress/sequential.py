@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from structmat.compress.block import BlockFits
 from structmat.compress.calibration import warn_of_few
 from structmat.compress.refinement import Refinement, refined
-from structmat.compress.states import Block, Forward, States
+from structmat.compress.states import Block, Forward, States, count_tokens
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar, WorkList, with_error
 from structmat.fit import Fit
 from structmat.network.calls import call, copied, device_of, evaluating, moved
 from structmat.network.chain import Chain, Extras, Relay, find_chain
-from structmat.network.masks import BatchMasks, find_masks, masks_of
+from structmat.network.masks import BatchMasks, find_masks
 from structmat.network.surgery import put_fits_, with_fits
 
 FORWARD_COST = 4
@@ -223,16 +223,6 @@ class SequentialRun:
             put_fits_(block.working, run.fits)
         bar.advance(cost)
         return run.by_full_name(), outputs
-
-
-def count_tokens(batch: Any) -> int:
-    """About how many vectors a batch makes; this weighs the time estimate, and nothing else."""
-    masks = masks_of(batch)
-    if masks:
-        return max(int(mask.sum()) for mask in masks.values())
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    first = next((value for value in values if isinstance(value, Tensor)), None)
-    return 0 if first is None else first.numel() if not first.is_floating_point() else 64 * len(first)
 
 
 def _call_model(model: nn.Module, batch: Any, i: int) -> Any:

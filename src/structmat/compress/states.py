@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structmat.network.calls import HOST, device_of, same_draws, tensor_of, tensors_of
 from structmat.network.capture import capturing
-from structmat.network.masks import BatchMasks
+from structmat.network.masks import BatchMasks, masks_of
 from structmat.network.sites import Site
 
 Forward = Callable[[nn.Module, Any, int], Any]
@@ -124,3 +124,21 @@ class Block:
             ``(...)`` of booleans, or None.
         """
         return self.states.masks[i].counted(f"{self.name}>{number}", output)
+
+
+def count_tokens(batch: Any, example: int = 64) -> int:
+    """Estimate how many tokens a batch has, to weigh work by it.
+
+    Args:
+        batch: The inputs of one call.
+        example: What an example counts whose input is no text, such as an image.
+
+    Returns:
+        The number.
+    """
+    masks = masks_of(batch)
+    if masks:
+        return max(int(mask.sum()) for mask in masks.values())
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    first = next((value for value in values if isinstance(value, Tensor)), None)
+    return 0 if first is None else first.numel() if not first.is_floating_point() else example * len(first)
