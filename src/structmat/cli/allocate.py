@@ -17,7 +17,7 @@ from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options
 from structmat.cli.selection import PANEL, Exclude, Layers, check_any, check_picks, checked_pattern, usual_pattern
 from structmat.cli.show import say
-from structmat.compress.allocate import LEVELS, UNITS, allocate
+from structmat.compress.allocate import SAMPLES, UNITS, allocate
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class AllocationOptions(Options):
         typer.Option("--whole", help="Let --keep be the share of all parameters of the model.", rich_help_panel=PANEL),
     ] = False
     effort: Annotated[
-        str, typer.Option(help=f"How much is fitted and measured: {', '.join(LEVELS)}.", rich_help_panel=PANEL)
+        str, typer.Option(help=f"How much is fitted and measured: {', '.join(SAMPLES)}.", rich_help_panel=PANEL)
     ] = "default"
     cache: Annotated[
         Path | None,
@@ -78,7 +78,7 @@ def allocate_plan(
     """Run ``structmat allocate``."""
     if calibration.calibrate is None:
         raise ValueError("expected --calibrate: what a layer does to the output is measured on data")
-    _checks.one_of(options.effort, LEVELS, "--effort")
+    _checks.one_of(options.effort, SAMPLES, "--effort")
     _checks.one_of(options.unit, UNITS, "--unit")
     keep, blocks = _checks.fraction(options.keep, "--keep"), read_blocks(options.blocks)
     structures = [read_format(text, "--format") for text in options.format]

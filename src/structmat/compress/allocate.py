@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,31 +12,20 @@ from torch import nn
 from structmat import _checks
 from structmat._tables import table_text
 from structmat.compress.candidates import UNITS as UNITS
-from structmat.compress.candidates import Candidate, Unit, fitted_library, library_method, plans_at, price_of
+from structmat.compress.candidates import Candidate, Unit, candidates, considered, price_of
 from structmat.compress.effects import Effect
 from structmat.compress.search import Picks, Search
-from structmat.compress.states import count_tokens
+from structmat.compress.store import FitStore
+from structmat.compress.survey import Survey
 from structmat.compress.tasks import MethodChoice
+from structmat.fit import Fit
 from structmat.network.calls import device_of, evaluating, moved, undisturbed
 from structmat.network.chain import find_chain
 from structmat.network.sites import find_sites
 from structmat.plan import FormatChoice, Plan, Rule, Selector, as_rule
 
-LEVELS: dict[str, tuple[float, ...]] = {
-    "quick": (0.3, 0.5, 0.7, 0.85),
-    "default": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    "best": (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
-}
-"""The shares of a layer's parameters at which it is fitted, by effort."""
-
-ROUNDS = {"quick": 0, "default": 1, "best": 3}
-"""How often layers are probed again within the compressed network, by effort."""
-
-EXCHANGES = {"quick": 0, "default": 0, "best": 3}
-"""How many exchanges are tried for each layer, by effort."""
-
-PROBE_VECTORS = 4096
-"""About how many tokens (or examples) an effect is measured on; whole batches are taken until there are as many."""
+SAMPLES = {"quick": 2, "default": 3, "best": 4}
+"""How many sizes of each structure are fitted to see how its errors fall, by effort."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,6 @@ class Allocation(Plan):
         kept: The share of the planned layers' dense cost that is left.
         effect: What was measured at the network's output.
         predicted: The sum of the effects that were predicted for the layers.
-        measured: The effect of all layers together, with the fits that were made for the search.
     """
 
     choices: Mapping[str, Choice] = field(default_factory=dict)
@@ -76,25 +63,37 @@ class Allocation(Plan):
     kept: float = 1.0
     effect: str = ""
     predicted: float = 0.0
-    measured: float = 0.0
 
-    def why(self) -> str:
-        """Explain every layer: how sensitive it is, what was considered, what it got, and the predicted effect."""
-        rows = [
-            (
-                name,
-                f"{choice.sensitivity:.3g}",
-                str(len(choice.considered)),
-                str(self[name]),
-                f"{choice.kept:.3f}",
-                f"{choice.predicted:.3g}",
-            )
-            for name, choice in self.choices.items()
-        ]
+    def why(self, fits: Mapping[str, Fit] | None = None) -> str:
+        """Explain every layer: how sensitive it is, what was considered, what it got, and the predicted effect.
+
+        Args:
+            fits: What ``compress_`` returned for this plan, to set the effects of its errors beside the predictions;
+                None for predictions alone.
+
+        Returns:
+            A table.
+        """
+        rows = []
+        for name, choice in self.choices.items():
+            row = (name, f"{choice.sensitivity:.3g}", str(len(choice.considered)), str(self[name]))
+            rows.append((*row, f"{choice.kept:.3f}", f"{choice.predicted:.3g}", *self._measured(name, fits)))
         total = ("all", "", "", f"{self.unit} kept", f"{self.kept:.3f}", f"{self.predicted:.3g}")
         head = ("layer", "sensitivity", "considered", "gets", "share", f"predicted {self.effect}")
-        text = table_text(head, [*rows, ("",) * 6, total], right=(1, 2, 4, 5))
-        return f"{text}\n\nmeasured with all layers together: {self.effect} {self.measured:.4g}"
+        if fits is not None:
+            head, total = (*head, "measured"), (*total, f"{self.measured(fits):.3g}")
+        return table_text(head, [*rows, ("",) * len(head), total], right=(1, 2, 4, 5, 6)[: len(head) - 2])
+
+    def measured(self, fits: Mapping[str, Fit]) -> float:
+        """The sum of the effects of the errors that fits have, by the sensitivities of the layers."""
+        return sum(self._effect(name, fits) for name in self.choices)
+
+    def _effect(self, name: str, fits: Mapping[str, Fit]) -> float:
+        error = fits[name].loss_error if name in fits else None
+        return self.choices[name].sensitivity * (error or 0.0) ** 2
+
+    def _measured(self, name: str, fits: Mapping[str, Fit] | None) -> tuple[str, ...]:
+        return () if fits is None else (f"{self._effect(name, fits):.3g}",)
 
 
 def allocate(
@@ -117,12 +116,12 @@ def allocate(
 ) -> Allocation:
     """Share one budget among the layers of a network by what compressing them does to its output.
 
-    Each layer is fitted at several sizes in every structure, with the second moments of its inputs. One size of each
-    layer alone is put into the network, and the change of the output gives its sensitivity, since the change grows
-    about as the squared error of the layer's output. Sizes are then chosen so that the sum of the predicted changes is
-    least within the budget, a dense layer being one of the choices. Since errors of several layers
-    interact, layers are probed again within the compressed network, and sizes chosen again; last, with the effort
-    ``"best"``, exchanges between layers are tried on the joint effect.
+    The effect of a layer's error is predicted from the second moments of its inputs and of the gradients at its output
+    (K-FAC). How the error falls with the size comes from the layer's own spectrum, and from fits of every structure to
+    one layer of each kind (``layers.#.mlp.up_proj``), or with the effort ``"best"`` to every layer. Sizes are chosen so
+    that the sum of the predicted effects is least within the budget, a dense layer being one of the choices.
+    Corrections by the joint effect of all layers made it worse, since compression in sequence repairs much of how
+    errors interact.
 
     Args:
         model: The dense network; it is as before afterwards.
@@ -133,15 +132,15 @@ def allocate(
         layers: Selectors of the layers that share the budget. None for those in the blocks of the network, without
             embeddings and head; or for all, where the network is no chain of blocks.
         exclude: Selectors of layers to leave alone.
-        unit: What the budget counts: ``"parameters"``, ``"multiplications"``, or a function of a format, such as the
-            seconds that its product takes.
+        unit: What the budget counts: ``"parameters"``, ``"multiplications"``, ``"bytes"``, or a function of a format,
+            such as the seconds that its product takes.
         whole: Whether the budget is for all parameters of the model, those of other layers being spent already.
-        effort: ``"quick"``, ``"default"`` or ``"best"``: how many sizes are fitted, how often layers are probed, and
-            how many exchanges are tried.
+        effort: ``"quick"``, ``"default"`` or ``"best"``: to how many layers and sizes structures are fitted.
         effect: What is measured at the output: see ``OutputEffect``.
         method: The method of the fits, as for ``compress_``; None for the default ones with fewer sweeps.
-        cache: The folder for finished fits, as for ``compress_``; a second call with another budget takes them from it.
-        seed: The seed of the exchanges.
+        cache: The folder for finished fits, as for ``compress_``; a second call with another budget takes them, and
+            the gradients' moments, from it.
+        seed: The seed of the labels that are drawn from the network.
         progress: Whether to show progress bars, with time estimates.
 
     Returns:
@@ -157,7 +156,7 @@ def allocate(
         >>> plan.kept <= 0.5
         True
     """
-    _checks.one_of(effort, LEVELS, "effort")
+    _checks.one_of(effort, SAMPLES, "effort")
     _checks.fraction(keep, "keep")
     given = list(batches)
     if not given:
@@ -165,14 +164,15 @@ def allocate(
     with undisturbed(), evaluating(model):
         wanted = _selected(model, given[0], layers)
         rules = [as_rule(one) for one in ([structures] if isinstance(structures, (str, type, Rule)) else structures)]
-        plans = plans_at(model, rules, wanted, LEVELS[effort], blocks=blocks, exclude=exclude)
-        price = price_of(unit)
-        library, skipped = fitted_library(model, given, plans, price, method or library_method, cache, progress)
-        dense = sum(options[-1].cost for options in library.values())
-        budget = _budget(model, library, keep, dense, unit, whole)
-        search = Search(model, _few(given), library, budget, effect)
-        found = search.run(ROUNDS[effort], EXCHANGES[effort] * len(library), seed, progress)
-    return _allocation(search, found, skipped, unit if isinstance(unit, str) else "cost")
+        sizes, skipped = considered(model, rules, wanted, blocks=blocks, exclude=exclude)
+        survey = Survey(model, given, sizes, method, effect, seed, None if cache is None else FitStore(cache))
+        found = survey.run(SAMPLES[effort], each=effort == "best", progress=progress)
+    price = price_of(unit, next((one.element_size() for one in model.parameters()), 4))
+    formats = {name: [format for one in sizes for format in one.get(name, [])] for name in found.sensitivity}
+    library = {name: candidates(formats[name], found.errors[name], price) for name in formats}
+    dense = sum(one[-1].cost for one in library.values())
+    search = Search(library, _budget(model, library, keep, dense, unit, whole), found.sensitivity)
+    return _allocation(search, search.best(), skipped, unit if isinstance(unit, str) else "cost", found.effect)
 
 
 def _selected(model: nn.Module, batch: Any, layers: Selector | Iterable[Selector] | None) -> list[Selector]:
@@ -203,21 +203,7 @@ def _budget(
     return budget
 
 
-def _few(batches: Sequence[Any]) -> list[Any]:
-    """Batches from all over the data, with about as many tokens or examples as an effect is measured on."""
-    order = list(range(len(batches)))
-    random.Random(0).shuffle(order)
-    taken: list[int] = []
-    vectors = 0
-    for i in order:
-        taken.append(i)
-        vectors += count_tokens(batches[i], example=1)
-        if vectors >= PROBE_VECTORS:
-            break
-    return [batches[i] for i in sorted(taken)]
-
-
-def _allocation(search: Search, picks: Picks, skipped: Mapping[str, str], unit: str) -> Allocation:
+def _allocation(search: Search, picks: Picks, skipped: Mapping[str, str], unit: str, effect: str) -> Allocation:
     """The plan, with the reasons."""
     choices: dict[str, Choice] = {}
     for name, options in search.library.items():
@@ -228,10 +214,9 @@ def _allocation(search: Search, picks: Picks, skipped: Mapping[str, str], unit: 
     return Allocation(
         {name: search.library[name][pick].format for name, pick in picks.items()},
         skipped,
-        choices,
-        unit,
-        search.cost(picks) / sum(options[-1].cost for options in search.library.values()),
-        search.output.name,
-        sum(choice.predicted for choice in choices.values()),
-        search.measured,
+        choices=choices,
+        unit=unit,
+        effect=effect,
+        kept=search.cost(picks) / sum(options[-1].cost for options in search.library.values()),
+        predicted=sum(choice.predicted for choice in choices.values()),
     )

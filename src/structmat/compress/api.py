@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from structmat.compress.calibration import Calibration
+from structmat.compress.gradients import gradient_moments
 from structmat.compress.refinement import Refinement
 from structmat.compress.sequential import InMemory, SequentialRun
 from structmat.compress.store import FitStore
@@ -27,6 +29,7 @@ def compress_(
     calibration: Calibration | None = None,
     batches: Iterable[Any] | None = None,
     refine: Refinement | None = None,
+    two_sided: bool = False,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Fit]:
@@ -36,7 +39,8 @@ def compress_(
     networks far better: with ``calibration`` from ``calibrate`` for all layers at once, or with ``batches`` block by
     block. The latter lets every layer see the inputs that the layers before it, compressed already, give it, while its
     target stays the dense network's output, so that errors do not add up; with ``refine`` each block's factors are
-    then tuned together.
+    then tuned together. With ``two_sided`` errors are also weighed by the gradients at the layers' outputs, which takes
+    one backward pass of the whole network over a part of the batches, and lowers what the errors do to its output.
 
     Every weight is checked first, and replaced only when all fits are there: an interrupt or an error leaves the
     network unchanged. With ``cache``, finished fits are kept in that folder, and a second call with the same weights,
@@ -51,6 +55,8 @@ def compress_(
         batches: The inputs of one call of the network each: a tensor, a tuple of arguments, or a mapping of keyword
             arguments, whose ``attention_mask`` says which tokens count.
         refine: How to tune the factors of each block, which needs ``batches``; None for not at all.
+        two_sided: Whether to weigh errors by gradients too, which needs ``batches``; layers that no gradient reaches
+            are fitted without.
         cache: The folder for finished fits; None for none.
         progress: Whether to show a progress bar, with a time estimate.
 
@@ -68,12 +74,17 @@ def compress_(
             "expected calibration or batches, got both; a calibration is of all layers at once, batches in sequence"
         )
     given = checked_batches(batches, refine)
+    if two_sided and given is None:
+        raise ValueError("expected batches to be two-sided on, got none; pass batches=, a list of the network's inputs")
     with undisturbed():
         work = WorkList.of(model, plan, method)
         if not work.sites:
             return {}
         work.check_weights()
         store = FitStore(cache) if cache is not None else None
+        if two_sided:
+            found = gradient_moments(model, given or [], work.sites, store=store, progress=progress)
+            work = replace(work, gradients=found.moments)
         if given is None:
             fits = _at_once(work, calibration, store, progress)
         else:

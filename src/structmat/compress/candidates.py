@@ -1,29 +1,28 @@
-"""The candidates of an allocation: what each layer may become, fitted, with its cost and its error."""
+"""The candidates of an allocation: what each layer may become, with its cost and the error that is expected of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
 from structmat import _checks
-from structmat.compress.calibration import calibrate
-from structmat.compress.store import FitStore
-from structmat.compress.tasks import FitBar, MethodChoice, WorkList, fit_tasks, with_bias
-from structmat.fit import Fit, Lee2024Blast, Method, default_method
-from structmat.formats import Blast, Dense, Format
-from structmat.plan import Plan, Rule, Selector, make_plan
+from structmat.formats import Dense, Format
+from structmat.plan import Rule, Selector, make_plan
 
 RANK_MULTIPLE = 8
 """What ranks are rounded down to multiples of, where they are twice as large: products of such ranks are fastest."""
 
-UNITS = ("parameters", "multiplications")
+LEVELS = tuple(0.05 * k for k in range(3, 20))
+"""The shares of a layer's parameters that are considered."""
+
+UNITS = ("parameters", "multiplications", "bytes")
 """What a budget may count that has a name."""
 
 Unit = str | Callable[[Format], float]
-"""``"parameters"``, ``"multiplications"``, or a function of a format, such as its time in seconds."""
+"""``"parameters"``, ``"multiplications"``, ``"bytes"``, or a function of a format, such as its time in seconds."""
 
 
 @dataclass(frozen=True)
@@ -33,39 +32,50 @@ class Candidate:
     Attributes:
         format: The format; ``Dense`` for a layer that stays dense.
         cost: What it costs, in the unit of the budget.
-        error: The squared relative error of the layer's output.
-        fit: The fit; None for a dense layer.
+        error: The squared relative error that is expected, in the metric of the layer.
     """
 
     format: Format
     cost: float
     error: float
-    fit: Fit | None = None
 
 
-def library_method(format: Format) -> Method[Any]:
-    """The method of the fits that are compared: the default one, for BLAST with about a quarter of its work."""
-    return Lee2024Blast(sweeps=25, metric_sweeps=10) if isinstance(format, Blast) else default_method(format)
-
-
-def plans_at(
+def considered(
     model: nn.Module,
     rules: Sequence[Rule],
     layers: Sequence[Selector],
-    levels: Sequence[float],
     *,
     blocks: int | tuple[int, int] | None,
     exclude: Selector | Iterable[Selector],
-) -> list[Plan]:
-    """The plan of every structure at every level, in which layers that do not fit are missing."""
-    plans: list[Plan] = []
+) -> tuple[list[dict[str, list[Format]]], dict[str, str]]:
+    """Find the sizes of each structure that each layer could have.
+
+    Args:
+        model: The network.
+        rules: The structures.
+        layers: The selectors of the layers.
+        blocks: The block counts of structures that have them, where a rule does not say.
+        exclude: The selectors of layers to leave alone.
+
+    Returns:
+        The formats by layer for each structure, the smallest first; and why other layers fit none.
+    """
+    every: list[dict[str, list[Format]]] = []
+    skipped: dict[str, str] = {}
     for rule in rules:
-        for level in levels:
+        own = blocks if rule.format.takes_blocks else None
+        every.append({})
+        for level in LEVELS:
             one = Rule(rule.format, level, rule.blocks, rule.options)
-            own = blocks if rule.format.takes_blocks else None
             plan = make_plan(model, dict.fromkeys(layers, one), keep=level, blocks=own, exclude=exclude, misfits="skip")
-            plans.append(Plan({name: _even(format) for name, format in plan.items()}, plan.skipped))
-    return plans
+            skipped |= plan.skipped
+            for name, format in plan.items():
+                sizes = every[-1].setdefault(name, [])
+                if _even(format) not in sizes:
+                    sizes.append(_even(format))
+        every[-1] = {name: sorted(sizes, key=lambda f: f.num_parameters()) for name, sizes in every[-1].items()}
+    found = {name for one in every for name in one}
+    return every, {name: why for name, why in skipped.items() if name not in found}
 
 
 def _even(format: Format) -> Format:
@@ -76,41 +86,46 @@ def _even(format: Format) -> Format:
     return replace(format, rank=rank // RANK_MULTIPLE * RANK_MULTIPLE)  # pyright: ignore - a dataclass with a rank
 
 
-def price_of(unit: Unit) -> Callable[[Format], float]:
-    """What a format costs."""
+def price_of(unit: Unit, dtype_bytes: int = 4) -> Callable[[Format], float]:
+    """What a format costs.
+
+    Args:
+        unit: What the budget counts.
+        dtype_bytes: The size of a number of the network's weights, in bytes.
+
+    Returns:
+        The function of a format.
+    """
     if callable(unit):
         return unit
     _checks.one_of(unit, UNITS, "unit")
-    return (lambda format: format.num_parameters()) if unit == "parameters" else lambda format: format.multiplications()
+    if unit == "multiplications":
+        return lambda format: format.multiplications()
+    if unit == "parameters":
+        return lambda format: format.num_parameters()
+    return lambda format: bytes_of(format, dtype_bytes)
 
 
-def fitted_library(
-    model: nn.Module,
-    batches: Sequence[Any],
-    plans: Sequence[Plan],
-    price: Callable[[Format], float],
-    method: MethodChoice,
-    cache: Any,
-    progress: bool,
-) -> tuple[dict[str, list[Candidate]], dict[str, str]]:
-    """Fit every layer in every plan: the candidates of each, dense the last of them, and what fits no structure."""
-    formats = {name: format for plan in plans for name, format in plan.items()}
-    skipped = {name: why for plan in plans for name, why in plan.skipped.items() if name not in formats}
-    moments = calibrate(model, batches, formats, progress=progress)
-    works = [WorkList.of(model, plan, method) for plan in plans]
-    works[0].check_weights()
-    store = FitStore(cache) if cache is not None else None
-    library: dict[str, list[Candidate]] = {name: [] for name in formats}
-    with FitBar(sum(work.cost(name, aware=True) for work in works for name in work.sites), progress) as bar:
-        for work in works:
-            tasks = [work.task(name, moments=moments[name]) for name in work.sites]
-            for name, fit in fit_tasks(tasks, bar, store).items():
-                fitted = with_bias(fit, work.sites[name], moments[name])
-                library[name].append(Candidate(fit.format, price(fit.format), (fit.output_error or 0.0) ** 2, fitted))
-    for name, format in formats.items():
-        dense = Dense(format.M, format.N)
-        library[name] = [*_worthwhile(library[name], price(dense)), Candidate(dense, price(dense), 0.0)]
-    return library, skipped
+def bytes_of(format: Format, dtype_bytes: int) -> float:
+    """The bytes that the factors of a format take in a network whose weights have numbers of so many."""
+    specs = format.factor_specs().values()
+    return sum(math.prod(spec.shape) * (dtype_bytes if spec.dtype is None else spec.dtype.itemsize) for spec in specs)
+
+
+def candidates(formats: Sequence[Format], errors: Sequence[float], price: Callable[[Format], float]) -> list[Candidate]:
+    """What a layer may become.
+
+    Args:
+        formats: The formats, all of one shape.
+        errors: The squared relative error that is expected in each.
+        price: What a format costs.
+
+    Returns:
+        The candidates of which no other is both cheaper and better, the cheapest first and dense the last.
+    """
+    dense = Dense(formats[0].M, formats[0].N)
+    found = [Candidate(one, price(one), error) for one, error in zip(formats, errors, strict=True)]
+    return [*_worthwhile(found, price(dense)), Candidate(dense, price(dense), 0.0)]
 
 
 def _worthwhile(candidates: Sequence[Candidate], most: float) -> list[Candidate]:

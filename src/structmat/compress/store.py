@@ -69,6 +69,28 @@ class FitStore:
             warnings.warn(f"the finished fit in {str(path)!r} is damaged and is made again: {error}", stacklevel=2)
             return None
 
+    def read_tensors(self, key: str) -> dict[str, Tensor] | None:
+        """Read what ``write_tensors`` kept under a key; None where there is nothing, or what is damaged."""
+        path = self.folder / f"{key}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            tensors, metadata = read_tensors(path)
+            texts = _checks.fields(metadata, {"digests": str}, "the metadata of statistics")
+            found = changes(parse_json(texts["digests"], "the digests of statistics"), {}, digests(tensors))
+            if found:
+                raise ValueError("; ".join(found))
+        except ValueError as error:
+            warnings.warn(f"the statistics in {str(path)!r} are damaged and are made again: {error}", stacklevel=2)
+            return None
+        return tensors
+
+    def write_tensors(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors under a key."""
+        write_tensors(
+            self.folder / f"{key}.safetensors", tensors, {"digests": json.dumps(sealed({}, digests(tensors)))}
+        )
+
     def write(self, key: str, fit: Fit) -> None:
         """Keep a fit under a key."""
         facts = {
@@ -76,6 +98,7 @@ class FitStore:
             "history": fit.history,
             "seconds": fit.seconds,
             "output_error": fit.output_error,
+            "loss_error": fit.loss_error,
             "saved": time.time(),
         }
         tensors = dict(fit.factors) if fit.bias is None else {**fit.factors, "bias": fit.bias}
@@ -83,7 +106,13 @@ class FitStore:
         write_tensors(self.folder / f"{key}.safetensors", tensors, metadata)
 
 
-FACTS = {"error": float, "history": list, "seconds": float, "output_error": (float, type(None))}
+FACTS = {
+    "error": float,
+    "history": list,
+    "seconds": float,
+    "output_error": (float, type(None)),
+    "loss_error": (float, type(None)),
+}
 """What is known of a fit beside its tensors, and of which kind it is."""
 
 
@@ -114,4 +143,6 @@ def _checked(tensors: dict[str, Tensor], metadata: dict[str, str], format: Forma
     if bias is not None and not _checks.is_finite(bias):
         raise ValueError("expected a finite bias, got NaN or infinity")
     history = tuple(_checks.typed(one, float, "an error in the history of a fit") for one in facts["history"])
-    return Fit(format, factors, facts["error"], history, facts["seconds"], facts["output_error"], bias)
+    return Fit(
+        format, factors, facts["error"], history, facts["seconds"], facts["output_error"], bias, facts["loss_error"]
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Task:
         target: The matrix to approximate; it is ``weight`` where earlier layers do not change the inputs.
         second_moment: The second moment ``(N, N)`` of the inputs, with a ridge; None for the Frobenius norm.
         data: The second moment of the inputs without the ridge, by which the error of the output is measured.
+        gradient_moment: The second moment ``(M, M)`` of the gradients at the output; None for the identity.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     target: Tensor
     second_moment: Tensor | None = None
     data: Tensor | None = None
+    gradient_moment: Tensor | None = None
 
     @property
     def cost(self) -> float:
@@ -62,11 +64,13 @@ class WorkList:
         sites: The layers.
         formats: The format of each layer.
         methods: The method for each layer.
+        gradients: The second moments of the gradients at the layers' outputs, where errors are weighed by them.
     """
 
     sites: Mapping[str, Site]
     formats: Mapping[str, Format]
     methods: Mapping[str, Method[Any]]
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, plan: Mapping[str, Format], method: MethodChoice) -> WorkList:
@@ -106,12 +110,13 @@ class WorkList:
         """
         site = self.sites[name] if site is None else site
         weight = site.matrix.detach()
-        target, second_moment, data = weight, None, None
+        target, second_moment, data, gradient_moment = weight, None, None, None
         if moments is not None:
+            gradient_moment = self.gradients.get(name)
             centred = site.own_bias is not None
             target, second_moment = moments.problem(weight, centred=centred)
             data = moments.deviations(centred=centred)
-        return Task(name, weight, self.formats[name], self.methods[name], target, second_moment, data)
+        return Task(name, weight, self.formats[name], self.methods[name], target, second_moment, data, gradient_moment)
 
 
 def method_for(format: Format, method: MethodChoice) -> Method[Any]:
@@ -201,7 +206,7 @@ def fit_tasks(tasks: Sequence[Task], bar: FitBar, store: FitStore | None) -> dic
 
 def _key(task: Task) -> str:
     """The hash of everything that a fit depends on."""
-    tensors = (task.weight, task.target, task.second_moment)
+    tensors = (task.weight, task.target, task.second_moment, task.gradient_moment)
     return FitStore.digest(f"{task.format!r}|{task.method!r}", *(t for t in tensors if t is not None))
 
 
@@ -216,10 +221,12 @@ def _fit_batch(batch: Sequence[Task], bar: FitBar) -> list[Fit]:
         bar.advance_within(cost, step / steps)
 
     second_moments = [task.second_moment for task in batch if task.second_moment is not None]
+    gradient_moments = [task.gradient_moment for task in batch if task.gradient_moment is not None]
     fitted = batch[0].method.fit_many(
         [task.target for task in batch],
         batch[0].format,
         second_moments=second_moments or None,
+        gradient_moments=gradient_moments or None,
         names=names,
         progress=show,
     )
@@ -233,8 +240,19 @@ def _measured(fit: Fit, task: Task) -> Fit:
         return fit
     dense = task.target.double()
     rest = dense - fit.format.to_dense(fit.factors).double()
-    energy, loss = (float(((one @ task.data.to(one)) * one).sum()) for one in (dense, rest))
-    return replace(fit, output_error=math.sqrt(max(loss, 0.0) / energy) if energy > 0 else 0.0)
+    seen = [one @ task.data.to(one) for one in (dense, rest)]
+    energy, loss = ((product * one).sum() for product, one in zip(seen, (dense, rest), strict=True))
+    output_error = loss_error = _ratio(loss, energy)
+    if task.gradient_moment is not None:
+        gradient = task.gradient_moment.to(dense)
+        energy, loss = ((gradient @ product * one).sum() for product, one in zip(seen, (dense, rest), strict=True))
+        loss_error = _ratio(loss, energy)
+    return replace(fit, output_error=output_error, loss_error=loss_error)
+
+
+def _ratio(loss: Tensor, energy: Tensor) -> float:
+    """The relative error, the root of a loss over an energy; 0 without energy."""
+    return math.sqrt(max(float(loss), 0.0) / float(energy)) if energy > 0 else 0.0
 
 
 def with_error(fit: Fit, weight: Tensor) -> Fit:
@@ -257,7 +275,8 @@ def _batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
     """Group the tasks with one format, method, dtype and device, up to a bounded memory for each group."""
     groups: dict[tuple[Any, ...], list[Task]] = {}
     for task in tasks:
-        key = (task.format, task.method, task.weight.dtype, task.weight.device, task.second_moment is None)
+        aware = (task.second_moment is None, task.gradient_moment is None)
+        key = (task.format, task.method, task.weight.dtype, task.weight.device, *aware)
         groups.setdefault(key, []).append(task)
     for group in groups.values():
         M, N = group[0].format.shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from structmat import _checks
-from structmat.fit.metric import prepared
+from structmat.fit.metric import Metric, prepared
 from structmat.formats import Factors, Format
 
 Progress = Callable[[int, int, tuple[float, ...]], None]
@@ -47,6 +47,8 @@ class Fit:
             second moment the fit was given; None where it was given none. In sequence ``W x`` is the best that a dense
             layer could make of the inputs that the compressed layers before it give.
         bias: The bias ``(M,)`` that goes with the factors; None where the old one stays.
+        loss_error: The relative error ``sqrt(tr(G E C E^T) / tr(G W C W^T))`` by inputs and gradients, which
+            compression adds; ``output_error`` where it has no gradients, and None where it has no data.
     """
 
     format: Format
@@ -56,6 +58,7 @@ class Fit:
     seconds: float = 0.0
     output_error: float | None = None
     bias: Tensor | None = None
+    loss_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Method(abc.ABC, Generic[FormatT]):
     A method computes in float32, or in float64 for a float64 weight, on the weight's device, and on the weight divided
     by its root mean square, so that the scale of the weight does not matter. Given the second moment ``C`` of the
     layer's inputs it is activation-aware: it lowers ``tr(E C E^T)``, the mean squared error of the output, in place of
-    ``|E|_F^2``, where ``E = W - W_hat``.
+    ``|E|_F^2``, where ``E = W - W_hat``. Given the second moment ``G`` of the gradients at its output as well, it
+    lowers ``tr(G E C E^T)``, which approximates the change of the loss itself.
 
     Attributes:
         formats: The formats that the method can fit.
@@ -74,7 +78,13 @@ class Method(abc.ABC, Generic[FormatT]):
     formats: ClassVar[tuple[type[Format], ...]]
 
     def __call__(
-        self, weight: Tensor, format: FormatT, *, second_moment: Tensor | None = None, progress: Progress | None = None
+        self,
+        weight: Tensor,
+        format: FormatT,
+        *,
+        second_moment: Tensor | None = None,
+        gradient_moment: Tensor | None = None,
+        progress: Progress | None = None,
     ) -> Fit:
         """Fit one weight.
 
@@ -83,6 +93,8 @@ class Method(abc.ABC, Generic[FormatT]):
             format: The format to fit.
             second_moment: The second moment ``C = E[x x^T] (N, N)`` of the inputs, on any scale, possibly singular;
                 None for the Frobenius norm.
+            gradient_moment: The second moment ``G = E[g g^T] (M, M)`` of the loss' gradients at the output, on any
+                scale, possibly singular; None for the identity. It needs ``second_moment``.
             progress: A function called after every iteration.
 
         Returns:
@@ -90,12 +102,12 @@ class Method(abc.ABC, Generic[FormatT]):
 
         Raises:
             TypeError: If the method cannot fit this format, or the weight is no floating-point tensor.
-            ValueError: If the weight or the second moment has another shape, or contains NaN or infinity, or the second
-                moment is not symmetric or has a negative eigenvalue.
+            ValueError: If the weight or a moment has another shape, or contains NaN or infinity, or a moment is not
+                symmetric or has a negative eigenvalue, or there is one of gradients alone.
             FloatingPointError: If the computation, its result or an error of it is not finite.
         """
-        second_moments = None if second_moment is None else [second_moment]
-        return self.fit_many([weight], format, second_moments=second_moments, progress=progress)[0]
+        second, gradient = (None if one is None else [one] for one in (second_moment, gradient_moment))
+        return self.fit_many([weight], format, second_moments=second, gradient_moments=gradient, progress=progress)[0]
 
     @classmethod
     def published(cls) -> Method[Any]:
@@ -125,6 +137,7 @@ class Method(abc.ABC, Generic[FormatT]):
         format: FormatT,
         *,
         second_moments: Sequence[Tensor] | None = None,
+        gradient_moments: Sequence[Tensor] | None = None,
         names: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> list[Fit]:
@@ -136,6 +149,8 @@ class Method(abc.ABC, Generic[FormatT]):
             weights: The weights, each ``(M, N)``, all of one dtype and on one device.
             format: The format to fit to each.
             second_moments: The second moment ``(N, N)`` of the inputs of each; None for the Frobenius norm.
+            gradient_moments: The second moment ``(M, M)`` of the gradients at the output of each; None for the
+                identity.
             names: The names of the weights in error messages.
             progress: A function called after every iteration.
 
@@ -144,9 +159,9 @@ class Method(abc.ABC, Generic[FormatT]):
 
         Raises:
             TypeError: If the method cannot fit this format, or a weight is no floating-point tensor.
-            ValueError: If a weight has another shape, dtype or device, a second moment another shape, there are not as
-                many second moments as weights, or one of them contains NaN or infinity, is not symmetric or has a
-                negative eigenvalue.
+            ValueError: If a weight has another shape, dtype or device, a moment another shape, there are not as many
+                moments as weights, or one of them contains NaN or infinity, is not symmetric or has a negative
+                eigenvalue, or there are moments of gradients alone.
             FloatingPointError: If the computation, its result or an error of it is not finite.
         """
         if not isinstance(format, self.formats):
@@ -156,13 +171,17 @@ class Method(abc.ABC, Generic[FormatT]):
             return []
         called = [repr(name) for name in names] if names else []
         _check_weights(weights, format, called)
-        _check_second_moments(second_moments, len(weights), format, called)
+        _check_moments(second_moments, len(weights), format.N, "second moment", called)
+        _check_moments(gradient_moments, len(weights), format.M, "moment of the gradients", called)
+        if second_moments is None and gradient_moments is not None:
+            raise ValueError("expected second_moments of the inputs beside gradient_moments, got none")
 
         start = time.perf_counter()
         with torch.no_grad():
             stack, scale = _normalized(weights)
             moments = None if second_moments is None else _stacked(second_moments, stack.device)
-            metric = None if moments is None else prepared(moments)
+            gradients = None if gradient_moments is None else prepared(_stacked(gradient_moments, stack.device))
+            metric = None if moments is None else Metric(prepared(moments), gradients)
             try:
                 solved, history = self._solve(stack, metric, format, progress)
             except FloatingPointError as error:
@@ -190,11 +209,11 @@ class Method(abc.ABC, Generic[FormatT]):
 
     @abc.abstractmethod
     def _solve(
-        self, weights: Tensor, metric: Tensor | None, format: FormatT, progress: Progress | None
+        self, weights: Tensor, metric: Metric | None, format: FormatT, progress: Progress | None
     ) -> tuple[Factors, Tensor]:
-        """Fit ``weights (B, M, N)``, each of root mean square 1 (or zero), in the norm of ``metric (B, N, N)``.
+        """Fit ``weights (B, M, N)``, each of root mean square 1 (or zero), in the norm of their metric.
 
-        The metric is in float64, positive definite, with a mean diagonal of 1; None for the Frobenius norm.
+        The metric is in float64, positive definite, with mean diagonals of 1; None for the Frobenius norm.
 
         Returns:
             The factors with a leading dimension ``B``, and the relative errors ``(iterations, B)``, NaN where a weight
@@ -259,16 +278,14 @@ def _check_weights(weights: Sequence[Tensor], format: Format, called: Sequence[s
         raise ValueError("expected weights of one dtype on one device, got several; fit them in separate calls")
 
 
-def _check_second_moments(
-    second_moments: Sequence[Tensor] | None, count: int, format: Format, called: Sequence[str]
-) -> None:
-    if second_moments is None:
+def _check_moments(moments: Sequence[Tensor] | None, count: int, size: int, kind: str, called: Sequence[str]) -> None:
+    if moments is None:
         return
-    if len(second_moments) != count:
-        raise ValueError(f"expected one second moment for each of {count} weights, got {len(second_moments)}")
-    for index, one in enumerate(second_moments):
-        what = f"the second moment of {called[index]}" if called else "the second moment"
-        _checks.matrix(one, (format.N, format.N), what)
+    if len(moments) != count:
+        raise ValueError(f"expected one {kind} for each of {count} weights, got {len(moments)}")
+    for index, one in enumerate(moments):
+        what = f"the {kind} of {called[index]}" if called else f"the {kind}"
+        _checks.matrix(one, (size, size), what)
         _check_definite(one.detach().double(), what)
 
 

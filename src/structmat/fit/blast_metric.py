@@ -1,9 +1,8 @@
-"""BLAST sweeps under the full second moment of the inputs, which no published BLAST fit uses.
+"""The descent of BLAST factors under a full metric, ``tr(G E C E^T)``, which no published BLAST fit uses.
 
 In the coordinates in which the metric's diagonal blocks are the identity, a fit that ignores its other blocks is the
-plain one, and its Gram matrices precondition the steps under the full metric: for each factor in turn, with the
-others fixed, the loss is quadratic, and a few conjugate-gradient steps towards its minimum, over-relaxed, are one step
-of the sweep. Shapes are those of ``blast_systems``.
+plain one, and the Gram matrices of the plain one precondition a quasi-Newton descent of all three factors at once: an
+iteration takes one product with the metric and three with the factors. Shapes are those of ``blast_systems``.
 """
 
 from __future__ import annotations
@@ -12,104 +11,110 @@ import torch
 from torch import Tensor
 
 from structmat.fit import blast_systems as systems
-from structmat.fit.linalg import conjugate_gradients, factorize
+from structmat.fit.descent import Descent
+from structmat.fit.linalg import damped_inverse
+from structmat.fit.metric import Whitened
 
-DAMPING = 1e-4
+DAMPING = 1e-3
 """The damping of the preconditioners, relative to their mean diagonal."""
 
-BASIS_ITERATIONS = 3
-"""The conjugate-gradient steps for ``left`` and for ``right``, whose preconditioners are Cholesky factors."""
-
-DIAG_ITERATIONS = 5
-"""The conjugate-gradient steps for ``diag``, whose preconditioner is a diagonal."""
+ROW_BYTES = 2 * 2**20
+"""The size of a few block rows of ``R x N`` coupled bases, which are worked on while they are in the cache."""
 
 
-class MetricSweeper:
-    """The factors of a batch of weights during the sweeps.
+class BlastDescent(Descent):
+    """The loss of the factors of a batch of weights.
 
     Args:
-        weights: ``(B, M, N)``, whitened.
-        metric: ``(B, N, N)``, whitened: the identity in its diagonal blocks.
+        whitened: The weights and their metric.
         left: ``(B, I, P, R)``.
         diag: ``(B, I, J, R)``.
-        right: ``(B, J, R, Q)``, whitened.
+        right: ``(B, J, R, Q)``.
     """
 
-    def __init__(self, weights: Tensor, metric: Tensor, left: Tensor, diag: Tensor, right: Tensor) -> None:
-        self.metric, self.left, self.diag, self.right = metric, left, diag, right
-        self.weights = weights
-        energy = ((weights @ metric) * weights).sum((1, 2), dtype=torch.float64)
+    def __init__(self, whitened: Whitened, left: Tensor, diag: Tensor, right: Tensor) -> None:
+        self.whitened = whitened
+        self.shapes = [left.shape, diag.shape, right.shape]
+        self.sizes = [factor[0].numel() for factor in (left, diag, right)]
+        self.start = torch.cat([factor.flatten(1) for factor in (left, diag, right)], 1)
+        B, I, _P, R = left.shape
+        N = whitened.weights.shape[-1]
+        few = max(1, ROW_BYTES // (B * R * N * left.element_size())) if left.device.type == "cpu" else I
+        self.rows = [slice(k, min(k + few, I)) for k in range(0, I, few)]
+        self.coupled = left.new_empty(B, min(few, I), R, N)
+        self.projected = torch.empty_like(self.coupled)
+        self.rest = torch.empty_like(whitened.weights)
+        self.pulled = self.rest
+        energy = (whitened.metric.times(whitened.weights) * whitened.weights).sum((1, 2), dtype=torch.float64)
         self.energy = energy.where(energy > 0, 1)
-        self.error = energy.new_ones(len(weights))
 
-    def sweep(self, step: float) -> None:
-        """Take one step of this size for each factor; ``error`` becomes that of the factors before it."""
-        self._left_step(step)
-        self._right_step(step)
-        self._diag_step(step)
+    def factors(self, vectors: Tensor) -> list[Tensor]:
+        """The factors ``left, diag, right`` that vectors ``(B, n)`` consist of, as views of them."""
+        return [part.view(shape) for part, shape in zip(vectors.split(self.sizes, 1), self.shapes, strict=True)]
 
-    def _coupled(self, diag: Tensor, right: Tensor) -> Tensor:
-        """``X_i = [D_i1 right_1 … D_iJ right_J]``, ``(B, I, R, N)``."""
-        return (diag.mT[..., None] * right.transpose(1, 2)[:, None]).flatten(3)
+    def relative(self, loss: Tensor) -> Tensor:
+        """The relative error ``(B,)`` of a loss, in the weights' dtype."""
+        return (loss.clamp_min(0) / self.energy).sqrt().to(self.whitened.weights.dtype)
 
-    def _dense(self, left: Tensor, diag: Tensor, right: Tensor) -> Tensor:
-        return (left @ self._coupled(diag, right)).flatten(1, 2)  # (B, M, N)
+    def loss(self, factors: Tensor) -> Tensor:
+        """``tr(G E C E^T)``, ``(B,)``, for ``E = W - W_hat``."""
+        left, diag, right = self.factors(factors)
+        by_component = right.transpose(1, 2).contiguous()
+        shape = (*left.shape[:3], -1)
+        rest, weights = self.rest.view(shape), self.whitened.weights.view(shape)
+        for rows in self.rows:
+            coupled = self._couple(diag[:, rows], by_component)
+            rest[:, rows] = weights[:, rows] - left[:, rows] @ coupled
+        self.pulled = self.whitened.metric.times(self.rest)
+        return (self.pulled * self.rest).sum((1, 2), dtype=torch.float64)
 
-    def _residual(self) -> Tensor:
-        """``(W - W_hat) C``, whose projections on the factors are minus the gradients."""
-        rest = self.weights - self._dense(self.left, self.diag, self.right)
-        residual = rest @ self.metric
-        self._loss = (residual * rest).sum((1, 2), dtype=torch.float64)
-        return residual
+    def gradient(self, factors: Tensor) -> Tensor:
+        """Half the gradient with respect to ``left``, ``diag`` and ``right``, ``(B, n)``."""
+        left, diag, right = self.factors(factors)
+        by_component = right.transpose(1, 2).contiguous()  # (B, R, J, Q)
+        gradient = torch.empty_like(factors)
+        of_left, of_diag, of_right = self.factors(gradient)
+        of_components = torch.zeros_like(by_component)
+        pulled = self.pulled.view(*left.shape[:3], -1)
+        for rows in self.rows:
+            coupled = self._couple(diag[:, rows], by_component)
+            of_left[:, rows] = pulled[:, rows] @ coupled.mT
+            count = coupled.shape[1]
+            projected = torch.matmul(left[:, rows].mT, pulled[:, rows], out=self.projected[:, :count])
+            blocks = projected.view(*projected.shape[:3], *by_component.shape[2:])
+            for k, i in enumerate(range(rows.start, rows.stop)):
+                of_components.addcmul_(diag[:, i].mT[..., None], blocks[:, k])
+            of_diag[:, rows] = blocks.mul_(by_component[:, None]).sum(-1).mT
+        of_right.copy_(of_components.transpose(1, 2))
+        return gradient.neg_()
 
-    def _left_step(self, step: float) -> None:
-        coupled = self._coupled(self.diag, self.right)
-        factors = _factorized(systems.left_gram(self.diag, systems.gram_of_rows(self.right)))
-        rows = (len(self.left), self.left.shape[1], self.left.shape[2], -1)
-
-        def project(matrix: Tensor) -> Tensor:
-            return matrix.view(rows) @ coupled.mT
-
-        change = conjugate_gradients(
-            lambda left: project((left @ coupled).flatten(1, 2) @ self.metric),
-            lambda gradient: torch.cholesky_solve(gradient.mT, factors).mT,
-            project(self._residual()),
-            BASIS_ITERATIONS,
-        )
-        self.error = (self._loss.clamp_min(0) / self.energy).sqrt()
-        self.left = self.left + step * change
-
-    def _right_step(self, step: float) -> None:
-        factors = _factorized(systems.right_gram(self.diag, systems.gram_of_columns(self.left)))
-
-        def project(matrix: Tensor) -> Tensor:
-            return systems.right_target(systems.projected_blocks(matrix, self.left), self.diag)
-
-        change = conjugate_gradients(
-            lambda right: project(self._dense(self.left, self.diag, right) @ self.metric),
-            lambda gradient: torch.cholesky_solve(gradient, factors),
-            project(self._residual()),
-            BASIS_ITERATIONS,
-        )
-        self.right = self.right + step * change
-
-    def _diag_step(self, step: float) -> None:
-        energies = self.left.square().sum(2)[:, :, None] * self.right.square().sum(3)[:, None]  # (B, I, J, R)
+    def refresh(self, factors: Tensor) -> None:
+        """Invert the Gram matrices of the plain fit; for ``diag``, those of the mean block of each row."""
+        left, diag, right = self.factors(factors)
+        columns, rows = systems.gram_of_columns(left), systems.gram_of_rows(right)
+        self.left_inverse = damped_inverse(systems.left_gram(diag, rows), DAMPING)
+        self.right_inverse = damped_inverse(systems.right_gram(diag, columns), DAMPING)
+        column_energies, row_energies = (gram.diagonal(dim1=-2, dim2=-1) for gram in (columns, rows))
+        energies = column_energies[:, :, None] * row_energies[:, None]  # (B, I, J, R)
         energies = energies + DAMPING * energies.mean(-1, keepdim=True)
-        inverse = torch.where(energies > 0, energies.reciprocal(), 0)
+        self.diag_scale = torch.where(energies > 0, energies.rsqrt(), 0)
+        correlations = systems.correlations(columns) * systems.correlations(rows).mean(1, keepdim=True)
+        self.diag_inverse = damped_inverse(correlations, DAMPING)
 
-        def project(matrix: Tensor) -> Tensor:
-            return systems.diag_target(systems.projected_blocks(matrix, self.left), self.right)
+    def precondition(self, gradient: Tensor) -> Tensor:
+        """Solve the plain fit's systems."""
+        of_left, of_diag, of_right = self.factors(gradient)
+        solved = torch.empty_like(gradient)
+        left, diag, right = self.factors(solved)
+        torch.matmul(of_left, self.left_inverse, out=left)
+        torch.matmul(self.right_inverse, of_right, out=right)
+        torch.mul((of_diag * self.diag_scale) @ self.diag_inverse, self.diag_scale, out=diag)
+        return solved
 
-        change = conjugate_gradients(
-            lambda diag: project(self._dense(self.left, diag, self.right) @ self.metric),
-            lambda gradient: gradient * inverse,
-            project(self._residual()),
-            DIAG_ITERATIONS,
+    def _couple(self, diag: Tensor, by_component: Tensor) -> Tensor:
+        """``X_i = [D_i1 right_1 … D_iJ right_J]`` of a few rows, ``(B, I', R, N)``, in a buffer."""
+        coupled = self.coupled[:, : diag.shape[1]]
+        torch.mul(
+            diag.mT[..., None], by_component[:, None], out=coupled.view(*coupled.shape[:3], *by_component.shape[2:])
         )
-        self.diag = self.diag + step * change
-
-
-def _factorized(grams: Tensor) -> Tensor:
-    mean = grams.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return factorize(grams, DAMPING * mean)
+        return coupled

@@ -26,6 +26,13 @@ def gram_of_columns(left: Tensor) -> Tensor:
     return left.mT @ left
 
 
+def correlations(grams: Tensor) -> Tensor:
+    """Gram matrices ``(..., R, R)`` scaled to a unit diagonal; rows and columns of zeros stay."""
+    energies = grams.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(energies > 0, energies.rsqrt(), 0)
+    return grams * scale[..., None] * scale[..., None, :]
+
+
 def left_gram(diag: Tensor, right_grams: Tensor) -> Tensor:
     """``G_i = sum_j D_ij C_j D_ij``, ``(B, I, R, R)``."""
     return _coupled_grams(diag, right_grams)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.fit.base import Method, Progress
-from structmat.fit.metric import roots, times_blocks
+from structmat.fit.metric import Metric
 from structmat.formats import Factors, Format
 
 
@@ -43,9 +43,9 @@ class GradientFit(Method[Format]):
 
     @torch.enable_grad()
     def _solve(
-        self, weights: Tensor, metric: Tensor | None, format: Format, progress: Progress | None
+        self, weights: Tensor, metric: Metric | None, format: Format, progress: Progress | None
     ) -> tuple[Factors, Tensor]:
-        root = None if metric is None else roots(metric)[0]
+        measured = _same if metric is None else metric.halved(weights)
         trainable = [name for name, spec in format.factor_specs().items() if spec.trainable]
         candidates = [self._start(weight, format, trainable) for weight in weights]
         groups = [
@@ -55,7 +55,7 @@ class GradientFit(Method[Format]):
         ]
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        energy = (weights if root is None else times_blocks(weights, root)).square().sum((1, 2))
+        energy = measured(weights).square().sum((1, 2))
         energy = energy.where(energy > 0, 1)
 
         best = [{n: f.detach().clone() for n, f in factors.items()} for factors in candidates]
@@ -64,8 +64,7 @@ class GradientFit(Method[Format]):
         for step in range(self.steps):
             optimizer.zero_grad()
             approximations = torch.stack([format.to_dense(factors) for factors in candidates])
-            rest = weights - approximations
-            losses = (rest if root is None else times_blocks(rest, root)).square().sum((1, 2)) / energy
+            losses = measured(weights - approximations).square().sum((1, 2)) / energy
             history.append(losses.detach().sqrt())
             for b in (losses.detach() < best_loss).nonzero().flatten().tolist():
                 best_loss[b] = losses[b].detach()
@@ -83,6 +82,10 @@ class GradientFit(Method[Format]):
         start = format.init(generator=generator, dtype=weight.dtype, device=weight.device)
         start = format.scaled(start, (3 * format.N) ** 0.5)
         return {n: f.detach().clone().requires_grad_() if n in trainable else f for n, f in start.items()}
+
+
+def _same(matrix: Tensor) -> Tensor:
+    return matrix
 
 
 def _root_mean_square(factor: Tensor) -> float:

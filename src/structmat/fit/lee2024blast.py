@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.fit import blast_systems as systems
-from structmat.fit.base import Method, Progress, no_history
-from structmat.fit.blast_metric import BASIS_ITERATIONS, DIAG_ITERATIONS, MetricSweeper
+from structmat.fit.base import Method, Progress
+from structmat.fit.blast_metric import BlastDescent
+from structmat.fit.descent import descend
 from structmat.fit.linalg import factorize
-from structmat.fit.metric import roots, times_blocks, whitened_metric
+from structmat.fit.metric import Metric, Whitened
 from structmat.formats import Blast, Factors, Format
 
 WARM_UP = 3
@@ -37,8 +38,9 @@ class Lee2024Blast(Method[Blast]):
     reported error is measured from residuals at the end. ``benchmarks/blast_ablation.py`` shows what each setting is
     worth.
 
-    Given the second moment of the inputs, these sweeps see its diagonal blocks only, which keeps their structure (they
-    fit ``W_ij C_jj^(1/2)``), and are the start of ``metric_sweeps`` more under all of it.
+    Given the second moments of the inputs, and perhaps of the gradients at the output, these sweeps see their diagonal
+    blocks only, which keeps their structure (they fit ``G_ii^(1/2) W_ij C_jj^(1/2)``), and are the start of
+    ``metric_iterations`` quasi-Newton steps of all factors at once under all of both.
 
     Attributes:
         sweeps: The number of sweeps.
@@ -54,8 +56,7 @@ class Lee2024Blast(Method[Blast]):
             and stops. 0 for never.
         cg_iterations: The conjugate-gradient steps in place of each of the ``I J`` solves for ``diag``.
         direct_rank: The rank up to which those systems are solved by Cholesky instead.
-        metric_sweeps: The number of sweeps under the full second moment of the inputs, where it is given.
-        metric_step: The over-relaxation of these sweeps, but for the last ``settling`` of them.
+        metric_iterations: The number of quasi-Newton steps under the full metric, where second moments are given.
         seed: The seed of the start.
 
     Raises:
@@ -72,8 +73,7 @@ class Lee2024Blast(Method[Blast]):
     tolerance: float = 0.0
     cg_iterations: int = 4
     direct_rank: int = 32
-    metric_sweeps: int = 60
-    metric_step: float = 1.9
+    metric_iterations: int = 100
     seed: int = 0
 
     formats: ClassVar[tuple[type[Format], ...]] = (Blast,)
@@ -82,12 +82,9 @@ class Lee2024Blast(Method[Blast]):
         _checks.positive_int(self.sweeps, "sweeps")
         _checks.positive_int(self.cg_iterations, "cg_iterations")
         _checks.natural_int(self.direct_rank, "direct_rank")
-        _checks.natural_int(self.metric_sweeps, "metric_sweeps")
-        for name in ("step", "metric_step"):
-            if not 0 < getattr(self, name) <= 2:
-                raise ValueError(
-                    f"expected a {name} in (0, 2], beyond which the sweeps diverge, got {getattr(self, name)}"
-                )
+        _checks.natural_int(self.metric_iterations, "metric_iterations")
+        if not 0 < self.step <= 2:
+            raise ValueError(f"expected a step in (0, 2], beyond which the sweeps diverge, got {self.step}")
         if self.settling is not None and not 0 <= self.settling <= 1:
             raise ValueError(f"expected settling in [0, 1] or None, got {self.settling}")
         for name in ("damping", "tolerance"):
@@ -136,68 +133,39 @@ class Lee2024Blast(Method[Blast]):
         (M, N), (I, J), R = format.shape, format.blocks, format.rank
         passes = MEMORY_COST * I * J * (3 + self.cg_iterations) * R**2
         sweep = 2 * M * N * R + (M + N) * R**2 + (I + J) * R**3 / 3 + passes
-        products = 2 * (BASIS_ITERATIONS * 2 + DIAG_ITERATIONS) + 3
-        metric_sweep = products * M * N * R + products / 2 * M * N * N + (I + J) * R**3 / 3
-        return self.sweeps * sweep + (self.metric_sweeps * metric_sweep + 20 * N**3 if aware else 0.0)
+        iteration = 3 * M * N * R + M * N * N + 2 * (M + N) * R**2
+        return self.sweeps * sweep + (self.metric_iterations * iteration + 20 * N**3 if aware else 0.0)
 
     def _solve(
-        self, weights: Tensor, metric: Tensor | None, format: Blast, progress: Progress | None
+        self, weights: Tensor, metric: Metric | None, format: Blast, progress: Progress | None
     ) -> tuple[Factors, Tensor]:
-        total = self.sweeps + (0 if metric is None else self.metric_sweeps)
+        total = self.sweeps + (0 if metric is None else self.metric_iterations)
         if metric is None:
             return self._sweep(weights, format, progress, total)
-        root, inverse_root = roots(metric, format.blocks[1])
-        metric = whitened_metric(metric, inverse_root).to(weights.dtype)
-        weights = times_blocks(weights, root)
-        scale = weights.square().mean((1, 2), keepdim=True).sqrt()
+        whitened = Whitened.of(weights, metric, format.blocks)
+        scale = whitened.weights.square().mean((1, 2), keepdim=True).sqrt()
         scale = scale.where(scale > 0, 1)
-        weights = weights / scale
-        factors, history = self._sweep(weights, format, progress, total)
+        whitened = replace(whitened, weights=whitened.weights / scale)
+        swept, history = self._sweep(whitened.weights, format, progress, total)
         B, (I, J), (P, Q), R = len(weights), format.blocks, format.block_shape, format.rank
         shapes = {"left": (B, I, P, R), "diag": (B, I, J, R), "right": (B, J, R, Q)}
-        start = {name: factors[name].view(shape) for name, shape in shapes.items()}
-        left, diag, right, metric_history = self._metric_sweeps(weights, metric, start, progress, len(history), total)
-        right = (right * scale[..., None]) @ inverse_root.to(right)
+        problem = BlastDescent(whitened, *(swept[name].view(shape) for name, shape in shapes.items()))
+
+        def show(step: int, loss: Tensor) -> None:
+            if progress is not None:
+                progress(len(history) + step, total, tuple(problem.relative(loss).tolist()))
+
+        found, losses = descend(problem, problem.start, self.metric_iterations, show)
+        left, diag, right = problem.factors(found)
+        left = left if whitened.rows is None else whitened.rows @ left
+        right = (right * scale[..., None]) @ whitened.columns
         a, b, c = balancing(left, diag, right)
         factors = {
             "left": (left * a[:, None, None]).reshape(B, -1, R),
             "diag": (diag * b[:, None, None]).reshape(B, -1, R),
             "right": (right * c[:, None, :, None]).flatten(1, 2),
         }
-        return factors, torch.cat([history, metric_history])
-
-    def _metric_sweeps(
-        self,
-        weights: Tensor,
-        metric: Tensor,
-        start: Factors,
-        progress: Progress | None,
-        done: int,
-        total: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The sweeps under the full metric: the best ``left, diag, right`` on the way, and the errors."""
-        sweeper = MetricSweeper(weights, metric, start["left"], start["diag"], start["right"])
-        best = (sweeper.left, sweeper.diag, sweeper.right)
-        least = weights.new_full((len(weights),), torch.inf)
-        history: list[Tensor] = []
-        settling = max(1, round((self.settling or 0) * self.metric_sweeps))
-        for sweep in range(self.metric_sweeps + 1):
-            before = (sweeper.left, sweeper.diag, sweeper.right)
-            a, b, c = balancing(*before)
-            sweeper.left = sweeper.left * a[:, None, None]
-            sweeper.diag = sweeper.diag * b[:, None, None]
-            sweeper.right = sweeper.right * c[:, None, :, None]
-            sweeper.sweep(self.metric_step if sweep < self.metric_sweeps - settling else 1.0)
-            error = sweeper.error.to(weights.dtype)  # of the factors before this sweep
-            better = (error < least)[:, None, None, None]
-            best = tuple(torch.where(better, new, old) for new, old in zip(before, best, strict=True))
-            least = torch.minimum(least, error)
-            if sweep:
-                history.append(error)
-                if progress is not None:
-                    progress(done + sweep, total, tuple(error.tolist()))
-        left, diag, right = best
-        return left, diag, right, torch.stack(history) if history else no_history(weights)
+        return factors, torch.cat([history, problem.relative(losses).to(history)])
 
     def _sweep(
         self, weights: Tensor, format: Blast, progress: Progress | None, total: int

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.fit.base import Method, Progress
-from structmat.fit.metric import roots, times_blocks
+from structmat.fit.metric import Metric, Whitened, times_blocks
 from structmat.fit.published_gblr import PublishedGblr
 from structmat.fit.segments import Segments
+from structmat.fit.svd import split_svd
 from structmat.formats import Factors, GaudiGblr
 
 FINAL_SWEEPS = 10
@@ -90,7 +91,7 @@ class Lee2024Gblr(Method[GaudiGblr]):
         return 20.0 * M * N * min(M, N) + (self.rounds * (self.sweeps + 2) + FINAL_SWEEPS) * sweep
 
     def _solve(
-        self, weights: Tensor, metric: Tensor | None, format: GaudiGblr, progress: Progress | None
+        self, weights: Tensor, metric: Metric | None, format: GaudiGblr, progress: Progress | None
     ) -> tuple[Factors, Tensor]:
         budget = format.num_parameters()
         low_rank, segments = (
@@ -119,23 +120,23 @@ class Lee2024Gblr(Method[GaudiGblr]):
         chosen = [_factors(segments if better[b] else low_rank, b) for b in range(len(weights))]
         return {name: torch.stack([one[name] for one in chosen]) for name in chosen[0]}, torch.stack(history)
 
-    def _low_rank(self, weights: Tensor, metric: Tensor | None, format: GaudiGblr, share: float) -> Segments:
+    def _low_rank(self, weights: Tensor, metric: Metric | None, format: GaudiGblr, share: float) -> Segments:
         """Components of whole axes, as many as a share of the budget allows."""
         B, (M, N), K = len(weights), format.shape, format.components
         rank = min(int(share * format.num_parameters()) // (M + N), K, M, N)
         left, right = weights.new_zeros(B, M, K), weights.new_zeros(B, K, N)
         if rank:
-            root, inverse_root = (None, None) if metric is None else roots(metric)
-            whitened = weights if root is None else times_blocks(weights, root)
-            U, S, Vh = torch.linalg.svd(whitened, full_matrices=False)
-            size = S[:, :rank].sqrt()
-            left[:, :, :rank] = U[:, :, :rank] * size[:, None]
-            basis = size[:, :, None] * Vh[:, :rank]
-            right[:, :rank] = basis if inverse_root is None else times_blocks(basis, inverse_root)
+            whitened = None if metric is None else Whitened.of(weights, metric, (1, 1))
+            U, S, Vh = torch.linalg.svd(weights if whitened is None else whitened.weights, full_matrices=False)
+            bases = split_svd(U, S, Vh, rank)
+            rows = None if whitened is None else whitened.rows
+            left[:, :, :rank] = bases[0] if rows is None else rows[:, 0] @ bases[0]
+            right[:, :rank] = bases[1] if whitened is None else times_blocks(bases[1], whitened.columns)
         alive = torch.arange(K, device=weights.device) < rank
         out, inn = (alive[None, :, None].repeat(B, 1, n) for n in (M, N))
-        metric = None if metric is None else metric.to(weights)
-        segments = Segments(weights, metric, left, right, out, inn, format.multiple)
+        segments = Segments(
+            weights, None if metric is None else metric.to(weights), left, right, out, inn, format.multiple
+        )
         segments.balance()
         return segments
 

@@ -45,6 +45,23 @@ def factorize(matrices: Tensor, damping: Tensor | None = None) -> Tensor:
     return factors
 
 
+def damped_inverse(matrices: Tensor, damping: float) -> Tensor:
+    """The inverses of ``matrices + damping mean(diagonal) I``.
+
+    Args:
+        matrices: ``(..., R, R)``, symmetric and, up to rounding, positive semi-definite; changed in place.
+        damping: The damping, relative to each mean diagonal.
+
+    Returns:
+        ``(..., R, R)``.
+
+    Raises:
+        FloatingPointError: If a system has non-finite entries.
+    """
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return torch.cholesky_inverse(factorize(matrices, damping * mean))
+
+
 def conjugate_gradients(
     apply: Callable[[Tensor], Tensor],
     precondition: Callable[[Tensor], Tensor],

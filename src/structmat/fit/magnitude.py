@@ -11,7 +11,7 @@ from torch import Tensor
 from structmat import _checks
 from structmat.fit.base import Method, Progress, no_history
 from structmat.fit.linalg import factorize
-from structmat.fit.metric import roots, times_blocks
+from structmat.fit.metric import Metric, roots, times_blocks
 from structmat.fit.svd import balanced, split_svd
 from structmat.formats import BlockDiagonal, BlockSparse, Factors, Format
 
@@ -21,7 +21,8 @@ class Magnitude(Method[BlockDiagonal | BlockSparse]):
     """Copy the blocks: the best approximation in Frobenius norm on a given pattern.
 
     Given the second moment of the inputs, the best one for the output: in each block row the regression of the full
-    output on the inputs that the pattern reads, in closed form.
+    output on the inputs that the pattern reads, in closed form. The second moment of gradients changes nothing: it
+    would couple the rows, which this closed form takes one by one.
 
     With a low-rank term, blocks and low-rank term are fitted in turn to what the other leaves (alternating
     projections: Zhou & Tao 2011, GoDec), the low-rank term by an SVD first and then by one step of a subspace iteration
@@ -46,7 +47,7 @@ class Magnitude(Method[BlockDiagonal | BlockSparse]):
             raise ValueError(f"expected tolerance to be at least 0, got {self.tolerance}")
 
     def _solve(
-        self, weights: Tensor, metric: Tensor | None, format: BlockDiagonal | BlockSparse, progress: Progress | None
+        self, weights: Tensor, metric: Metric | None, format: BlockDiagonal | BlockSparse, progress: Progress | None
     ) -> tuple[Factors, Tensor]:
         if isinstance(format, BlockDiagonal):
             rows = columns = list(range(format.blocks))
@@ -56,16 +57,17 @@ class Magnitude(Method[BlockDiagonal | BlockSparse]):
             counts, rank = format.blocks, format.rank
         (I, J), (P, Q), B = counts, format.block_shape, len(weights)
         supports = [[j for r, j in zip(rows, columns, strict=True) if r == i] for i in range(I)]
-        root, inverse_root = (None, None) if metric is None else roots(metric)
+        moment = None if metric is None else metric.inputs
+        root, inverse_root = (None, None) if moment is None else roots(moment)
 
         def grid(matrix: Tensor) -> Tensor:
             return matrix.view(B, I, P, J, Q).transpose(2, 3)  # (B, I, J, P, Q)
 
         def best_blocks(matrix: Tensor) -> Tensor:
             """The best approximation on the pattern, ``(B, n, P, Q)``."""
-            if metric is None:
+            if moment is None:
                 return grid(matrix)[:, rows, columns]
-            return torch.cat([_regressed(grid(matrix)[:, i], metric, s) for i, s in enumerate(supports) if s], 1)
+            return torch.cat([_regressed(grid(matrix)[:, i], moment, s) for i, s in enumerate(supports) if s], 1)
 
         def norm(matrix: Tensor) -> Tensor:
             return torch.linalg.matrix_norm(matrix if root is None else times_blocks(matrix, root))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.fit.base import Method, Progress
+from structmat.fit.metric import Metric
 from structmat.formats import Factors, GaudiGblr
 
 SMOOTHING = 1 / 32
@@ -25,7 +26,7 @@ class PublishedGblr(Method[GaudiGblr]):
     their rows and thresholded at the rows' means; the longest cyclic run is the segment of that row or column. The
     k-th most energetic row and column give component ``k`` its segments, until the budget is spent. Adam then lowers
     the relative squared error; after every step the widths' excess over the budget is subtracted. Given the second
-    moment of the inputs, the error is that of the output.
+    moments of inputs and gradients, the error is that of the output.
 
     Attributes:
         steps: The number of steps of Adam.
@@ -51,12 +52,12 @@ class PublishedGblr(Method[GaudiGblr]):
         return 20.0 * M * N * min(M, N) + self.steps * (6.0 * M * N * K + (2.0 * M * N * N if aware else 0))
 
     def _solve(
-        self, weights: Tensor, metric: Tensor | None, format: GaudiGblr, progress: Progress | None
+        self, weights: Tensor, metric: Metric | None, format: GaudiGblr, progress: Progress | None
     ) -> tuple[Factors, Tensor]:
         results, histories = [], []
         for b, weight in enumerate(weights):
             factors = self._start(weight, format)
-            one = None if metric is None else metric[b].to(weight)
+            one = None if metric is None else metric.of(b).to(weight)
             histories.append(self._refine(weight, one, format, factors, progress))
             results.append({name: factor.detach() for name, factor in factors.items()})
         stacked = {name: torch.stack([result[name] for result in results]) for name in results[0]}
@@ -85,7 +86,7 @@ class PublishedGblr(Method[GaudiGblr]):
     def _refine(
         self,
         weight: Tensor,
-        metric: Tensor | None,
+        metric: Metric | None,
         format: GaudiGblr,
         factors: dict[str, Tensor],
         progress: Progress | None,
@@ -115,8 +116,8 @@ class PublishedGblr(Method[GaudiGblr]):
         return torch.stack(history)
 
     @staticmethod
-    def _energy(matrix: Tensor, metric: Tensor | None) -> Tensor:
-        return (matrix * (matrix if metric is None else matrix @ metric)).sum()
+    def _energy(matrix: Tensor, metric: Metric | None) -> Tensor:
+        return (matrix * (matrix if metric is None else metric.times(matrix)[0])).sum()
 
 
 def subtract_excess_(width: Tensor, format: GaudiGblr, budget: int) -> None:

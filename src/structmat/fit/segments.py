@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from structmat.fit.linalg import conjugate_gradients
+from structmat.fit.metric import Metric
 
 SHARES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 """The numbers of parts into which births cut each axis."""
@@ -42,7 +43,7 @@ class Segments:
 
     Attributes:
         weights: ``(B, M, N)``.
-        metric: ``(B, N, N)`` in which errors are measured, or None for the Frobenius norm.
+        metric: The metric in which errors are measured, or None for the Frobenius norm.
         left: ``(B, M, K)``, zero outside the segments.
         right: ``(B, K, N)``, zero outside the segments.
         out: ``(B, K, M)``, bool.
@@ -52,7 +53,7 @@ class Segments:
     """
 
     weights: Tensor
-    metric: Tensor | None
+    metric: Metric | None
     left: Tensor
     right: Tensor
     out: Tensor
@@ -64,21 +65,31 @@ class Segments:
         """``W - left right``, ``(B, M, N)``."""
         return self.weights - self.left @ self.right
 
-    def times_metric(self, matrix: Tensor) -> Tensor:
+    def times_inputs(self, matrix: Tensor) -> Tensor:
         """``matrix (B, m, N) C``."""
-        return matrix if self.metric is None else matrix @ self.metric
+        return matrix if self.metric is None else matrix @ self.metric.inputs
 
-    def energies(self) -> Tensor:
-        """``C_jj``, ``(B, 1, N)``."""
-        if self.metric is None:
-            return self.weights.new_ones(len(self.weights), 1, self.weights.shape[2])
-        return self.metric.diagonal(dim1=1, dim2=2)[:, None]
+    def times_outputs(self, matrix: Tensor) -> Tensor:
+        """``G matrix (B, M, n)``."""
+        return matrix if self.metric is None or self.metric.outputs is None else self.metric.outputs @ matrix
+
+    def energies(self) -> tuple[Tensor, Tensor]:
+        """``G_ii (B, M, 1)`` and ``C_jj (B, 1, N)``."""
+        B, M, N = self.weights.shape
+        sides = (None, None) if self.metric is None else (self.metric.outputs, self.metric.inputs)
+        rows, columns = (
+            self.weights.new_ones(B, n) if side is None else side.diagonal(dim1=1, dim2=2)
+            for side, n in zip(sides, (M, N), strict=True)
+        )
+        return rows[:, :, None], columns[:, None]
 
     def errors(self) -> Tensor:
         """Relative errors ``(B,)``."""
-        rest = self.residual()
-        energy = (self.times_metric(self.weights) * self.weights).sum((1, 2))
-        return ((self.times_metric(rest) * rest).sum((1, 2)).clamp_min(0) / energy.where(energy > 0, 1)).sqrt()
+        energy, loss = (
+            (self.times_outputs(self.times_inputs(matrix)) * matrix).sum((1, 2))
+            for matrix in (self.weights, self.residual())
+        )
+        return (loss.clamp_min(0) / energy.where(energy > 0, 1)).sqrt()
 
     def costs(self) -> Tensor:
         """The number of entries inside the segments, ``(B,)``."""
@@ -88,21 +99,23 @@ class Segments:
 
     def sweep(self, step: float, iterations: int) -> None:
         """Over-relaxed conjugate-gradient steps towards the least-squares contents, of ``left`` and then ``right``."""
-        coupled = self.times_metric(self.right)  # (B, K, N)
+        rows, columns = self.energies()
+        coupled = self.times_inputs(self.right)  # (B, K, N)
         gram = coupled @ self.right.mT
         self.left = self.left + step * _solved(
-            lambda change: change @ gram,
-            self.residual() @ coupled.mT,
+            lambda change: self.times_outputs(change @ gram),
+            self.times_outputs(self.residual() @ coupled.mT),
             self.out.mT,
-            gram.diagonal(dim1=1, dim2=2)[:, None],
+            gram.diagonal(dim1=1, dim2=2)[:, None] * rows,
             iterations,
         )
-        gram = self.left.mT @ self.left
+        coupled = self.times_outputs(self.left)  # (B, M, K)
+        gram = coupled.mT @ self.left
         self.right = self.right + step * _solved(
-            lambda change: self.times_metric(gram @ change),
-            self.times_metric(self.left.mT @ self.residual()),
+            lambda change: self.times_inputs(gram @ change),
+            self.times_inputs(coupled.mT @ self.residual()),
             self.inn,
-            gram.diagonal(dim1=1, dim2=2)[:, :, None] * self.energies(),
+            gram.diagonal(dim1=1, dim2=2)[:, :, None] * columns,
             iterations,
         )
         self.balance()
@@ -126,10 +139,11 @@ class Segments:
         Args:
             budget: The number of entries on both axes, ``(B,)``.
         """
-        rest = self.times_metric(self.residual())
+        rest = self.times_outputs(self.times_inputs(self.residual()))
+        rows, columns = self.energies()
         curvatures = (
-            (self.times_metric(self.right) * self.right).sum(2)[:, :, None],  # (B, K, 1)
-            self.left.square().sum(1)[:, :, None] * self.energies(),  # (B, K, N)
+            (self.times_inputs(self.right) * self.right).sum(2)[:, :, None] * rows.mT,  # (B, K, M)
+            (self.times_outputs(self.left) * self.left).sum(1)[:, :, None] * columns,  # (B, K, N)
         )
         correlations = (
             (rest @ self.right.mT).mT + self.left.mT * curvatures[0],
@@ -155,22 +169,22 @@ class Segments:
 
     def bear(self, budget: Tensor, generators: Sequence[torch.Generator]) -> None:
         """Fill the budget that is left with components on blocks of the residual, those that capture most."""
-        scale = self.energies().sqrt()
-        rest = self.residual() * scale
+        scales = [side.sqrt() for side in self.energies()]
+        rest = scales[0] * self.residual() * scales[1]
         room = (budget - self.costs()).tolist()
         dead = ~self.out.any(2)
         for b in range(len(self.weights)):
             slots = dead[b].nonzero()[:, 0]
             if len(slots) and room[b] > 0:
-                self._bear_one(
-                    b, rest[b], scale[b, 0], slots, int(room[b]), int(budget[b]) / self.out.shape[1], generators[b]
-                )
+                own = (scales[0][b], scales[1][b, 0])
+                usual = int(budget[b]) / self.out.shape[1]
+                self._bear_one(b, rest[b], own, slots, int(room[b]), usual, generators[b])
 
     def _bear_one(
         self,
         b: int,
         rest: Tensor,
-        scale: Tensor,
+        scales: tuple[Tensor, Tensor],
         slots: Tensor,
         room: int,
         usual: float,
@@ -187,8 +201,9 @@ class Segments:
         slots = slots[: len(births.right)]
         self.out[b, slots] = births.out
         self.inn[b, slots] = births.inn
-        self.left[b][:, slots] = births.left
-        self.right[b, slots] = births.right / scale.where(scale > 0, 1)
+        rows, columns = (scale.where(scale > 0, 1) for scale in scales)
+        self.left[b][:, slots] = births.left / rows
+        self.right[b, slots] = births.right / columns
 
     def _candidates(
         self, rest: Tensor, share: int, slots: int, room: int, usual: float, generator: torch.Generator

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structmat import _checks
 from structmat.fit.base import Method, Progress, no_history
-from structmat.fit.metric import roots, times_blocks
+from structmat.fit.metric import Metric, Whitened, times_blocks
 from structmat.formats import Factors, Format, LowRank
 
 
@@ -19,7 +19,8 @@ class TruncatedSvd(Method[LowRank]):
     """The best approximation of rank ``R`` in Frobenius norm (Eckart & Young 1936), split evenly over the factors.
 
     Given the second moment ``C`` of the inputs, the best one for the output: the truncated SVD of ``W C^(1/2)``, times
-    ``C^(-1/2)`` (Chen et al. 2021, arXiv 2106.01979; known as whitened SVD).
+    ``C^(-1/2)`` (Chen et al. 2021, arXiv 2106.01979; known as whitened SVD); with that of gradients, ``G``, the best
+    one for ``tr(G E C E^T)``: that of ``G^(1/2) W C^(1/2)``, between the inverses of both.
 
     The randomised form finds the range by power iterations on a random sketch (Halko, Martinsson & Tropp 2011,
     algorithm 4.4); its error is within a fraction of a percent of the exact one for the spectra of trained weights.
@@ -53,19 +54,18 @@ class TruncatedSvd(Method[LowRank]):
         return format.max_rank >= 512 and 16 * format.rank <= format.max_rank
 
     def _solve(
-        self, weights: Tensor, metric: Tensor | None, format: LowRank, progress: Progress | None
+        self, weights: Tensor, metric: Metric | None, format: LowRank, progress: Progress | None
     ) -> tuple[Factors, Tensor]:
-        inverse_root = None
-        if metric is not None:
-            root, inverse_root = roots(metric)
-            weights = times_blocks(weights, root)
+        whitened = None if metric is None else Whitened.of(weights, metric, (1, 1))
+        weights = weights if whitened is None else whitened.weights
         if self.is_randomized(format):
             U, S, Vh = self._randomized_svd(weights, format.rank)
         else:
             U, S, Vh = torch.linalg.svd(weights, full_matrices=False)
         left, right = split_svd(U, S, Vh, format.rank)
-        if inverse_root is not None:
-            left, right = balanced(left, times_blocks(right, inverse_root))
+        if whitened is not None:
+            left = left if whitened.rows is None else whitened.rows[:, 0] @ left
+            left, right = balanced(left, times_blocks(right, whitened.columns))
         return {"left": left, "right": right}, no_history(weights)
 
     def _randomized_svd(self, weights: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

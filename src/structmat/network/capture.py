@@ -17,8 +17,11 @@ from structmat.nn import StructuredConv2d, unfolded
 Before = Callable[[str, nn.Module, tuple[Any, ...]], object]
 """A function that is called before a module runs, with the module's name, the module, and its positional arguments."""
 
-After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], object]
-"""A function that is called after a module ran: name, module, positional and keyword arguments, and the output."""
+After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+"""A function that is called after a module ran: name, module, positional and keyword arguments, and the output.
+
+What it returns takes the output's place, unless it is None.
+"""
 
 
 Counted = Callable[[str, Tensor], Tensor | None]
@@ -57,8 +60,8 @@ def hooked(
         return hook
 
     def after_hook(name: str, told: After) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            told(name, module, args, kwargs, output)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return told(name, module, args, kwargs, output)
 
         return hook
 
@@ -181,6 +184,39 @@ def capturing(
             raise Stop
 
     with stopping(), _watched(sites, note):
+        yield captured
+
+
+@contextmanager
+def capturing_gradients(sites: Mapping[str, Site], counted: Counted | None = None) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the gradients at the outputs of sites as vectors ``(T, M)``, while the context is entered.
+
+    The network is called inside, and its loss backpropagated; no parameter needs a gradient for that.
+
+    Args:
+        sites: The sites by name.
+        counted: Which vectors count, by the site's own name; None for all.
+
+    Yields:
+        The vectors of each call, the last call first, by the sites' names; those that no gradient reached are missing.
+    """
+    captured: dict[str, list[Tensor]] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        def keep(gradient: Tensor) -> None:
+            rows = gradient.flatten(-2).movedim(-2, -1) if isinstance(module, nn.Conv2d) else gradient
+            mask = None if counted is None else counted(sites[name].name, rows)
+            vectors = rows.reshape(-1, rows.shape[-1]) if mask is None else rows[mask]
+            captured.setdefault(name, []).append(vectors.detach())
+
+        kept = output if output.requires_grad else output.detach().requires_grad_()
+        kept.register_hook(keep)
+        return kept if output.requires_grad else kept * 1  # what follows may change it in place
+
+    with ExitStack() as stack:
+        for name, site in sites.items():
+            for module in site.modules:
+                stack.enter_context(hooked({name: module}, after=note))
         yield captured
 
 

@@ -1,0 +1,125 @@
+"""Compress SmolLM2-135M-Instruct with one budget for the whole network, without retraining.
+
+The seven kinds of attention and MLP weights share the budget; they are calibrated on 64 packed rows of 512 tokens of
+WikiText-2's training text. Token perplexity is measured on 12 windows of 1,024 tokens of the raw test text, as for the
+peers in the table, and on 300 short stories, which are text of another kind. Each run is kept as JSON; a second call
+resumes it from the finished fits.
+
+    python benchmarks/smollm.py MODEL --keep 0.8                  # MODEL is a folder with the dense model
+    python benchmarks/smollm.py MODEL --keep 0.8 --uniform --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import structmat as sm
+from hardware import hardware
+from structmat.data import read_texts
+from structmat.evaluate import perplexity
+from structmat.fit import Lee2024Blast, Method
+
+CELLS = Path(__file__).parent / "results" / "smollm"
+ROWS, LENGTH = 64, 512
+WINDOWS, WINDOW = 12, 1024
+LAYERS = r".*\.(q|k|v|o|gate|up|down)_proj"
+
+
+def quick(format: sm.Format) -> Method[Any] | None:
+    """The method of quick runs: about a third of the work for BLAST, the default one for others."""
+    return Lee2024Blast(sweeps=25, metric_iterations=40) if isinstance(format, sm.Blast) else None
+
+
+def text_of(name: str) -> str:
+    """A text of WikiText-2 from the data folder."""
+    with lzma.open(Path(os.environ["STRUCTMAT_DATA"]) / "wikitext-2" / name, "rt", encoding="utf-8") as file:
+        return file.read()
+
+
+def calibration(tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """The rows, four to a batch."""
+    tokens = tokenizer(text_of("train.txt.xz")[:2_000_000]).input_ids[: ROWS * LENGTH]
+    return [{"input_ids": rows} for rows in torch.tensor(tokens).view(-1, 4, LENGTH)]
+
+
+@torch.no_grad()
+def window_perplexity(model: Any, tokenizer: Any) -> float:
+    """Token perplexity on the first windows of the raw test text, each for itself."""
+    tokens = torch.tensor(tokenizer(text_of("test.raw.txt.xz")).input_ids[: WINDOWS * WINDOW]).view(-1, WINDOW)
+    losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in tokens]
+    return math.exp(sum(losses) / len(losses))
+
+
+def scores(model: Any, tokenizer: Any) -> dict[str, float]:
+    """Perplexity on both kinds of text."""
+    stories = read_texts(str(Path(os.environ["STRUCTMAT_DATA"]) / "tinystories-sample" / "stories.txt.xz[-300:]"))
+    other = perplexity(model, tokenizer, stories, length=512, truncate=True, progress=False).token
+    return {"wikitext": window_perplexity(model, tokenizer), "stories": other}
+
+
+def run(arguments: argparse.Namespace, cell: Path) -> dict[str, Any]:
+    """One cell: compress, and measure before and after."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    dense = scores(model, tokenizer)
+    batches, cache = calibration(tokenizer), cell.with_suffix(".fits")
+    start = time.perf_counter()
+    if arguments.uniform:
+        plan: sm.Plan = sm.make_plan(model, {LAYERS: sm.Blast}, keep=arguments.keep, blocks=16)
+    else:
+        plan = sm.allocate(model, batches, keep=arguments.keep, blocks=16, layers=LAYERS, cache=cache)
+    allocated = time.perf_counter()
+    fits = sm.compress_(
+        model,
+        plan,
+        method=quick if arguments.quick else None,
+        batches=batches,
+        two_sided=not arguments.one_sided,
+        refine=sm.Refinement() if arguments.refine else None,
+        cache=cache,
+    )
+    seconds = time.perf_counter() - start
+    found = scores(model, tokenizer)
+    kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
+    return {
+        "kept": kept,
+        "dense": dense,
+        "perplexity": found,
+        "ln": {name: math.log(value / dense[name]) for name, value in found.items()},
+        "seconds": {"allocate": allocated - start, "all": seconds},
+        "formats": {name: str(format) for name, format in plan.items()},
+        "mean_output_error": sum(fit.output_error or 0.0 for fit in fits.values()) / max(len(fits), 1),
+        "hardware": hardware(),
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    """Run one cell, or print it if it is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--keep", type=float, default=0.8)
+    for flag in ("--uniform", "--one-sided", "--quick", "--refine"):
+        parser.add_argument(flag, action="store_true")
+    arguments = parser.parse_args()
+    flags = [flag for flag in ("uniform", "one_sided", "quick", "refine") if getattr(arguments, flag)]
+    cell = CELLS / f"{'-'.join([f'{arguments.keep:g}', *flags])}.json"
+    cell.parent.mkdir(parents=True, exist_ok=True)
+    if not cell.is_file():
+        cell.write_text(json.dumps(run(arguments, cell), indent=1) + "\n")
+    result = json.loads(cell.read_text())
+    print(json.dumps({name: result[name] for name in ("kept", "dense", "perplexity", "ln", "seconds")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The second moments of the loss' gradients at the outputs of layers: what an error there does to the network's output.
+
+With the moment ``C`` of a layer's inputs and that of its gradients, ``G``, an error ``E`` of its weight changes the
+loss by about ``tr(G E C E^T) / 2`` for each token (K-FAC, Martens & Grosse 2015, arXiv 1503.05671, section 3).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from structmat._progress import progress_bar
+from structmat.compress.effects import NAMES, Effect, OutputEffect
+from structmat.compress.states import count_tokens
+from structmat.compress.store import FitStore
+from structmat.network.calls import call, device_of, evaluating, moved, same_draws, undisturbed
+from structmat.network.capture import capturing_gradients
+from structmat.network.masks import BatchMasks, find_masks
+from structmat.network.sites import Site
+
+VECTORS = 8192
+"""About how many tokens (or examples) the gradients are gathered on, in whole batches."""
+
+CLIP = (0.1, 10.0)
+"""The least and the largest norm of a token's gradient, relative to the mean; a few tokens would decide it all."""
+
+RIDGE = 0.1
+"""The share of the mean diagonal that is added to a moment, since few tokens say little of most directions."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients at the outputs of layers.
+
+    Attributes:
+        moments: ``G (M, M)`` of each layer by name, float32, with a ridge.
+        vectors: How many vectors each layer makes for each vector of the network's output, by name.
+        effect: What is measured at the output, for people.
+    """
+
+    moments: Mapping[str, Tensor]
+    vectors: Mapping[str, float]
+    effect: str = ""
+
+
+def gradient_moments(
+    model: nn.Module,
+    batches: Sequence[Any],
+    sites: Mapping[str, Site],
+    *,
+    effect: Effect = "auto",
+    store: FitStore | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Gradients:
+    """Gather the gradients of what an allocation measures, at the outputs of layers.
+
+    For logits the loss is the cross-entropy with labels that are drawn from the network itself, whose gradients have
+    the curvature of the Kullback-Leibler divergence as their second moment (the true Fisher information); for other
+    outputs it is their product with random numbers, whose gradients have that of the relative squared error.
+
+    Args:
+        model: The dense network, all of it in memory.
+        batches: The calibration data, of which a part is used.
+        sites: The layers by name.
+        effect: What is measured at the output, as for ``OutputEffect``.
+        store: Where the moments are kept; None for nowhere.
+        seed: The seed of the labels.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The gradients; a layer that no gradient reaches is missing.
+    """
+    given = some_of(batches, VECTORS)
+    key = FitStore.digest(
+        f"gradients|{seed}|{effect}|{sorted(sites)}", *tensors_in(given), *model.state_dict().values()
+    )
+    kept = None if store is None or callable(effect) else store.read_tensors(key)
+    if kept is None:
+        kept = _gathered(model, given, sites, effect, seed, progress)
+        if store is not None and not callable(effect):
+            store.write_tensors(key, kept)
+    names = [name for name in sites if f"{name}.moment" in kept]
+    return Gradients(
+        {name: kept[f"{name}.moment"].to(sites[name].matrix.device) for name in names},
+        {name: float(kept[f"{name}.vectors"]) for name in names},
+        NAMES[int(kept["effect"])],
+    )
+
+
+def some_of(batches: Sequence[Any], vectors: int) -> list[Any]:
+    """Batches from all over the data, with about as many tokens (or examples) as wanted."""
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
+    taken: list[int] = []
+    found = 0
+    for i in order:
+        taken.append(i)
+        found += count_tokens(batches[i], example=1)
+        if found >= vectors:
+            break
+    return [batches[i] for i in sorted(taken)]
+
+
+def _gathered(
+    model: nn.Module, batches: Sequence[Any], sites: Mapping[str, Site], effect: Effect, seed: int, progress: bool
+) -> dict[str, Tensor]:
+    """The sums over all batches, as moments."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    bar = progress_bar(desc="gradients", unit="batch", total=len(batches), show=progress)
+    with undisturbed(), evaluating(model), _frozen(model), bar:
+        output = OutputEffect(model, batches, effect, references=False)
+        masks = find_masks(model, batches, {name: site.module for name, site in sites.items()}, {})
+        outputs = 0
+        for i, batch in enumerate(batches):
+            draw = functools.partial(_loss, model, batch, output, i, seed)
+            outputs += _add_batch(sites, masks[i], draw, sums, counts)
+            bar.update()
+    found = {"effect": torch.tensor(NAMES.index(output.name))}
+    for name, total in sums.items():
+        moment = total / counts[name]
+        moment.diagonal().add_(RIDGE * moment.diagonal().mean())
+        if bool(moment.any()):
+            found[f"{name}.moment"] = moment.float()
+            found[f"{name}.vectors"] = torch.tensor(counts[name] / max(outputs, 1), dtype=torch.float64)
+    return found
+
+
+def _add_batch(
+    sites: Mapping[str, Site], masks: BatchMasks, draw: Any, sums: dict[str, Tensor], counts: dict[str, int]
+) -> int:
+    """Add the gradients of one batch to the sums; return how many vectors of the output count."""
+    with torch.enable_grad(), capturing_gradients(sites, masks.counted) as captured:
+        loss, outputs = draw()
+        loss.backward()
+    for name, parts in captured.items():
+        vectors = _clipped(torch.cat(parts).float())
+        counts[name] = counts.get(name, 0) + len(vectors)
+        new = (vectors.mT @ vectors).double()
+        sums[name] = sums[name].add_(new) if name in sums else new
+    return outputs
+
+
+def _loss(model: nn.Module, batch: Any, output: OutputEffect, i: int, seed: int) -> tuple[Tensor, int]:
+    """The sum of a batch's losses, and how many vectors of the output count."""
+    device = device_of(model)
+    with same_draws(i, device):
+        returned = call(model, moved(batch, device))
+    vectors = output.vectors(batch, returned, i)
+    generator = torch.Generator().manual_seed(seed + i)
+    if output.function is not None:
+        return vectors[0].sum(), 1
+    if output.of_logits:
+        logits = vectors[0]
+        points = torch.rand(len(logits), 1, generator=generator).to(logits)
+        labels = (logits.detach().softmax(-1).cumsum(-1) < points).sum(-1).clamp_max(logits.shape[-1] - 1)
+        return F.cross_entropy(logits, labels, reduction="sum"), len(logits)
+    energy = sum(float(one.detach().square().sum()) for one in vectors)
+    count = len(vectors[0])
+    products = [(one * torch.randn(one.shape, generator=generator).to(one)).sum() for one in vectors]
+    return torch.stack(products).sum() * (2 * count / max(energy, 1e-30)) ** 0.5, count
+
+
+def _clipped(vectors: Tensor) -> Tensor:
+    """Vectors ``(T, M)`` of norms that are not too far from their mean; those that are zero stay."""
+    norms = torch.linalg.vector_norm(vectors, dim=1)
+    alive = norms > 0
+    mean = norms.sum() / alive.sum().clamp_min(1)
+    wanted = norms.clamp(CLIP[0] * float(mean), CLIP[1] * float(mean))
+    return vectors * torch.where(alive, wanted / norms.where(alive, 1), 0)[:, None]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The network without gradients of its parameters, while the context is entered; then as before."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def tensors_in(batches: Sequence[Any]) -> list[Tensor]:
+    """Find all tensors in batches."""
+    found: list[Tensor] = []
+    for batch in batches:
+        values = (
+            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+        )
+        found += [value for value in values if isinstance(value, Tensor)]
+    return found

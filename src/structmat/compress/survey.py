@@ -1,0 +1,126 @@
+"""The survey of a network: how much each layer matters, and how its errors fall with the size of each structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structmat import _checks
+from structmat.compress.curves import Curves, curve_method, stand_ins
+from structmat.compress.effects import NAMES, Effect
+from structmat.compress.gradients import gradient_moments, some_of, tensors_in
+from structmat.compress.spectra import find_spectra
+from structmat.compress.store import FitStore
+from structmat.compress.tasks import MethodChoice, WorkList, method_for
+from structmat.formats import Format
+from structmat.network.sites import Site
+
+VECTORS = 32768
+"""About how many tokens (or examples) the second moments of inputs are gathered on, in whole batches."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a survey finds.
+
+    Attributes:
+        sensitivity: The effect that a squared relative error of 1 of each layer alone is predicted to have.
+        errors: The squared relative errors of each layer in all sizes of the first structure, then of the next.
+        effect: What is measured at the output, for people.
+    """
+
+    sensitivity: Mapping[str, float]
+    errors: Mapping[str, Sequence[float]]
+    effect: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is to be found out.
+
+    Attributes:
+        model: The dense network.
+        batches: The calibration data.
+        sizes: The formats of each structure that each layer could have.
+        method: The method of the fits.
+        effect: What is measured at the output.
+        seed: The seed of the labels that are drawn from the network.
+        store: Where fits and findings are kept; None for nowhere.
+    """
+
+    model: nn.Module
+    batches: Sequence[Any]
+    sizes: Sequence[Mapping[str, list[Format]]]
+    method: MethodChoice
+    effect: Effect
+    seed: int
+    store: FitStore | None
+
+    def run(self, samples: int, *, each: bool, progress: bool) -> Findings:
+        """Find out, or read what was found before.
+
+        Args:
+            samples: How many sizes of each structure are fitted.
+            each: Whether they are fitted to each layer, not to one of each kind.
+            progress: Whether to show progress bars.
+
+        Returns:
+            The findings.
+        """
+        sites = self._sites()
+        key = self._key(f"{samples}|{each}")
+        kept = None if key is None or self.store is None else self.store.read_tensors(key)
+        if kept is None:
+            kept = self._found(sites, samples, each, progress)
+            if key is not None and self.store is not None:
+                self.store.write_tensors(key, kept)
+        return Findings(
+            {name: float(kept[f"{name}.sensitivity"]) for name in sites},
+            {name: kept[f"{name}.errors"].tolist() for name in sites},
+            NAMES[int(kept["effect"])],
+        )
+
+    def _sites(self) -> dict[str, Site]:
+        """The layers for which there is a choice; their weights are checked."""
+        formats = {name: formats[0] for one in self.sizes for name, formats in one.items()}
+        sites = WorkList.of(self.model, formats, None).sites
+        for name, site in sites.items():
+            _checks.matrix(site.matrix, formats[name].shape, f"the weight of layer {name!r}")
+        return dict(sites)
+
+    def _key(self, settings: str) -> str | None:
+        """The hash of everything that the findings depend on; None where it cannot be told."""
+        if callable(self.effect):
+            return None
+        formats = [(name, format) for one in self.sizes for name, own in one.items() for format in own]
+        methods = [repr(method_for(format, self.method or curve_method)) for _, format in formats]
+        text = f"survey|{settings}|{self.effect}|{self.seed}|{formats}|{methods}"
+        return FitStore.digest(text, *tensors_in(self.batches), *self.model.state_dict().values())
+
+    def _found(self, sites: Mapping[str, Site], samples: int, each: bool, progress: bool) -> dict[str, Tensor]:
+        gradients = gradient_moments(
+            self.model,
+            self.batches,
+            sites,
+            effect=self.effect,
+            store=self.store,
+            seed=self.seed,
+            progress=progress,
+        )
+        standing = stand_ins(sites, each)
+        data = some_of(self.batches, VECTORS)
+        wanted = frozenset(standing.values())
+        spectra = find_spectra(self.model, data, sites, gradients, wanted, progress=progress)
+        curves = Curves(sites, spectra, gradients.moments, standing, self.method, self.store)
+        errors = curves.errors(self.sizes, samples, progress)
+        found = {"effect": torch.tensor(NAMES.index(gradients.effect))}
+        for name, one in spectra.items():
+            own = [error for structure in errors for error in structure.get(name, [])]
+            found[f"{name}.errors"] = torch.tensor(own, dtype=torch.float64)
+            effect = 0.5 * gradients.vectors.get(name, 0.0) * one.energy
+            found[f"{name}.sensitivity"] = torch.tensor(effect, dtype=torch.float64)
+        return found
