@@ -142,10 +142,9 @@ def test_evaluate_language_models(folder: Path, tmp_path: Path, capsys: pytest.C
     words = ["evaluate", small, "--dense", dense, "--data", str(folder / "texts.txt"), "--length", "8", "--stride", "3"]
     assert main([*words, "--json", str(file)]) == 0
     lines = shown(capsys)
-    assert lines[0] == (
-        "model parameters relative parameters relative flops token perplexity word perplexity bits per byte"
-    )
-    assert [line.split()[0] for line in lines[2:]] == [dense, small]
+    assert lines[0] == f"figure {dense} {small} difference"
+    names = ["parameters", "relative parameters", "relative flops", "token perplexity", "word perplexity"]
+    assert [" ".join(line.split()[: len(name.split())]) for line, name in zip(lines[2:7], names, strict=True)] == names
     found = json.loads(file.read_text())
     assert found["options"]["stride"] == 3
     model = load_pretrained(folder / "small")
@@ -206,7 +205,7 @@ def test_tasks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "--json",
         str(file),
     ]
-    assert main([*words, "--task-folder", str(tmp_path)]) == 0
+    assert main([*words, "--task-path", str(tmp_path)]) == 0
     figures = json.loads(file.read_text())["models"][str(folder / "small")]
     assert figures["chess acc"] == 0.5
     assert set(figures) == {"parameters", "relative_parameters", "relative_flops", "chess acc"}

@@ -15,7 +15,7 @@ import typer
 from structmat import _checks
 from structmat._tables import share
 from structmat.cli import models
-from structmat.cli.calibration import CalibrationOptions, RefinementOptions, calibration_batches, described
+from structmat.cli.calibration import CalibrationOptions, RefinementOptions, told
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options, Target, recorded
 from structmat.cli.output import Output, fingerprint
@@ -136,7 +136,7 @@ def compress(
         processors = models.processors(model)
         how: dict[str, Any] = {
             "method": METHODS[fit.method],
-            "batches": batches_of(calibration, processors, skeleton.config),
+            "batches": batches_of(calibration, processors, skeleton.config, max(format.N for format in made.values())),
             "refine": refinement.settings,
             "cache": output.partial / "fits",
         }
@@ -161,13 +161,11 @@ def compress(
     )
 
 
-def batches_of(calibration: CalibrationOptions, processors: dict[str, Any], config: Any) -> list[dict[str, Any]] | None:
+def batches_of(
+    calibration: CalibrationOptions, processors: dict[str, Any], config: Any, inputs: int = 0
+) -> list[dict[str, Any]] | None:
     """The calibration data, of which the user is told; None where there is to be none."""
-    if calibration.calibrate is None:
-        return None
-    batches = calibration_batches(calibration, processors, config)
-    say(f"calibrating on {described(batches)}")
-    return batches
+    return None if calibration.calibrate is None else told(calibration, processors, config, inputs).batches
 
 
 def stream(model: str, folder: Path, made: Plan, how: Mapping[str, Any]) -> dict[str, Fit]:

@@ -15,11 +15,11 @@ from structmat import _checks
 from structmat._files import read_json
 from structmat._tables import print_table
 from structmat.cli import models
-from structmat.cli.calibration import length_for
 from structmat.cli.errors import door
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Target
 from structmat.cli.output import RECORD, STATE_SCALE, Output, fingerprint
+from structmat.cli.reading import length_for
 from structmat.cli.show import say
 from structmat.cli.training import DataOptions, TeacherOptions, TrainingOptions, arguments_class
 

@@ -15,6 +15,11 @@ def error(text: str) -> None:
     say(f"structmat: {text}")
 
 
+def warn(text: str) -> None:
+    """Warn the user in one line."""
+    say(f"warning: {text}")
+
+
 def count(number: float) -> str:
     """A count with separators."""
     return f"{number:,.0f}"

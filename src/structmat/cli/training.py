@@ -17,13 +17,14 @@ from structmat import _checks
 from structmat.cli import models
 from structmat.cli.options import DATA, Options
 from structmat.cli.output import fingerprint
+from structmat.cli.reading import WHAT, Reading
 from structmat.data.sources import Source
 
 TRAINING, TEACHER = "Training", "Teacher"
 
 
 @dataclass(frozen=True)
-class DataOptions(Options):
+class DataOptions(Reading):
     """What to learn from and to measure on.
 
     Attributes:
@@ -31,7 +32,7 @@ class DataOptions(Options):
         eval: The data to measure on; None for no measurement.
         split: The split of the data; None where it has only one.
         eval_split: The split of the data to measure on; None where it has only one.
-        length: The number of tokens at which texts are cut; None for 512, or as many as the model takes.
+        length: The largest number of tokens in a row; None for 512, or as many as the model takes.
         packed: Whether rows are cut from all documents joined together.
     """
 
@@ -39,8 +40,7 @@ class DataOptions(Options):
         str,
         typer.Option(
             metavar="SOURCE",
-            help="The data to learn from: texts, or texts or images with classes, in a file such as "
-            "stories.txt.xz[:2000], a folder, or a data set on the Hub.",
+            help=f"The data to learn from: {WHAT}; for a classifier, texts or images with classes.",
         ),
     ]
     eval: Annotated[
@@ -56,17 +56,28 @@ class DataOptions(Options):
     length: Annotated[
         int | None,
         typer.Option(
-            help="The number of tokens at which texts are cut; by default 512, or as many as the model takes.",
+            help="The largest number of tokens in a row; by default 512, or as many as the model takes.",
             rich_help_panel=DATA,
         ),
     ] = None
     packed: Annotated[
-        bool, typer.Option("--packed", help="Cut rows from all documents joined together.", rich_help_panel=DATA)
+        bool,
+        typer.Option(
+            "--packed",
+            help="Cut rows from all documents joined together; by default a row is of one document, and a long "
+            "document becomes several rows.",
+            rich_help_panel=DATA,
+        ),
     ] = False
+
+    def __post_init__(self) -> None:
+        for source in (self.data, self.eval):
+            if source is not None:
+                Source.parse(source)  # a misspelt path fails before anything is loaded
 
     def record(self) -> dict[str, Any]:
         """What the training depends on, as JSON-compatible data."""
-        return {**super().record(), "data_files": fingerprint(Source.parse(self.data).name)}
+        return {**super().record(), "data_files": fingerprint(Source.parse(self.data))}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def retrain(
         task: ``"causal-lm"``, ``"sequence-classification"`` or ``"image-classification"``; None to take it from the
             model's class.
         teacher: The dense model to learn from, where ``args.teacher`` does not name it.
-        length: The number of tokens at which texts are cut, in training and in the measurement of perplexity.
+        length: The largest number of tokens in a row, in training and in the measurement of perplexity.
         packed: Whether rows are cut from all documents one after the other, for a language model.
         train_split: The split of the training data, of a source with several.
         evaluation_split: The split of the data to measure on, of a source with several.
@@ -70,7 +70,7 @@ def retrain(
     prepare = Preparation(task, processor, length)
     learned = prepare(train, train_split, packed=packed, augment=augment)
     if task == "causal-lm" and evaluation is not None:
-        evaluation = texts_of(evaluation, evaluation_split)
+        evaluation = texts_of(evaluation, evaluation_split, processor)
     held_out = None if evaluation is None else prepare(evaluation, evaluation_split)
     for examples in (learned, held_out):
         _check_classes(model, examples)
@@ -146,7 +146,7 @@ class Preparation:
         if isinstance(data, Dataset):
             return data
         if self.task == "causal-lm":
-            return token_rows(self.processor, texts_of(data, split), length=self.length, packed=packed)
+            return token_rows(self.processor, texts_of(data, split, self.processor), length=self.length, packed=packed)
         if self.task == "sequence-classification":
             texts = read_labelled_texts(data, split=split) if isinstance(data, str) else data
             if isinstance(texts, LabelledTexts):
@@ -158,12 +158,13 @@ class Preparation:
         )
 
 
-def texts_of(data: Data, split: str | None) -> list[str]:
+def texts_of(data: Data, split: str | None, tokenizer: Any = None) -> list[str]:
     """Read the documents of a source, or return those given.
 
     Args:
         data: A source or documents.
         split: The split, of a source with several.
+        tokenizer: The tokenizer whose chat template makes texts of chats.
 
     Returns:
         The documents.
@@ -172,7 +173,7 @@ def texts_of(data: Data, split: str | None) -> list[str]:
         ValueError: If it is neither.
     """
     if isinstance(data, str):
-        return read_texts(data, split=split)
+        return read_texts(data, split=split, tokenizer=tokenizer)
     if not isinstance(data, (list, tuple)) or not all(isinstance(text, str) for text in data):
         raise ValueError(f"expected a source or a list of texts for a language model, got {type(data).__name__}")
     return list(data)
