@@ -1,6 +1,7 @@
 """``structmat report``, ``generate``, ``densify``, ``import-blast`` and ``evaluate``."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from structmat import densify_, load_pretrained, plan_of
 from structmat.cli import main, models
 from structmat.cli.evaluate import check_classes
+from structmat.cli.evaluate import difference as differ
 from structmat.evaluate import perplexity, relative_flops
 from training import tiny
 
@@ -91,6 +93,20 @@ def test_wrong_options_of_generate(
     assert capsys.readouterr().err == f"structmat: {message}\n"
 
 
+def test_an_answer_in_a_chat(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.llama().save_pretrained(tmp_path)
+    template = "{% for m in messages %}{{ bos_token }}w9 {{ m.content }} {% endfor %}"
+    tiny.tokenizer(chat_template=template + "{% if add_generation_prompt %}w8{% endif %}").save_pretrained(tmp_path)
+    words = ["w5 w12", "--chat", "--tokens", "6", "--temperature", "0"]
+    assert main(["generate", str(tmp_path), *words]) == 0
+    ids = torch.tensor([[1, 9, 5, 12, 8]])
+    model = load_pretrained(tmp_path)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)[0, 5:]
+    assert capsys.readouterr().out.split() == [f"w{i}" for i in expected.tolist() if i > 2]  # the answer alone
+    assert main(["generate", str(folder / "dense"), *words]) == 1
+    assert "expected a model with a chat template for --chat, got" in capsys.readouterr().err
+
+
 def test_only_language_models_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.bert().save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
@@ -158,6 +174,23 @@ def test_evaluate_language_models(folder: Path, tmp_path: Path, capsys: pytest.C
     reference = found["models"][dense]
     assert (reference["relative_flops"], reference["relative_parameters"]) == (1, 1)
     assert reference["parameters"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
+
+
+def test_the_models_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(folder / "small"), "--dense", str(folder / "dense"), "--data", str(folder / "texts.txt")]
+    assert main([*words, "--max-tokens", "50"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("(50 tokens, ") == 2  # of each model, with how it was measured
+    cells = {line.split("  ")[0]: re.split("  +", line)[1:] for line in captured.out.splitlines()[2:]}
+    dense, small, difference = cells["parameters"]
+    assert difference == f"{int(small.replace(',', '')) - int(dense.replace(',', '')):+,} " + difference.split()[1]
+    dense, small, difference = cells["token perplexity"]
+    assert float(difference.split()[0]) == pytest.approx(float(small) - float(dense), abs=2e-4)
+    assert difference.split()[1] == f"({float(small) / float(dense) - 1:+.1%})"
+
+
+def test_figures_that_a_model_does_not_have() -> None:
+    assert (differ(math.nan, 1.0), differ(1.0, math.nan), differ(3.0, 0.0)) == ("", "", "+3.0000")
 
 
 def test_evaluate_texts_with_classes(
