@@ -45,7 +45,11 @@ class DataOptions(Reading):
     ]
     eval: Annotated[
         str | None,
-        typer.Option("--eval", metavar="SOURCE", help="The data to measure on when the training is done."),
+        typer.Option(
+            "--eval",
+            metavar="SOURCE",
+            help="The data to measure on before and after; by default a sixteenth of --data is held out.",
+        ),
     ] = None
     split: Annotated[
         str | None, typer.Option(help="The split of the data, where it has several.", rich_help_panel=DATA)
@@ -141,7 +145,7 @@ class TrainingOptions(Options):
         learning_rate: The highest learning rate.
         batch_size: The number of rows or images in a batch of each device.
         accumulate: The number of batches in a step.
-        warmup: The number of steps in which the learning rate grows.
+        warmup: The number of steps in which the learning rate grows, or their share below 1.
         weight_decay: The weight decay of AdamW.
         schedule: The schedule of the learning rate.
         seed: The seed of the order of the data.
@@ -160,7 +164,7 @@ class TrainingOptions(Options):
         typer.Option(help="The number of steps, in place of --epochs.", rich_help_panel=TRAINING),
         Field("max_steps"),
     ] = None
-    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.", rich_help_panel=TRAINING)] = 5e-4
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.", rich_help_panel=TRAINING)] = 1e-4
     batch_size: Annotated[
         int,
         typer.Option(help="The number of rows or images in a batch of each device.", rich_help_panel=TRAINING),
@@ -172,10 +176,13 @@ class TrainingOptions(Options):
         Field("gradient_accumulation_steps"),
     ] = 1
     warmup: Annotated[
-        int,
-        typer.Option(help="The number of steps in which the learning rate grows.", rich_help_panel=TRAINING),
+        float,
+        typer.Option(
+            help="The number of steps in which the learning rate grows, or their share where it is below 1.",
+            rich_help_panel=TRAINING,
+        ),
         Field("warmup_steps"),
-    ] = 0
+    ] = 0.1
     weight_decay: Annotated[float, typer.Option(help="The weight decay of AdamW.", rich_help_panel=TRAINING)] = 0.01
     schedule: Annotated[
         str,
@@ -210,7 +217,8 @@ class TrainingOptions(Options):
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "save_steps"):
             _checks.positive_int(getattr(self, name), f"--{name.replace('_', '-')}")
-        _checks.natural_int(self.warmup, "--warmup")
+        if not self.warmup >= 0:
+            raise ValueError(f"expected --warmup of at least 0, got {self.warmup}")
         if self.steps is not None:
             _checks.positive_int(self.steps, "--steps")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from structmat import _checks
 
@@ -123,6 +124,15 @@ def token_batches(
     """
     _checks.positive_int(batch_size, "batch_size")
     return row_batches(tokenizer, token_rows(tokenizer, texts, length=length, packed=packed, most=most), batch_size)
+
+
+class TokenRows(list[list[int]], Dataset[list[int]]):
+    """Rows of ids as a data set, for training."""
+
+    @property
+    def size(self) -> str:
+        """How much data that is, as text."""
+        return f"{len(self):,} rows, {sum(map(len, self)):,} tokens"
 
 
 def row_batches(tokenizer: Tokenizer, rows: Sequence[Sequence[int]], batch_size: int) -> list[dict[str, Tensor]]:
