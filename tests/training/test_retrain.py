@@ -150,7 +150,7 @@ def equal(one: Any, other: Any) -> bool:
 STEPS = {"save_strategy": "steps", "max_steps": 10, "per_device_train_batch_size": 8}
 
 
-@pytest.mark.parametrize("strategy", ["steps", "no"])
+@pytest.mark.parametrize("strategy", ["steps", pytest.param("no", marks=pytest.mark.slow)])
 def test_what_got_worse_is_not_saved(tmp_path: Path, strategy: str) -> None:
     texts = tiny.sentences(80)
     model, start = tiny.structured(tiny.llama()), tiny.structured(tiny.llama())
@@ -184,13 +184,14 @@ def test_the_best_state_is_saved(tmp_path: Path) -> None:
         found = retrain(model, tiny.tokenizer(), texts[:64], texts[64:], args, length=32)
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
-    assert sorted(losses) == [0, 2, 4, 6, 8, 10] or sorted(losses) == [2, 4, 6, 8, 10]
+    assert sorted(losses) == [2, 4, 6, 8, 10]
     assert losses[10] > losses[6]
     assert state["best_global_step"] == min(losses, key=losses.__getitem__) <= 6
     assert found["eval_perplexity"] < found["eval_perplexity_before"]
     assert equal(saved(tmp_path, "causal-lm"), saved(tmp_path / f"checkpoint-{state['best_global_step']}", "causal-lm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["causal-lm", "image-classification"])
 def test_a_part_is_held_out_where_no_data_is_given_to_measure_on(tmp_path: Path, task: str) -> None:
     make, data, _ = tiny.TASKS[task]
