@@ -15,7 +15,7 @@ SOURCE = Path(structmat.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LEVELS = {
-    0: ("_checks", "_digests", "_files", "_progress", "_tables", "_version"),
+    0: ("_checks", "_digests", "_files", "_names", "_progress", "_tables", "_version"),
     1: ("ops",),
     2: ("formats",),
     3: ("data", "fit", "nn"),

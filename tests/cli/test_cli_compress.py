@@ -1,6 +1,7 @@
 """``structmat compress`` in one process: what it writes, what it refuses, and the folder that appears when complete."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from structmat.cli.selection import PlanOptions
 from structmat.data import token_rows
 from structmat.data.sources import Source
 from structmat.data.tokens import row_batches
+from structmat.evaluate.language import row_loss
 from training import tiny
 
 QUICK = ("--blocks", "2", "--keep", "0.6", "--layers", ".*q_proj", "--layers", ".*up_proj")
@@ -52,6 +54,9 @@ def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys:
     fits = compress_(model, plan, batches=batches, refine=Refinement(3, 1e-2), progress=False)
     loaded = load_pretrained(tmp_path / "out")
     assert plan_of(loaded) == plan_of(model)
+    lines = captured.err.splitlines()
+    assert any(re.match(r"perplexity on what is held out, before: \d", line) for line in lines)
+    assert any(re.match(r"perplexity on what is held out: .* before, .* after \([+-]", line) for line in lines)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
     record = json.loads((tmp_path / "out/structmat.json").read_text())
@@ -61,6 +66,10 @@ def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys:
     assert {name: facts["error"] for name, facts in record["layers"].items()} == {
         name: pytest.approx(fit.error) for name, fit in fits.items()
     }
+    held_out = row_batches(tiny.tokenizer(), token_rows(tiny.tokenizer(), tiny.sentences(24), length=10)[12:13], 4)
+    for name, measured in (("measured_before", tiny.llama()), ("measured_after", loaded)):
+        loss, tokens = row_loss(measured, held_out)
+        assert record[name] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
     assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert record["dense_parameters"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
@@ -107,7 +116,7 @@ def test_dtype_and_skipped_layers(folder: Path, tmp_path: Path, capsys: pytest.C
     words = ["compress", str(folder / "dense"), "-o", str(tmp_path / "out"), "--format", "low_rank", "--keep", "0.02"]
     words += ["--rule", ".*q_proj=low_rank:keep=0.5", "--skip-misfits", "--dtype", "bfloat16", "--device", "cpu"]
     assert main(words) == 0
-    assert "stays dense: model.layers.0.mlp.up_proj: " in capsys.readouterr().err
+    assert "stays dense: model.layers.{0-1}.mlp.up_proj: " in capsys.readouterr().err
     loaded = load_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
     assert len(plan_of(loaded)) == 2

@@ -43,7 +43,7 @@ def test_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     assert main(["report", str(tmp_path / "out")]) == 0
     lines = shown(capsys)
-    assert lines[0] == "layer format settings shape parameters keep mult. per token error"
+    assert lines[0] == "layer format settings shape parameters keep mult. per token output error weight error"
     assert lines[2] == f"model.layers.0.self_attn.q_proj low_rank rank 8 32 x 32 512 0.500 512 {error['error']:.4f}"
     assert lines[3] == "model.layers.0.self_attn.k_proj dense 32 x 32 1,024 1.000 1,024"
     assert lines[-1].startswith("whole model ")

@@ -19,8 +19,9 @@ from structmat.data import read_images, token_rows
 from structmat.data.sources import Source
 from structmat.data.tokens import row_batches
 
-HELD_OUT = 64
-"""The most rows or images that are held out, on which the model is measured before and after."""
+HELD_OUT_IMAGES = 64
+HELD_OUT_TOKENS = 8192
+"""The most images and tokens that are held out, on which the model is measured before and after."""
 
 PER_INPUT = 8
 """The number of tokens for each input of a layer, below which there is a warning."""
@@ -175,8 +176,8 @@ def read_calibration(options: CalibrationOptions, processors: dict[str, Any], co
         config: The model's configuration.
 
     Returns:
-        The batches, and what is held out: an eighth as much, of the data behind them, or where the data ends before, a
-        tenth of it.
+        The batches, and what is held out: an eighth as many rows, at most of 8,192 tokens or 64 images, of the data
+        behind them, or where the data ends before, a tenth of it.
 
     Raises:
         ValueError: If there is no data, or the model has neither a tokenizer nor an image processor.
@@ -191,22 +192,21 @@ def read_calibration(options: CalibrationOptions, processors: dict[str, Any], co
     return _of_images(options, images)
 
 
-def held_out_count(found: int, samples: int) -> int:
+def held_out_count(found: int, samples: int, wanted: int) -> int:
     """How many of the rows that were found are held out, where at most ``samples`` are for the fits."""
-    wanted = wanted_beside(samples)
-    return wanted if found >= samples + wanted else found // 10
+    return wanted if found >= samples + wanted else min(wanted, found // 10)
 
 
-def wanted_beside(samples: int) -> int:
+def wanted_beside(samples: int, most: int) -> int:
     """The number of rows that are read beside those for the fits."""
-    return min(HELD_OUT, max(1, samples // 8))
+    return max(1, min(samples // 8, most))
 
 
 def _of_texts(options: CalibrationOptions, tokenizer: Any, length: int) -> CalibrationData:
     texts = options.texts(str(options.calibrate), split=options.split, tokenizer=tokenizer)
-    most = options.samples + wanted_beside(options.samples)
-    rows = token_rows(tokenizer, texts, length=length, packed=options.packed, most=most)
-    held = held_out_count(len(rows), options.samples)
+    wanted = wanted_beside(options.samples, HELD_OUT_TOKENS // length)
+    rows = token_rows(tokenizer, texts, length=length, packed=options.packed, most=options.samples + wanted)
+    held = held_out_count(len(rows), options.samples, wanted)
     chosen = sorted(rows[: len(rows) - held][: options.samples], key=len)  # little padding
     tokens = sum(map(len, chosen))
     return CalibrationData(
@@ -222,9 +222,10 @@ def _of_texts(options: CalibrationOptions, tokenizer: Any, length: int) -> Calib
 
 def _of_images(options: CalibrationOptions, processor: Any) -> CalibrationData:
     examples = read_images(str(options.calibrate), processor, split=options.split)
-    total = min(options.samples + wanted_beside(options.samples), len(examples))
+    wanted = wanted_beside(options.samples, HELD_OUT_IMAGES)
+    total = min(options.samples + wanted, len(examples))
     numbers = [k * len(examples) // total for k in range(total)]  # over all classes of a sorted folder
-    held = held_out_count(total, options.samples)
+    held = held_out_count(total, options.samples, wanted)
     apart = {numbers[(2 * k + 1) * total // (2 * held)] for k in range(held)}
     chosen = [k for k in numbers if k not in apart][: options.samples]
     size = options.batch_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,15 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from structmat import _checks
-from structmat._tables import share
+from structmat._names import alike
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationOptions, RefinementOptions, told
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options, Target, recorded
 from structmat.cli.output import Output, fingerprint
 from structmat.cli.plan import weigh
+from structmat.cli.results import budget_lines, held_out_of, measured_after, measured_before, result_lines, results
 from structmat.cli.selection import PlanOrFile
-from structmat.cli.show import count, say
+from structmat.cli.show import say
 from structmat.compress.api import compress_
 from structmat.fit import Fit, Method, default_method
 from structmat.formats import Format
@@ -126,39 +126,46 @@ def compress(
     )
     if output.said_finished():
         return
-    before, after = weigh(made)
-    say(f"{len(made)} layers of {count(before)} parameters, to keep {count(after)} ({share(after, before)})")
-    for name, reason in made.skipped.items():
-        say(f"stays dense: {name}: {reason}")
+    dtype = models.dtype_named(placement.dtype)
+    for line in budget_lines(made, skeleton, None if dtype == "auto" else dtype):
+        say(line)
+    for name, members in alike(made.skipped.items()).items():
+        say(f"stays dense: {name}: {made.skipped[members[0]]}")
     with output:
         if output.said_finished():  # by a process that has ended since
             return
         processors = models.processors(model)
+        data = None
+        if calibration.calibrate is not None:
+            data = told(calibration, processors, skeleton.config, max(format.N for format in made.values()))
         how: dict[str, Any] = {
             "method": METHODS[fit.method],
-            "batches": batches_of(calibration, processors, skeleton.config, max(format.N for format in made.values())),
+            "batches": None if data is None else data.batches,
             "refine": refinement.settings,
             "cache": output.partial / "fits",
         }
+        measured: dict[str, Any] = {}
         folder = output.new_folder()
         if fit.stream:
             fits = stream(model, folder, made, how)
+            before, after = weigh(made)
             parameters, device = sum(p.numel() for p in skeleton.parameters()) - before + after, "cpu"
         else:
             loaded = models.load(model, placement)
+            held_out = None if data is None else held_out_of(data, loaded)
+            measured = measured_before(held_out, loaded)
             fits = compress_(loaded, made, **how)
             if hardens:
                 harden_(loaded)
+            measured |= measured_after(held_out, loaded)
             loaded.save_pretrained(folder)
             parameters, device = sum(p.numel() for p in loaded.parameters()), str(loaded.device)
         for processor in processors.values():
             processor.save_pretrained(folder)
         facts = results(parameters, made, fits)
-        output.finish({**facts, "device": device, "seconds": time.perf_counter() - started})
-    say(
-        f"mean error of the layers {facts['error']:.4f}; {count(facts['parameters'])} parameters in all, "
-        f"{share(facts['parameters'], facts['dense_parameters'])} of the dense model's"
-    )
+        output.finish({**facts, **measured, "device": device, "seconds": time.perf_counter() - started})
+    for line in result_lines(facts, measured):
+        say(line)
 
 
 def batches_of(
@@ -183,35 +190,3 @@ def stream(model: str, folder: Path, made: Plan, how: Mapping[str, Any]) -> dict
     folder.rmdir()
     streaming = importlib.import_module("structmat.integrations.transformers.streaming")
     return streaming.compress_checkpoint(models.folder_of(model), folder, made, **how)
-
-
-def results(parameters: int, made: Plan, fits: Mapping[str, Fit]) -> dict[str, Any]:
-    """What came out, for the record.
-
-    Args:
-        parameters: The number of parameters of the compressed model.
-        made: The plan.
-        fits: The fits by layer.
-
-    Returns:
-        JSON-compatible data.
-    """
-    before, after = weigh(made)
-    layers = {
-        name: {
-            "format": fit.format.to_json(),
-            "keep": fit.format.keep,
-            "error": fit.error,
-            "output_error": fit.output_error,
-            "seconds": fit.seconds,
-        }
-        for name, fit in fits.items()
-    }
-    return {
-        "error": math.sqrt(sum(fit.error**2 for fit in fits.values()) / max(1, len(fits))),
-        "keep": after / before if before else 1.0,
-        "parameters": parameters,
-        "dense_parameters": parameters + before - after,
-        "skipped": dict(made.skipped),
-        "layers": layers,
-    }

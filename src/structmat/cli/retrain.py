@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -178,9 +179,10 @@ class Training:
         Returns:
             A ``StructuredTrainingArguments``.
         """
-        places = {"output_dir": str(folder), "resume_from_checkpoint": None if checkpoint is None else str(checkpoint)}
+        places: dict[str, Any] = {"output_dir": str(folder), "disable_tqdm": not sys.stderr.isatty()}
+        places["resume_from_checkpoint"] = None if checkpoint is None else str(checkpoint)
         with door("transformers", "options of the training, --set included, that transformers takes"):
-            return arguments_class()(**places, **self.settings)
+            return arguments_class()(**{**places, **self.settings})
 
 
 def last_checkpoint(folder: Path) -> Path | None:

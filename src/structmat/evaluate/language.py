@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structmat import _checks
 from structmat._progress import progress_bar
@@ -192,10 +192,37 @@ def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[in
 
 def _nll(model: nn.Module, windows: Sequence[tuple[list[int], int]], padding: int) -> float:
     """The negative log-likelihood of the scored positions."""
-    batch = {name: tensor.to(device_of(model)) for name, tensor in pad([ids for ids, _ in windows], padding).items()}
-    logits = tensor_of(model(**batch), ["logits"])[:, :-1]  # (B, T - 1, vocabulary)
-    positions = torch.arange(1, batch["input_ids"].shape[1], device=logits.device)
-    begins = torch.tensor([scored_from for _, scored_from in windows], device=logits.device)[:, None]
-    scored = (positions >= begins) & batch["attention_mask"][:, 1:].bool().to(logits.device)
+    batch = pad([ids for ids, _ in windows], padding)
+    positions = torch.arange(1, batch["input_ids"].shape[1])
+    begins = torch.tensor([scored_from for _, scored_from in windows])[:, None]
+    return _loss(model, batch, (positions >= begins) & batch["attention_mask"][:, 1:].bool())
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], scored: Tensor) -> float:
+    """The negative log-likelihood of the tokens of a batch behind each first one that ``scored (B, T - 1)`` picks."""
+    device = device_of(model)
+    logits = tensor_of(model(**{name: tensor.to(device) for name, tensor in batch.items()}), ["logits"])[:, :-1]
+    scored = scored.to(logits.device)
     targets = batch["input_ids"][:, 1:].to(logits.device)[scored]
     return nn.functional.cross_entropy(logits[scored].float(), targets, reduction="none").double().sum().item()
+
+
+def row_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> tuple[float, int]:
+    """Score batches of rows of tokens, each row from its second token on and by itself.
+
+    Args:
+        model: A causal language model.
+        batches: Batches ``{"input_ids": (B, T), "attention_mask": (B, T)}``, padded on the right.
+
+    Returns:
+        The negative log-likelihood of all scored tokens together, in nats, and their number.
+    """
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        for batch in batches:
+            for k in range(len(batch["input_ids"])):  # one at a time: logits of large vocabularies are large
+                length = int(batch["attention_mask"][k].sum())
+                row = {name: tensor[k : k + 1, :length] for name, tensor in batch.items()}
+                total += _loss(model, row, torch.ones(1, max(length - 1, 0), dtype=torch.bool))
+                tokens += max(length - 1, 0)
+    return total, tokens
