@@ -23,6 +23,8 @@ from structmat.cli.results import budget_lines, held_out_of, measured_after, mea
 from structmat.cli.selection import PlanOrFile
 from structmat.cli.show import say
 from structmat.compress.api import compress_
+from structmat.compress.estimate import estimate
+from structmat.compress.states import count_tokens
 from structmat.fit import Fit, Method, default_method
 from structmat.formats import Format
 from structmat.network.surgery import harden_
@@ -154,6 +156,10 @@ def compress(
             loaded = models.load(model, placement)
             held_out = None if data is None else held_out_of(data, loaded)
             measured = measured_before(held_out, loaded)
+            tokens = 0 if data is None else sum(count_tokens(batch) for batch in data.batches)
+            passes = 3 * refinement.refine_steps / len(data.batches) if data is not None and refinement.refine else 0.0
+            expected = estimate(made, method=how["method"], tokens=tokens, refined=passes, device=loaded.device)
+            say(f"compressing takes about {expected} from the start")
             fits = compress_(loaded, made, **how)
             if hardens:
                 harden_(loaded)

@@ -11,9 +11,13 @@ import typer
 from structmat._names import alike
 from structmat._tables import print_table, share
 from structmat.cli import models
+from structmat.cli.calibration import CalibrationOptions, told
 from structmat.cli.options import Model, Options
+from structmat.cli.reading import length_for
 from structmat.cli.selection import PlanOptions
 from structmat.cli.show import count, say
+from structmat.compress.estimate import estimate
+from structmat.compress.states import count_tokens
 from structmat.formats import Format
 from structmat.plan import Plan
 
@@ -29,14 +33,28 @@ class PlanFile(Options):
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file for the plan, as JSON.")] = None
 
 
-def plan(model: Model, options: PlanOptions, file: PlanFile) -> None:
+def plan(model: Model, options: PlanOptions, calibration: CalibrationOptions, file: PlanFile) -> None:
     """Run ``structmat plan``."""
     skeleton = models.skeleton(model)
     made = options.plan_for(skeleton)
     show_plan(made, skeleton)
+    say_times(model, made, calibration, skeleton)
     if file.out is not None:
         made.save(file.out)
         say(f"wrote {file.out}")
+
+
+def say_times(model: str, made: Plan, calibration: CalibrationOptions, skeleton: Any) -> None:
+    """Tell the user how long ``structmat compress`` takes, with data and without."""
+    device = models.device_named("auto")
+    say(f"compress without data takes about {estimate(made, device=device)}")
+    if calibration.calibrate is not None:
+        data = told(calibration, models.processors(model), skeleton.config, max(format.N for format in made.values()))
+        tokens, what = sum(count_tokens(batch) for batch in data.batches), data.size
+    else:
+        length = length_for(skeleton.config, calibration.length)
+        tokens, what = calibration.samples * length, f"{count(calibration.samples)} rows of {count(length)} tokens"
+    say(f"compress with --calibrate, {what}, takes about {estimate(made, tokens=tokens, device=device)}")
 
 
 def show_plan(made: Plan, skeleton: Any) -> None:
