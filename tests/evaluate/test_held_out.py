@@ -63,15 +63,15 @@ def test_anything_else_gives_the_error_of_the_outputs() -> None:
 def test_the_error_that_was_minimised_comes_first() -> None:
     facts = {"error": 0.25, "output_error": 0.125, "parameters": 10, "dense_parameters": 20}
     measured = {"measured": "perplexity", "measured_before": 4.0, "measured_after": 5.0}
-    assert result_lines(facts, measured) == [
+    assert result_lines({**facts, **measured}) == [
         "relative errors of the layers, root mean square: output error 0.1250, which was minimised; "
         "weight error 0.2500",
         "10 parameters in all, 0.500 of the dense model's",
         "perplexity on what is held out: 4 before, 5 after (+25.0%)",
     ]
-    assert result_lines({**facts, "output_error": None}, {})[0].endswith("weight error 0.2500, which was minimised")
+    assert result_lines({**facts, "output_error": None})[0].endswith("weight error 0.2500, which was minimised")
     outputs = {"measured": "output error", "measured_before": 0.0, "measured_after": 0.1}
-    assert result_lines(facts, outputs)[-1] == "output error of the whole model on what is held out: 0.1000"
+    assert result_lines({**facts, **outputs})[-1] == "output error of the whole model on what is held out: 0.1000"
 
 
 def test_the_budget_in_parameters_and_bytes() -> None:

@@ -14,10 +14,10 @@ import typer
 from structmat import _checks
 from structmat._names import alike
 from structmat.cli import models
-from structmat.cli.calibration import CalibrationOptions, RefinementOptions, told
+from structmat.cli.calibration import CalibrationData, CalibrationOptions, RefinementOptions, told
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options, Target, recorded
-from structmat.cli.output import Output, fingerprint
+from structmat.cli.output import Output, fingerprint, read_record
 from structmat.cli.plan import weigh
 from structmat.cli.results import budget_lines, held_out_of, measured_after, measured_before, result_lines, results
 from structmat.cli.selection import PlanOrFile
@@ -25,7 +25,7 @@ from structmat.cli.show import say
 from structmat.compress.api import compress_
 from structmat.compress.estimate import estimate
 from structmat.compress.states import count_tokens
-from structmat.fit import Fit, Method, default_method
+from structmat.fit import Method, default_method
 from structmat.formats import Format
 from structmat.network.surgery import harden_
 from structmat.plan import Plan
@@ -104,6 +104,102 @@ class FitOptions(Options):
         return bool(learning) and not self.learn
 
 
+@dataclass(frozen=True)
+class Compression:
+    """What a compression is of, and how it is done.
+
+    Attributes:
+        model: A folder, or a name on the Hub.
+        plan: The options of the plan.
+        fit: How the layers are fitted.
+        calibration: The calibration data.
+        refinement: How blocks are refined.
+        placement: The dtype and the device.
+    """
+
+    model: str
+    plan: PlanOrFile
+    fit: FitOptions
+    calibration: CalibrationOptions
+    refinement: RefinementOptions
+    placement: Placement
+
+    def run(self, target: Target) -> dict[str, Any]:
+        """Compress, or find out that this is done already.
+
+        Args:
+            target: Where to write.
+
+        Returns:
+            The record of what was done and came out.
+
+        Raises:
+            ValueError: If an option does not go with another one.
+        """
+        started = time.perf_counter()
+        if self.refinement.refine and self.calibration.calibrate is None:
+            raise ValueError("expected --calibrate with --refine, which tunes on data")
+        _checks.one_of(self.fit.method, METHODS, "--method")
+        skeleton = models.skeleton(self.model)
+        made = self.plan.plan_for(skeleton)
+        hardens = self.fit.check(made, self.placement)
+        output = self._output(target, skeleton)
+        if not output.said_finished():
+            self._say_budget(made, skeleton)
+            with output:
+                if not output.said_finished():  # by a process that has ended since
+                    facts = self._results(made, skeleton, output, hardens)
+                    output.finish({**facts, "seconds": time.perf_counter() - started})
+                    for line in result_lines(facts):
+                        say(line)
+        return read_record(target.out) or {}
+
+    def _output(self, target: Target, skeleton: Any) -> Output:
+        """The output, with what it depends on."""
+        options = recorded(self.plan, self.fit, self.calibration, self.refinement, self.placement)
+        files = fingerprint(self.model) or getattr(skeleton.config, "_commit_hash", None)
+        facts = {"model": self.model, **options, "model_files": files}
+        return Output(target.out, "compress", facts, overwrite=target.overwrite)
+
+    def _say_budget(self, made: Plan, skeleton: Any) -> None:
+        """Tell the user what is kept, and what stays dense."""
+        dtype = models.dtype_named(self.placement.dtype)
+        for line in budget_lines(made, skeleton, None if dtype == "auto" else dtype):
+            say(line)
+        for name, members in alike(made.skipped.items()).items():
+            say(f"stays dense: {name}: {made.skipped[members[0]]}")
+
+    def _results(self, made: Plan, skeleton: Any, output: Output, hardens: bool) -> dict[str, Any]:
+        """Compress and write the model; return what came out."""
+        processors = models.processors(self.model)
+        data = None
+        if self.calibration.calibrate is not None:
+            data = told(self.calibration, processors, skeleton.config, max(format.N for format in made.values()))
+        how: dict[str, Any] = {
+            "method": METHODS[self.fit.method],
+            "batches": None if data is None else data.batches,
+            "refine": self.refinement.settings,
+            "cache": output.partial / "fits",
+        }
+        folder = output.new_folder()
+        if self.fit.stream:
+            facts = streamed(self.model, skeleton, folder, made, how)
+        else:
+            loaded = models.load(self.model, self.placement)
+            self._say_time(made, data, loaded.device)
+            facts = held_in_memory(loaded, folder, made, how, data, hardens)
+        for processor in processors.values():
+            processor.save_pretrained(folder)
+        return facts
+
+    def _say_time(self, made: Plan, data: CalibrationData | None, device: Any) -> None:
+        """Tell the user how long all of it takes."""
+        tokens = 0 if data is None else sum(count_tokens(batch) for batch in data.batches)
+        passes = 3 * self.refinement.refine_steps / len(data.batches) if data and self.refinement.refine else 0.0
+        expected = estimate(made, method=METHODS[self.fit.method], tokens=tokens, refined=passes, device=device)
+        say(f"compressing takes about {expected} from the start")
+
+
 def compress(
     model: Model,
     target: Target,
@@ -114,64 +210,34 @@ def compress(
     placement: Placement,
 ) -> None:
     """Run ``structmat compress``."""
-    started = time.perf_counter()
-    if refinement.refine and calibration.calibrate is None:
-        raise ValueError("expected --calibrate with --refine, which tunes on data")
-    _checks.one_of(fit.method, METHODS, "--method")
-    skeleton = models.skeleton(model)
-    made = plan.plan_for(skeleton)
-    hardens = fit.check(made, placement)
-    options = recorded(plan, fit, calibration, refinement, placement)
-    files = fingerprint(model) or getattr(skeleton.config, "_commit_hash", None)
-    output = Output(
-        target.out, "compress", {"model": model, **options, "model_files": files}, overwrite=target.overwrite
-    )
-    if output.said_finished():
-        return
-    dtype = models.dtype_named(placement.dtype)
-    for line in budget_lines(made, skeleton, None if dtype == "auto" else dtype):
-        say(line)
-    for name, members in alike(made.skipped.items()).items():
-        say(f"stays dense: {name}: {made.skipped[members[0]]}")
-    with output:
-        if output.said_finished():  # by a process that has ended since
-            return
-        processors = models.processors(model)
-        data = None
-        if calibration.calibrate is not None:
-            data = told(calibration, processors, skeleton.config, max(format.N for format in made.values()))
-        how: dict[str, Any] = {
-            "method": METHODS[fit.method],
-            "batches": None if data is None else data.batches,
-            "refine": refinement.settings,
-            "cache": output.partial / "fits",
-        }
-        measured: dict[str, Any] = {}
-        folder = output.new_folder()
-        if fit.stream:
-            fits = stream(model, folder, made, how)
-            before, after = weigh(made)
-            parameters, device = sum(p.numel() for p in skeleton.parameters()) - before + after, "cpu"
-        else:
-            loaded = models.load(model, placement)
-            held_out = None if data is None else held_out_of(data, loaded)
-            measured = measured_before(held_out, loaded)
-            tokens = 0 if data is None else sum(count_tokens(batch) for batch in data.batches)
-            passes = 3 * refinement.refine_steps / len(data.batches) if data is not None and refinement.refine else 0.0
-            expected = estimate(made, method=how["method"], tokens=tokens, refined=passes, device=loaded.device)
-            say(f"compressing takes about {expected} from the start")
-            fits = compress_(loaded, made, **how)
-            if hardens:
-                harden_(loaded)
-            measured |= measured_after(held_out, loaded)
-            loaded.save_pretrained(folder)
-            parameters, device = sum(p.numel() for p in loaded.parameters()), str(loaded.device)
-        for processor in processors.values():
-            processor.save_pretrained(folder)
-        facts = results(parameters, made, fits)
-        output.finish({**facts, **measured, "device": device, "seconds": time.perf_counter() - started})
-    for line in result_lines(facts, measured):
-        say(line)
+    Compression(model, plan, fit, calibration, refinement, placement).run(target)
+
+
+def held_in_memory(
+    model: Any, folder: Path, made: Plan, how: Mapping[str, Any], data: CalibrationData | None, hardens: bool
+) -> dict[str, Any]:
+    """Compress a model in memory, measure it before and after, and write it.
+
+    Args:
+        model: The dense model, which becomes the compressed one.
+        folder: The folder to write.
+        made: The plan.
+        how: The further arguments of ``compress_``.
+        data: The calibration data; None for none.
+        hardens: Whether layers are hardened once they are fitted.
+
+    Returns:
+        What came out, for the record.
+    """
+    held_out = None if data is None else held_out_of(data, model)
+    measured = measured_before(held_out, model)
+    fits = compress_(model, made, **how)
+    if hardens:
+        harden_(model)
+    measured |= measured_after(held_out, model)
+    model.save_pretrained(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {**results(parameters, made, fits), **measured, "device": str(model.device)}
 
 
 def batches_of(
@@ -181,18 +247,22 @@ def batches_of(
     return None if calibration.calibrate is None else told(calibration, processors, config, inputs).batches
 
 
-def stream(model: str, folder: Path, made: Plan, how: Mapping[str, Any]) -> dict[str, Fit]:
-    """Compress a checkpoint from file to file.
+def streamed(model: str, skeleton: Any, folder: Path, made: Plan, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Compress a checkpoint from file to file; nothing is measured, since the model may be larger than the memory.
 
     Args:
         model: A folder, or a name on the Hub.
+        skeleton: The model without its weights.
         folder: The folder to write.
         made: The plan.
         how: The further arguments of ``compress_checkpoint``.
 
     Returns:
-        The fits by layer.
+        What came out, for the record.
     """
     folder.rmdir()
     streaming = importlib.import_module("structmat.integrations.transformers.streaming")
-    return streaming.compress_checkpoint(models.folder_of(model), folder, made, **how)
+    fits = streaming.compress_checkpoint(models.folder_of(model), folder, made, **how)
+    before, after = weigh(made)
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters()) - before + after
+    return {**results(parameters, made, fits), "device": "cpu"}

@@ -70,12 +70,11 @@ def megabytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def result_lines(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
+def result_lines(facts: Mapping[str, Any]) -> list[str]:
     """What came out, for the user; the error that was minimised comes first.
 
     Args:
-        facts: The results.
-        measured: The measurements; empty where nothing was held out.
+        facts: The results, with the measurements where something was held out.
 
     Returns:
         The lines.
@@ -88,12 +87,12 @@ def result_lines(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> list[
         f"{count(facts['parameters'])} parameters in all, {share(facts['parameters'], facts['dense_parameters'])} of "
         "the dense model's",
     ]
-    if measured.get("measured") == UNITS[-1]:
-        lines.append(f"{UNITS[-1]} of the whole model on what is held out: {measured['measured_after']:.4f}")
-    elif measured:
-        before, after = measured["measured_before"], measured["measured_after"]
+    if facts.get("measured") == UNITS[-1]:
+        lines.append(f"{UNITS[-1]} of the whole model on what is held out: {facts['measured_after']:.4f}")
+    elif "measured" in facts:
+        before, after = facts["measured_before"], facts["measured_after"]
         change = f" ({after / before - 1:+.1%})" if before else ""
-        lines.append(f"{measured['measured']} on what is held out: {before:.4g} before, {after:.4g} after{change}")
+        lines.append(f"{facts['measured']} on what is held out: {before:.4g} before, {after:.4g} after{change}")
     return lines
 
 
