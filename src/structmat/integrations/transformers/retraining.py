@@ -106,12 +106,8 @@ def retrain(
         processing_class=processor,
         compute_metrics=None if task == "causal-lm" else _accuracy,
     )
-    measure = None
-    if task == "causal-lm" and evaluation is not None:
-        measure = functools.partial(_perplexities, trainer, processor, texts_of(evaluation, None), length)
-    elif held_out is not None:
-        measure = functools.partial(_evaluated, trainer, held_out)
-    figures = train_and_keep_the_best(trainer, checkpoint, measure)
+    texts = texts_of(evaluation, None) if task == "causal-lm" and evaluation is not None else None
+    figures = train_and_keep_the_best(trainer, checkpoint, _measure(trainer, processor, texts, held_out, length))
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", figures, combined=False)
@@ -210,6 +206,15 @@ def _check_classes(model: Any, examples: Any) -> None:
             f"expected classes below the model's {model.config.num_labels}, got {max(labels)}; load the model with "
             f"num_labels={max(labels) + 1}"
         )
+
+
+def _measure(
+    trainer: StructuredTrainer, processor: Any, texts: list[str] | None, held_out: Any, length: int
+) -> Callable[[], dict[str, float]] | None:
+    """What measures the model: on texts, or on the examples that are held out; None where there are neither."""
+    if texts is not None:
+        return functools.partial(_perplexities, trainer, processor, texts, length)
+    return None if held_out is None else functools.partial(_evaluated, trainer, held_out)
 
 
 def _evaluated(trainer: StructuredTrainer, examples: Any) -> dict[str, float]:
