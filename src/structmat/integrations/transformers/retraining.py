@@ -86,18 +86,14 @@ def retrain(
     learned = prepare(train, train_split, packed=packed, augment=augment)
     if task == "causal-lm" and evaluation is not None:
         evaluation = texts_of(evaluation, evaluation_split, processor)
-    if evaluation is None:
-        learned, held_out = apart(learned, task)
-    else:
-        held_out = prepare(evaluation, evaluation_split)
+    held_out = None if evaluation is None else prepare(evaluation, evaluation_split)
     for examples in (learned, held_out):
         _check_classes(model, examples)
-    checkpoint = args.resume_from_checkpoint
-    args = copy.copy(args) if held_out is None else evaluated_arguments(args, len(learned))
-    args.resume_from_checkpoint = None  # the arguments that are saved are those of a run without an interrupt
+    if held_out is None:
+        learned, held_out = apart(learned, task)
     trainer = StructuredTrainer(
         model,
-        args,
+        _arguments(args, learned, held_out),
         teacher=teacher,
         task=task,
         train_dataset=learned,
@@ -107,7 +103,8 @@ def retrain(
         compute_metrics=None if task == "causal-lm" else _accuracy,
     )
     texts = texts_of(evaluation, None) if task == "causal-lm" and evaluation is not None else None
-    figures = train_and_keep_the_best(trainer, checkpoint, _measure(trainer, processor, texts, held_out, length))
+    measure = _measure(trainer, processor, texts, held_out, length)
+    figures = train_and_keep_the_best(trainer, args.resume_from_checkpoint, measure)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", figures, combined=False)
@@ -206,6 +203,13 @@ def _check_classes(model: Any, examples: Any) -> None:
             f"expected classes below the model's {model.config.num_labels}, got {max(labels)}; load the model with "
             f"num_labels={max(labels) + 1}"
         )
+
+
+def _arguments(args: StructuredTrainingArguments, learned: Any, held_out: Any) -> StructuredTrainingArguments:
+    """The arguments of the trainer, which are saved: those of a run without an interrupt."""
+    args = copy.copy(args) if held_out is None else evaluated_arguments(args, len(learned))
+    args.resume_from_checkpoint = None
+    return args
 
 
 def _measure(
