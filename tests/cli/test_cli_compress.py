@@ -301,6 +301,8 @@ def test_images(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [tuple(batch["pixel_values"].shape) for batch in data.batches] == [(4, 3, 16, 16), (2, 3, 16, 16)]
     assert [tuple(batch["labels"].shape) for batch in data.held_out] == [(1,)]
     assert data.size == "6 of 6 images"
+    assert data.vectors(tiny.vit().config) == 6 * 5  # four patches and a class token
+    assert data.vectors(object()) == 6 * 64
     words = ["--calibrate", str(pictures), "--samples", "9", "--format", "low_rank", "--refine", "--refine-steps", "2"]
     assert main(["compress", str(tmp_path / "dense"), "-o", str(tmp_path / "out"), *words, "--batch-size", "3"]) == 0
     assert len(plan_of(load_pretrained(tmp_path / "out"))) == 12

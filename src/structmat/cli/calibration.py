@@ -23,6 +23,9 @@ HELD_OUT_IMAGES = 64
 HELD_OUT_TOKENS = 8192
 """The most images and tokens that are held out, on which the model is measured before and after."""
 
+IMAGE_VECTORS = 64
+"""About how many vectors a layer sees of an image where the model does not say."""
+
 PER_INPUT = 8
 """The number of tokens for each input of a layer, below which there is a warning."""
 
@@ -127,6 +130,13 @@ class RefinementOptions(Options):
         return super().record() if self.refine else {}
 
 
+def image_vectors(config: Any) -> int:
+    """The number of vectors that layers see of one image: its patches and a class token, where the model says so."""
+    sizes = [getattr(config, name, None) for name in ("image_size", "patch_size")]
+    image, patch = (max(size) if isinstance(size, (tuple, list)) else size for size in sizes)
+    return (image // patch) ** 2 + 1 if isinstance(image, int) and isinstance(patch, int) else IMAGE_VECTORS
+
+
 @dataclass(frozen=True)
 class CalibrationData:
     """Calibration data, and what is held out to measure on.
@@ -146,6 +156,10 @@ class CalibrationData:
     rows: int
     tokens: int | None
     asked: int
+
+    def vectors(self, config: Any) -> int:
+        """About how many vectors the layers of a model of this configuration see."""
+        return self.rows * image_vectors(config) if self.tokens is None else self.tokens
 
     def warnings(self, inputs: int) -> list[str]:
         """What may be wrong with the amount of data.

@@ -24,7 +24,6 @@ from structmat.cli.selection import PlanOrFile
 from structmat.cli.show import say
 from structmat.compress.api import compress_
 from structmat.compress.estimate import estimate
-from structmat.compress.states import count_tokens
 from structmat.fit import Method, default_method
 from structmat.formats import Format
 from structmat.network.surgery import harden_
@@ -186,17 +185,17 @@ class Compression:
             facts = streamed(self.model, skeleton, folder, made, how)
         else:
             loaded = models.load(self.model, self.placement)
-            self._say_time(made, data, loaded.device)
+            self._say_time(made, data, loaded)
             facts = held_in_memory(loaded, folder, made, how, data, hardens)
         for processor in processors.values():
             processor.save_pretrained(folder)
         return facts
 
-    def _say_time(self, made: Plan, data: CalibrationData | None, device: Any) -> None:
+    def _say_time(self, made: Plan, data: CalibrationData | None, model: Any) -> None:
         """Tell the user how long all of it takes."""
-        tokens = 0 if data is None else sum(count_tokens(batch) for batch in data.batches)
+        tokens = 0 if data is None else data.vectors(model.config)
         passes = 3 * self.refinement.refine_steps / len(data.batches) if data and self.refinement.refine else 0.0
-        expected = estimate(made, method=METHODS[self.fit.method], tokens=tokens, refined=passes, device=device)
+        expected = estimate(made, method=METHODS[self.fit.method], tokens=tokens, refined=passes, device=model.device)
         say(f"compressing takes about {expected} from the start")
 
 

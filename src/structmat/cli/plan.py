@@ -11,13 +11,12 @@ import typer
 from structmat._names import alike
 from structmat._tables import print_table, share
 from structmat.cli import models
-from structmat.cli.calibration import CalibrationOptions, told
+from structmat.cli.calibration import CalibrationOptions, image_vectors, told
 from structmat.cli.options import Model, Options
 from structmat.cli.reading import length_for
 from structmat.cli.selection import PlanOptions
 from structmat.cli.show import count, say
 from structmat.compress.estimate import estimate
-from structmat.compress.states import count_tokens
 from structmat.formats import Format
 from structmat.plan import Plan
 
@@ -50,7 +49,9 @@ def say_times(model: str, made: Plan, calibration: CalibrationOptions, skeleton:
     say(f"compress without data takes about {estimate(made, device=device)}")
     if calibration.calibrate is not None:
         data = told(calibration, models.processors(model), skeleton.config, max(format.N for format in made.values()))
-        tokens, what = sum(count_tokens(batch) for batch in data.batches), data.size
+        tokens, what = data.vectors(skeleton.config), data.size
+    elif getattr(skeleton, "main_input_name", "") == "pixel_values":
+        tokens, what = calibration.samples * image_vectors(skeleton.config), f"{count(calibration.samples)} images"
     else:
         length = length_for(skeleton.config, calibration.length)
         tokens, what = calibration.samples * length, f"{count(calibration.samples)} rows of {count(length)} tokens"
