@@ -26,10 +26,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_function_and_the_command_give_the_same(folder: Path, tmp_path: Path) -> None:
     source = f"{folder}/texts/*.txt"
     record = sm.compress_pretrained(
-        folder / "dense", tmp_path / "one", keep=0.6, blocks=2, format="blast", layers=[".*q_proj", ".*up_proj"],
+        folder / "dense", tmp_path / "one", keep=0.6, blocks=2, format="low_rank", layers=[".*q_proj", ".*up_proj"],
         exclude=r".*layers\.0.*", calibrate=source, samples=12, length=10,
     )  # fmt: skip
-    words = ["--keep", "0.6", "--blocks", "2", "--layers", ".*q_proj", "--layers", ".*up_proj", "--samples", "12"]
+    words = [
+        "--format",
+        "low_rank",
+        "--keep",
+        "0.6",
+        "--blocks",
+        "2",
+        "--layers",
+        ".*q_proj",
+        "--layers",
+        ".*up_proj",
+        "--samples",
+        "12",
+    ]
     words += ["--exclude", r".*layers\.0.*", "--calibrate", source, "--length", "10"]
     assert main(["compress", str(folder / "dense"), "-o", str(tmp_path / "two"), *words]) == 0
     other = json.loads((tmp_path / "two" / "structmat.json").read_text())
@@ -39,7 +52,7 @@ def test_the_function_and_the_command_give_the_same(folder: Path, tmp_path: Path
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
     assert len(sm.plan_of(sm.load_pretrained(tmp_path / "one"))) == 2
     again = sm.compress_pretrained(
-        str(folder / "dense"), str(tmp_path / "one"), keep=0.6, blocks="2", layers=(".*q_proj", ".*up_proj"),
+        str(folder / "dense"), str(tmp_path / "one"), keep=0.6, blocks="2", format="low_rank", layers=(".*q_proj", ".*up_proj"),
         exclude=[r".*layers\.0.*"], calibrate=source, samples=12, length=10,
     )  # fmt: skip
     assert again == record  # it is finished, and left alone

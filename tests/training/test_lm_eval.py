@@ -51,6 +51,7 @@ def test_own_tasks(own_tasks: Path) -> None:
     assert again["next_word"]["acc,none"] == found["next_word"]["acc,none"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_all_tasks_of_a_file(own_tasks: Path) -> None:
     model, tokenizer = tiny.llama(), tiny.tokenizer()

@@ -166,6 +166,7 @@ def test_what_got_worse_is_not_saved(tmp_path: Path, strategy: str) -> None:
     assert not (tmp_path / "start").exists()
 
 
+@pytest.mark.slow
 def test_the_best_state_is_saved(tmp_path: Path) -> None:
     """A rate that grows without end: the first evaluations are better than the start, the last ones worse."""
 
