@@ -26,9 +26,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_function_and_the_command_give_the_same(folder: Path, tmp_path: Path) -> None:
     source = f"{folder}/texts/*.txt"
     record = sm.compress_pretrained(
-        folder / "dense", tmp_path / "one", keep=0.6, blocks=2, format="low_rank", layers=[".*q_proj", ".*up_proj"],
-        exclude=r".*layers\.0.*", calibrate=source, samples=12, length=10,
-    )  # fmt: skip
+        folder / "dense",
+        tmp_path / "one",
+        keep=0.6,
+        blocks=2,
+        format="low_rank",
+        layers=[".*q_proj", ".*up_proj"],
+        exclude=r".*layers\.0.*",
+        calibrate=source,
+        samples=12,
+        length=10,
+    )
     words = [
         "--format",
         "low_rank",
@@ -52,9 +60,17 @@ def test_the_function_and_the_command_give_the_same(folder: Path, tmp_path: Path
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
     assert len(sm.plan_of(sm.load_pretrained(tmp_path / "one"))) == 2
     again = sm.compress_pretrained(
-        str(folder / "dense"), str(tmp_path / "one"), keep=0.6, blocks="2", format="low_rank", layers=(".*q_proj", ".*up_proj"),
-        exclude=[r".*layers\.0.*"], calibrate=source, samples=12, length=10,
-    )  # fmt: skip
+        str(folder / "dense"),
+        str(tmp_path / "one"),
+        keep=0.6,
+        blocks="2",
+        format="low_rank",
+        layers=(".*q_proj", ".*up_proj"),
+        exclude=[r".*layers\.0.*"],
+        calibrate=source,
+        samples=12,
+        length=10,
+    )
     assert again == record  # it is finished, and left alone
 
 
