@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from structmat.network.surgery import apply_plan_, densify_, harden_, tile_
     from structmat.nn import StructuredConv2d, StructuredLinear
     from structmat.plan import Plan, Rule, make_plan, plan_of
+    from structmat.pretrained import compress_pretrained
 
 _HOMES = {
     "structmat.bench.autotune": ("autotune_",),
@@ -101,6 +102,7 @@ _HOMES = {
     "structmat.network.surgery": ("apply_plan_", "densify_", "harden_", "tile_"),
     "structmat.nn": ("StructuredConv2d", "StructuredLinear"),
     "structmat.plan": ("Plan", "Rule", "make_plan", "plan_of"),
+    "structmat.pretrained": ("compress_pretrained",),
 }
 """Every public name, by the module that defines it."""
 
@@ -144,6 +146,7 @@ __all__ = [
     "autotune_",
     "calibrate",
     "compress_",
+    "compress_pretrained",
     "default_method",
     "densify_",
     "harden_",

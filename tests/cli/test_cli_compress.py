@@ -1,6 +1,7 @@
 """``structmat compress`` in one process: what it writes, what it refuses, and the folder that appears when complete."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import structmat
 from structmat import Blast, LowRank, Refinement, compress_, load_pretrained, plan_of
 from structmat.cli import compress as command
 from structmat.cli import main, models
-from structmat.cli.calibration import CalibrationOptions, calibration_batches, described, length_for
+from structmat.cli.calibration import CalibrationOptions, read_calibration
 from structmat.cli.output import Output, differences, fingerprint
+from structmat.cli.reading import length_for
 from structmat.cli.selection import PlanOptions
-from structmat.data import token_batches
+from structmat.data import token_rows
+from structmat.data.sources import Source
+from structmat.data.tokens import row_batches
+from structmat.evaluate.language import row_loss
 from training import tiny
 
 QUICK = ("--blocks", "2", "--keep", "0.6", "--layers", ".*q_proj", "--layers", ".*up_proj")
@@ -40,15 +45,18 @@ def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys:
     assert compress(folder, tmp_path / "out", *words, "--refine", "--refine-steps", "3", "--refine-rate", "1e-2") == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "calibrating on 12 rows, " in captured.err
+    assert re.search(r"calibrating on 12 of 12 rows, \d+ of at most 120 tokens; 1 more are held out", captured.err)
 
     model = load_pretrained(folder / "dense")
     plan = PlanOptions(blocks="2", keep=0.6, layers=(".*q_proj", ".*up_proj")).plan_for(model)
-    texts = sorted(tiny.sentences(24)[:12], key=len)
-    batches = token_batches(tiny.tokenizer(), texts, length=10, batch_size=4)
+    rows = sorted(token_rows(tiny.tokenizer(), tiny.sentences(24), length=10, most=12), key=len)
+    batches = row_batches(tiny.tokenizer(), rows, 4)
     fits = compress_(model, plan, batches=batches, refine=Refinement(3, 1e-2), progress=False)
     loaded = load_pretrained(tmp_path / "out")
     assert plan_of(loaded) == plan_of(model)
+    lines = captured.err.splitlines()
+    assert any(re.match(r"perplexity on what is held out, before: \d", line) for line in lines)
+    assert any(re.match(r"perplexity on what is held out: .* before, .* after \([+-]", line) for line in lines)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
     record = json.loads((tmp_path / "out/structmat.json").read_text())
@@ -58,6 +66,10 @@ def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys:
     assert {name: facts["error"] for name, facts in record["layers"].items()} == {
         name: pytest.approx(fit.error) for name, fit in fits.items()
     }
+    held_out = row_batches(tiny.tokenizer(), token_rows(tiny.tokenizer(), tiny.sentences(24), length=10)[12:13], 4)
+    for name, measured in (("measured_before", tiny.llama()), ("measured_after", loaded)):
+        loss, tokens = row_loss(measured, held_out)
+        assert record[name] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
     assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert record["dense_parameters"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
@@ -104,7 +116,7 @@ def test_dtype_and_skipped_layers(folder: Path, tmp_path: Path, capsys: pytest.C
     words = ["compress", str(folder / "dense"), "-o", str(tmp_path / "out"), "--format", "low_rank", "--keep", "0.02"]
     words += ["--rule", ".*q_proj=low_rank:keep=0.5", "--skip-misfits", "--dtype", "bfloat16", "--device", "cpu"]
     assert main(words) == 0
-    assert "stays dense: model.layers.0.mlp.up_proj: " in capsys.readouterr().err
+    assert "stays dense: model.layers.{0-1}.mlp.up_proj: " in capsys.readouterr().err
     loaded = load_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
     assert len(plan_of(loaded)) == 2
@@ -211,16 +223,48 @@ def test_differences_and_fingerprints(tmp_path: Path) -> None:
 def test_calibration_data(folder: Path) -> None:
     config, tokenizer = tiny.llama().config, {"tokenizer": tiny.tokenizer()}
     texts = str(folder / "texts.txt")
-    batches = calibration_batches(CalibrationOptions(texts, samples=5, batch_size=2), tokenizer, config)
-    assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
-    packed = calibration_batches(CalibrationOptions(texts, 4, 8, 2, packed=True), tokenizer, config)
-    assert [tuple(batch["input_ids"].shape) for batch in packed] == [(2, 8), (2, 8)]
-    assert described(packed) == "4 rows, 32 tokens"
+    data = read_calibration(CalibrationOptions(texts, samples=5, batch_size=2), tokenizer, config)
+    assert [len(batch["input_ids"]) for batch in data.batches] == [2, 2, 1]
+    assert [len(batch["input_ids"]) for batch in data.held_out] == [1]
+    packed = read_calibration(CalibrationOptions(texts, 4, 8, 2, packed=True), tokenizer, config)
+    assert [tuple(batch["input_ids"].shape) for batch in packed.batches] == [(2, 8), (2, 8)]
+    assert packed.size == "4 of 4 rows, 32 of at most 32 tokens"
+    assert packed.warnings(4) == []
+    assert len(packed.warnings(5)) == 1
+    assert "32 tokens are fewer than 8 for each of the 5 inputs of a layer" in packed.warnings(5)[0]
+    every = read_calibration(CalibrationOptions(texts, samples=100, length=20), tokenizer, config)
+    assert (every.rows, sum(len(batch["input_ids"]) for batch in every.held_out)) == (22, 2)  # a tenth of 24
+    assert "less than half of the 100 rows that --samples asks for" in every.warnings(1)[0]
     assert (length_for(config, None), length_for(config, 8), length_for(object(), None)) == (64, 8, 512)
     with pytest.raises(ValueError, match="expected --length of at most the model's 64 positions, got 65"):
         length_for(config, 65)
     with pytest.raises(ValueError, match="expected a model with a tokenizer or an image processor to calibrate"):
-        calibration_batches(CalibrationOptions(texts), {}, config)
+        read_calibration(CalibrationOptions(texts), {}, config)
+
+
+def test_one_long_text_is_used_to_its_end(folder: Path, tmp_path: Path) -> None:
+    """The rows hold every token of a text without separators, and are those of the text, one after the other."""
+    words = " ".join(tiny.sentences(24))
+    (tmp_path / "book.txt").write_text(words, encoding="utf-8")
+    options = CalibrationOptions(str(tmp_path / "book.txt"), length=12)
+    data = read_calibration(options, {"tokenizer": tiny.tokenizer()}, tiny.llama().config)
+    rows = [
+        [int(i) for i, counted in zip(ids, mask, strict=True) if counted]
+        for batch in (*data.batches, *data.held_out)
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert all(row[0] == 1 and len(row) <= 12 for row in rows)
+    expected = tiny.tokenizer()(words)["input_ids"]
+    assert sorted(i for row in rows for i in row[1:]) == sorted(expected)
+
+
+def test_the_files_of_a_pattern_make_a_fingerprint(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    before = fingerprint(Source.parse(f"{tmp_path}/*.txt"))
+    assert before is not None
+    (tmp_path / "b.txt").write_text("c")
+    assert fingerprint(Source.parse(f"{tmp_path}/*.txt")) != before
 
 
 class Processor:
@@ -253,9 +297,12 @@ def test_images(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(models, "processors", lambda _: {"image processor": Processor()})
     tiny.vit().save_pretrained(tmp_path / "dense")
     options = CalibrationOptions(str(pictures), samples=6, batch_size=4)
-    batches = calibration_batches(options, models.processors(""), tiny.vit().config)
-    assert [tuple(batch["pixel_values"].shape) for batch in batches] == [(4, 3, 16, 16), (2, 3, 16, 16)]
-    assert described(batches) == "6 images"
+    data = read_calibration(options, models.processors(""), tiny.vit().config)
+    assert [tuple(batch["pixel_values"].shape) for batch in data.batches] == [(4, 3, 16, 16), (2, 3, 16, 16)]
+    assert [tuple(batch["labels"].shape) for batch in data.held_out] == [(1,)]
+    assert data.size == "6 of 6 images"
+    assert data.vectors(tiny.vit().config) == 6 * 5  # four patches and a class token
+    assert data.vectors(object()) == 6 * 64
     words = ["--calibrate", str(pictures), "--samples", "9", "--format", "low_rank", "--refine", "--refine-steps", "2"]
     assert main(["compress", str(tmp_path / "dense"), "-o", str(tmp_path / "out"), *words, "--batch-size", "3"]) == 0
     assert len(plan_of(load_pretrained(tmp_path / "out"))) == 12

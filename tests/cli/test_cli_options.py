@@ -136,8 +136,8 @@ def test_records_are_those_of_earlier_versions(tmp_path: Path) -> None:
     }  # fmt: skip
     assert recorded(TeacherOptions(), TrainingOptions(steps=3, settings=("optim=sgd",))) == {
         "teacher": None, "distill_logits": 0.0, "distill_hidden": 0.0, "task_weight": 1.0, "temperature": 1.0,
-        "num_train_epochs": 1.0, "max_steps": 3, "learning_rate": 5e-4, "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8, "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0.01,
+        "num_train_epochs": 1.0, "max_steps": 3, "learning_rate": 1e-4, "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8, "gradient_accumulation_steps": 1, "warmup_steps": 0.1, "weight_decay": 0.01,
         "lr_scheduler_type": "cosine", "seed": 0, "bf16": False, "save_steps": 500, "save_total_limit": 2,
         "logging_steps": 10, "report_to": "none", "optim": "sgd",
     }  # fmt: skip

@@ -1,10 +1,12 @@
 """What is beside an output folder, and that nothing of the user's is ever removed."""
 
 import itertools
+import warnings
 from pathlib import Path
 
 import pytest
 
+from structmat.cli import show
 from structmat.cli.output import Output
 from support.changes import Killed, stopped
 
@@ -66,6 +68,15 @@ def text_of(folder: Path) -> str:
     """The text of a whole output."""
     assert sorted(path.name for path in folder.iterdir()) == ["model", "structmat.json"]
     return (folder / "model").read_text()
+
+
+def test_warnings_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with show.plain_warnings():
+            print(warnings.formatwarning("few vectors", UserWarning, "file.py", 3), end="")
+        assert warnings.formatwarning("few vectors", UserWarning, "file.py", 3).startswith("file.py:3: UserWarning")
+    assert capsys.readouterr().out == "warning: few vectors\n"
 
 
 @pytest.mark.parametrize("error", [Killed, KeyboardInterrupt])

@@ -42,7 +42,13 @@ def test_gpt2_has_conv1d_layers() -> None:
 
 def test_rules_come_first_and_exclusions_stay_dense() -> None:
     options = PlanOptions(
-        "low-rank", 0.6, "2", (), (r".*layers\.0\.mlp.*",), (".*q_proj=blast:keep=0.4:blocks=4x2", ".*o_proj=dense")
+        "low-rank",
+        0.6,
+        None,
+        "2",
+        (),
+        (r".*layers\.0\.mlp.*",),
+        (".*q_proj=blast:keep=0.4:blocks=4x2", ".*o_proj=dense"),
     )
     plan = options.plan_for(tiny.llama())
     assert len(plan) == 11
@@ -119,13 +125,31 @@ def test_the_plan_is_shown_and_written(folder: Path, tmp_path: Path, capsys: pyt
     )
     captured = capsys.readouterr()
     lines = [re.sub(" +", " ", line).strip() for line in captured.out.splitlines()]
-    assert lines[0] == "layer format parameters keep"
-    assert "model.layers.0.mlp.up_proj Blast(M=64, N=32, blocks=(4, 4), rank=9) 1,008 0.492" in lines
-    assert lines[-1] == "all 4 layers, 6,144 parameters dense 2,976 0.484"
-    assert captured.err == f"wrote {file}\n"
+    assert lines[0] == "layer layers format parameters keep"
+    assert "model.layers.{0-1}.mlp.up_proj 2 Blast(M=64, N=32, blocks=(4, 4), rank=9) 2,016 0.492" in lines
+    assert lines[-2] == "planned 4 6,144 parameters dense 2,976 0.484"
+    total = sum(parameter.numel() for parameter in tiny.llama().parameters())
+    assert lines[-1] == f"whole model {total:,} parameters dense {total - 3168:,} {1 - 3168 / total:.3f}"
+    said = captured.err.splitlines()
+    assert re.fullmatch(r"compress without data takes about \d+ s", said[0])
+    assert re.fullmatch(r"compress with --calibrate, 512 rows of 64 tokens, takes about \d+ s", said[1])
+    assert said[2:] == [f"wrote {file}"]
     plan = Plan.from_json(file.read_text())
     assert len(plan) == 4
     assert PlanOrFile(plan=file).plan_for(tiny.llama()) == plan
+
+
+@pytest.mark.parametrize("total", [0.9, 0.7])
+def test_a_budget_for_the_whole_model(total: float) -> None:
+    model = tiny.llama()
+    plan = PlanOptions("low-rank", keep_total=total).plan_for(model)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    saved = sum(format.M * format.N - format.num_parameters() for format in plan.values())
+    assert total - 0.04 < 1 - saved / every <= total
+    with pytest.raises(ValueError, match=r"expected --keep-total above 0\.\d+, the share of what is not compressed"):
+        PlanOptions("low-rank", keep_total=0.1).plan_for(model)
+    with pytest.raises(ValueError, match="expected no keep in --format or --rule with --keep-total"):
+        PlanOptions("low-rank:keep=0.5", keep_total=total).plan_for(model)
 
 
 def test_skipped_layers_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

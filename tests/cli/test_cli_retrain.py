@@ -44,15 +44,18 @@ def test_the_model_and_its_figures(folder: Path, tmp_path: Path, capsys: pytest.
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     record = json.loads((out / "structmat.json").read_text())
     figures = record["figures"]
-    assert ["eval_perplexity", f"{figures['eval_perplexity']:.4f}"] in lines
+    measured = [f"{figures[name]:.4f}" for name in ("eval_perplexity_before", "eval_perplexity")]
+    assert ["eval_perplexity", *measured] in lines
     assert record["options"]["distill_logits"] == 1
     assert record["options"]["disable_tqdm"] is True
     trained, before = load_pretrained(out), load_pretrained(folder / "small")
     assert plan_of(trained) == plan_of(before)
     texts = tiny.sentences(32)[-8:]
-    after = perplexity(trained, tiny.tokenizer(), texts, length=16, truncate=True, progress=False).token
+    after = perplexity(trained, tiny.tokenizer(), texts, length=16, progress=False).token
     assert figures["eval_perplexity"] == pytest.approx(after, rel=1e-4)
-    assert after < perplexity(before, tiny.tokenizer(), texts, length=16, truncate=True, progress=False).token
+    start = perplexity(before, tiny.tokenizer(), texts, length=16, progress=False).token
+    assert figures["eval_perplexity_before"] == pytest.approx(start, rel=1e-4)
+    assert after < start
     assert not list(out.glob("checkpoint-*"))
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     capsys.readouterr()
@@ -169,7 +172,7 @@ def test_settings() -> None:
         (["--teacher", "./no"], "expected a folder with a model, or its name on the Hub, got './no'"),
         (["--steps", "0"], "expected --steps to be an integer of at least 1, got 0"),
         (["--accumulate", "0"], "expected --accumulate to be an integer of at least 1, got 0"),
-        (["--warmup", "-1"], "expected --warmup to be an integer of at least 0, got -1"),
+        (["--warmup", "-1"], "expected --warmup of at least 0, got -1.0"),
         (["--save-steps", "0"], "expected --save-steps to be an integer of at least 1, got 0"),
         (["--length", "65"], "expected --length of at most the model's 64 positions, got 65"),
     ],

@@ -70,7 +70,7 @@ MODES = {
     "hardened": Mode(compress("{llama}", "--format", "gaudi_gblr")),
     "bert": Mode(compress("{bert}", *CALIBRATE)),
     "vit": Mode(compress("{vit}")),
-    "retrained": Mode(retrain("{small}", "--schedule", "constant")),
+    "retrained": Mode(retrain("{small}", "--schedule", "constant", "--eval", "{texts}[-8:]")),
     "distilled-overwriting": Mode(
         retrain("{small}", "--teacher", "{llama}", "--overwrite"), retrain("{small}", "--steps", "1")
     ),
@@ -113,7 +113,10 @@ def content(folder: Path) -> dict[str, Any]:
 TIMED = {"structmat.json", "trainer_state.json", "all_results.json"}
 """The files that tell how long something took, and so are not the same after two runs."""
 
-TIMES = {"seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+TIMES = {
+    "seconds",
+    *(f"{kind}_{rate}" for kind in ("train", "eval") for rate in ("runtime", "samples_per_second", "steps_per_second")),
+}
 
 
 def timeless(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """``structmat report``, ``generate``, ``densify``, ``import-blast`` and ``evaluate``."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from structmat import densify_, load_pretrained, plan_of
 from structmat.cli import main, models
 from structmat.cli.evaluate import check_classes
+from structmat.cli.evaluate import difference as differ
 from structmat.evaluate import perplexity, relative_flops
 from training import tiny
 
@@ -41,7 +43,7 @@ def test_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     assert main(["report", str(tmp_path / "out")]) == 0
     lines = shown(capsys)
-    assert lines[0] == "layer format settings shape parameters keep mult. per token error"
+    assert lines[0] == "layer format settings shape parameters keep mult. per token output error weight error"
     assert lines[2] == f"model.layers.0.self_attn.q_proj low_rank rank 8 32 x 32 512 0.500 512 {error['error']:.4f}"
     assert lines[3] == "model.layers.0.self_attn.k_proj dense 32 x 32 1,024 1.000 1,024"
     assert lines[-1].startswith("whole model ")
@@ -89,6 +91,20 @@ def test_wrong_options_of_generate(
 ) -> None:
     assert main(["generate", str(folder / "small"), "w5", *words]) == 1
     assert capsys.readouterr().err == f"structmat: {message}\n"
+
+
+def test_an_answer_in_a_chat(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.llama().save_pretrained(tmp_path)
+    template = "{% for m in messages %}{{ bos_token }}w9 {{ m.content }} {% endfor %}"
+    tiny.tokenizer(chat_template=template + "{% if add_generation_prompt %}w8{% endif %}").save_pretrained(tmp_path)
+    words = ["w5 w12", "--chat", "--tokens", "6", "--temperature", "0"]
+    assert main(["generate", str(tmp_path), *words]) == 0
+    ids = torch.tensor([[1, 9, 5, 12, 8]])
+    model = load_pretrained(tmp_path)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)[0, 5:]
+    assert capsys.readouterr().out.split() == [f"w{i}" for i in expected.tolist() if i > 2]  # the answer alone
+    assert main(["generate", str(folder / "dense"), *words]) == 1
+    assert "expected a model with a chat template for --chat, got" in capsys.readouterr().err
 
 
 def test_only_language_models_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,10 +158,9 @@ def test_evaluate_language_models(folder: Path, tmp_path: Path, capsys: pytest.C
     words = ["evaluate", small, "--dense", dense, "--data", str(folder / "texts.txt"), "--length", "8", "--stride", "3"]
     assert main([*words, "--json", str(file)]) == 0
     lines = shown(capsys)
-    assert lines[0] == (
-        "model parameters relative parameters relative flops token perplexity word perplexity bits per byte"
-    )
-    assert [line.split()[0] for line in lines[2:]] == [dense, small]
+    assert lines[0] == f"figure {dense} {small} difference"
+    names = ["parameters", "relative parameters", "relative flops", "token perplexity", "word perplexity"]
+    assert [" ".join(line.split()[: len(name.split())]) for line, name in zip(lines[2:7], names, strict=True)] == names
     found = json.loads(file.read_text())
     assert found["options"]["stride"] == 3
     model = load_pretrained(folder / "small")
@@ -159,6 +174,23 @@ def test_evaluate_language_models(folder: Path, tmp_path: Path, capsys: pytest.C
     reference = found["models"][dense]
     assert (reference["relative_flops"], reference["relative_parameters"]) == (1, 1)
     assert reference["parameters"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
+
+
+def test_the_models_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(folder / "small"), "--dense", str(folder / "dense"), "--data", str(folder / "texts.txt")]
+    assert main([*words, "--max-tokens", "50"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("(50 tokens, ") == 2  # of each model, with how it was measured
+    cells = {line.split("  ")[0]: re.split("  +", line)[1:] for line in captured.out.splitlines()[2:]}
+    dense, small, difference = cells["parameters"]
+    assert difference == f"{int(small.replace(',', '')) - int(dense.replace(',', '')):+,} " + difference.split()[1]
+    dense, small, difference = cells["token perplexity"]
+    assert float(difference.split()[0]) == pytest.approx(float(small) - float(dense), abs=2e-4)
+    assert difference.split()[1] == f"({float(small) / float(dense) - 1:+.1%})"
+
+
+def test_figures_that_a_model_does_not_have() -> None:
+    assert (differ(math.nan, 1.0), differ(1.0, math.nan), differ(3.0, 0.0)) == ("", "", "+3.0000")
 
 
 def test_evaluate_texts_with_classes(
@@ -206,7 +238,7 @@ def test_tasks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "--json",
         str(file),
     ]
-    assert main([*words, "--task-folder", str(tmp_path)]) == 0
+    assert main([*words, "--task-path", str(tmp_path)]) == 0
     figures = json.loads(file.read_text())["models"][str(folder / "small")]
     assert figures["chess acc"] == 0.5
     assert set(figures) == {"parameters", "relative_parameters", "relative_flops", "chess acc"}

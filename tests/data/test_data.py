@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from structmat.cli.reading import measured_split
 from structmat.data import LabelledTexts, read_images, read_labelled_texts, read_texts, token_batches, token_rows
-from structmat.data.tokens import language_collator
+from structmat.data.chats import chat_text
+from structmat.data.tokens import encode, language_collator
 
 datasets = pytest.importorskip("datasets")
 
@@ -94,7 +96,7 @@ def test_a_name_with_brackets_is_a_name(tmp_path: Path) -> None:
     path.mkdir()
     path = path / "b.txt[:1]"
     path.write_text("x", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"expected a file ending in \.txt"):
+    with pytest.raises(ValueError, match=r"expected a file ending in \.txt, \.md"):
         read_texts(str(path))
 
 
@@ -132,17 +134,126 @@ def test_saved_data_sets_and_splits(tmp_path: Path) -> None:
         read_texts(str(tmp_path / "two"))
 
 
-def test_a_folder_of_text_files_as_datasets_reads_it(tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
+def test_a_folder_of_text_files_has_a_document_in_each(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "more").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
-    assert read_texts(str(tmp_path / "texts")) == ["one", "two"]
+    (tmp_path / "texts" / "b.md").write_text("# Three\n", encoding="utf-8")
+    (tmp_path / "texts" / "more" / "c.txt").write_text("four<|endoftext|>five", encoding="utf-8")
+    (tmp_path / "texts" / "notes.rst").write_text("no text of ours", encoding="utf-8")
+    assert read_texts(str(tmp_path / "texts")) == ["one\n\ntwo", "# Three", "four", "five"]
+    assert read_texts(f"{tmp_path}/texts[1:3]") == ["# Three", "four"]
+    assert read_texts(f"{tmp_path}/texts/*.txt") == ["one\n\ntwo"]
+    assert read_texts(f"{tmp_path}/**/*.txt[1:]") == ["four", "five"]
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<|end_of_text|>", "\n<eos>\n"])
+def test_end_of_text_tokens_are_recognised(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "stories.md"
+    path.write_text("\ufeff" + end.join(STORIES), encoding="utf-8")
+    assert read_texts(str(path)) == STORIES
+    assert read_texts(f"{path}[1:2]") == STORIES[1:2]
+
+
+@pytest.mark.parametrize("between", ["\n\n", "\n \n\n", "\n"])
+def test_a_slice_of_one_text_counts_its_pieces(tmp_path: Path, between: str) -> None:
+    path = tmp_path / "stories.txt"
+    path.write_text(between.join(STORIES) + "\n", encoding="utf-8")
+    joint = "\n" if between == "\n" else "\n\n"
+    assert read_texts(f"{path}[1:3]") == [joint.join(STORIES[1:3])]
+    assert read_texts(str(path)) == [between.join(STORIES)]
+    assert read_texts(str(path), separator=between) == STORIES
+    with pytest.raises(ValueError, match="expected at least one document in"):
+        read_texts(f"{path}[9:]")
+
+
+CHATS = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}] for text in STORIES]
+
+
+class Template(Letters):
+    """The tokenizer with a chat template."""
+
+    chat_template = "…"
+
+    def apply_chat_template(self, chat: Any, tokenize: bool, add_generation_prompt: bool) -> str:
+        assert not tokenize
+        text = "".join(f"<{message['role']}>{message['content']}" for message in chat)
+        return text + "<assistant>" * add_generation_prompt
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("column", ["messages", "talk"])
+def test_chats(tmp_path: Path, kind: str, column: str) -> None:
+    path = table_file(tmp_path, kind, source=["a"] * 4, **{column: CHATS})
+    assert read_texts(path) == [f"Hi\n\n{text}" for text in STORIES]
+    assert read_texts(path, tokenizer=Letters()) == [f"Hi\n\n{text}" for text in STORIES]
+    assert read_texts(f"{path}[:1]", tokenizer=Template()) == [f"<user>Hi<assistant>{STORIES[0]}"]
+
+
+def test_chats_in_other_words(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Hi"}, {"type": "image", "text": None}]
+    assert chat_text([{"role": "user", "content": parts}], Template(), answering=True) == "<user>Hi<assistant>"
+    shared = [{"from": "system", "value": ""}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    assert chat_text(shared, Template()) == "<user>Hi<assistant>Ho"
+    with pytest.raises(ValueError, match="expected messages with 'role' and 'content', got 'speaker'"):
+        chat_text([{"speaker": "x"}])
+
+
+@pytest.mark.parametrize("names", [("instruction", "input", "output"), ("question", "context", "answer")])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_instructions(tmp_path: Path, names: tuple[str, str, str], kind: str) -> None:
+    rows = [["Add.", "Say."], ["1 + 1", ""], ["2", "Yes."]]
+    path = table_file(tmp_path, kind, **dict(zip(names, rows, strict=True)))
+    assert read_texts(path) == ["Add.\n\n1 + 1\n\n2", "Say.\n\nYes."]
+    assert read_texts(f"{path}[1:]", tokenizer=Template()) == ["<user>Say.<assistant>Yes."]
+    assert read_texts(path, column=names[2]) == ["2", "Yes."]
+
+
+def test_a_pattern_of_tables(tmp_path: Path) -> None:
+    for k in range(2):
+        (tmp_path / f"{k}.jsonl").write_text(json.dumps({"text": STORIES[k]}) + "\n", encoding="utf-8")
+    assert read_texts(f"{tmp_path}/*.jsonl") == STORIES[:2]
+    (tmp_path / "2.csv").write_text("text\nx\n")
+    with pytest.raises(ValueError, match="or files of one such kind, got "):
+        read_texts(f"{tmp_path}/*.*")
+
+
+@pytest.mark.parametrize("name", ["stori.txt", "storeis", "texts/stories", "no/such/folder", "./x", "x.jsonl", "*.txt"])
+def test_a_misspelt_path_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # which alone asks the Hub
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "stories").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder here") as told:
+        read_texts(name)
+    assert ("did you mean 'stories'?" in str(told.value)) == (name == "storeis")
+    with pytest.raises(ImportError, match="needs the package datasets"):
+        read_texts("somebody/something")
+
+
+def test_well_known_sets_are_asked_for_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(name: str, configuration: str | None, data_files: Any = None) -> Any:
+        asked.append((name, configuration, data_files and sorted(data_files)))
+        rows = datasets.Dataset.from_dict({"text": [" = One = \n", "", "Two.\n"]})
+        return datasets.DatasetDict(train=rows, test=rows.select([2]), validation=rows.select([0]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)  # there is no Hub in a test
+    assert read_texts("wikitext2") == ["= One =\n\nTwo."]
+    assert read_texts("wikitext2", split="test") == ["Two."]
+    assert read_texts("c4[:2]") == ["= One ="]
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", None)] * 2 + [
+        ("allenai/c4", None, ["train", "validation"])
+    ]
+    assert (measured_split("wikitext2[:9]", None), measured_split("wikitext2", "train")) == ("test", "train")
+    assert (measured_split("c4", None), measured_split("somebody/something", None)) == ("validation", None)
 
 
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("{stories}[1]", {}, r"expected a slice such as \[:1500\] or \[-300:\] after the source, got .*\[1\]'"),
-        ("[:1]", {}, r"expected a file, a folder or the name of a data set on the Hub, got '\[:1\]'"),
+        ("[:1]", {}, r"expected a file, a folder, a pattern .*, or the name of a data set on the Hub, got '\[:1\]'"),
         ("{stories}[9:]", {}, "expected at least one document in .*, got none"),
         ("{stories}", {"split": "train"}, "expected no split or column for the text file .*, got 'train'"),
         ("{stories}", {"column": "text"}, "expected no split or column for the text file .*, got 'text'"),
@@ -156,7 +267,9 @@ def test_what_does_not_go(tmp_path: Path, source: str, options: dict[str, str], 
 
 
 def test_what_is_nowhere(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="expected a file, a folder or the name of a data set on the Hub, got"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected a file, a folder, a pattern .*, or the name of a data set on the Hub, got"
+    ):
         read_texts(str(tmp_path / "nothing.txt"))
 
 
@@ -172,7 +285,12 @@ def test_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_rows_are_cut_and_begin_with_bos() -> None:
-    assert token_rows(Letters(), ["abc", "abcdef"], length=4) == [[1, 10, 11, 12], [1, 10, 11, 12]]
+    rows = [[1, 10, 11, 12], [1, 10, 11, 12], [1, 13, 14, 15]]
+    assert token_rows(Letters(), ["abc", "abcdef"], length=4) == rows
+    assert token_rows(Letters(), ["abc", "abcdef", "x"], length=4, most=2) == rows[:2]
+    assert token_rows(Letters(bos=None), ["abcdefg"], length=3) == [[10, 11], [12, 13], [14, 15, 16]]
+    assert token_rows(Letters(), ["ab"], length=1) == [[1], [10], [11]]
+    assert token_rows(Letters(adds=True), ["", "b"], length=4) == [[1], [1, 11]]
     assert token_rows(Letters(adds=True), ["abc"], length=9) == [[1, 10, 11, 12]]
     assert token_rows(Letters(bos=None), ["abc"], length=9) == [[10, 11, 12]]
 
@@ -180,7 +298,16 @@ def test_rows_are_cut_and_begin_with_bos() -> None:
 def test_packed_rows_hold_everything_in_order() -> None:
     rows = token_rows(Letters(), ["abc", "de", "f"], length=4, packed=True)
     assert rows == [[1, 10, 11, 12], [2, 1, 13, 14], [2, 1, 15, 2]]
+    assert token_rows(Letters(), ["abc", "de", "f"], length=4, packed=True, most=1) == rows[:1]
     assert token_rows(Letters(bos=2), ["abc", "de"], length=7, packed=True) == [[2, 10, 11, 12, 2, 13, 14]]
+
+
+def test_one_bos_token_begins_a_chat() -> None:
+    class Adds(Letters):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1, 1, 12]}  # of the template, and of the tokenizer itself
+
+    assert encode(Adds(), "c") == [1, 12]
 
 
 def test_batches_are_padded_and_masked() -> None:

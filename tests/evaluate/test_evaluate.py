@@ -104,6 +104,26 @@ def test_documents_that_are_cut() -> None:
     assert "each document cut at 6 tokens" in str(found)
 
 
+@pytest.mark.parametrize("most", [1, 17, 20, 53, 99])
+def test_the_first_tokens_alone(most: int) -> None:
+    model = Causal().eval()
+    found = perplexity(model, Words(), TEXTS, length=6, stride=2, max_tokens=most, progress=False)
+    words = [text.split() for text in TEXTS]
+    starts = [sum(map(len, words[:k])) for k in range(len(words))]
+    kept = [" ".join(own[: max(0, most - start)]) for own, start in zip(words, starts, strict=True)]
+    kept = [text for text in kept if text]
+    assert found.nll == pytest.approx(reference(model, kept), rel=1e-6)
+    assert (found.tokens, found.words, found.documents) == (min(most, 53), min(most, 53), len(kept))
+    assert f"windows of 6 tokens, advancing by 2, the first {most} tokens" in found.how
+
+
+def test_windows_do_not_overlap_unless_that_is_asked_for() -> None:
+    model = Causal()
+    perplexity(model, Words(), [document(10, 0)], length=6, batch_size=1, progress=False)
+    ids = [1, *map(int, document(10, 0).split())]
+    assert [call[0] for call in model.calls] == [ids[0:6], ids[5:11]]
+
+
 def test_figures_and_their_text() -> None:
     found = Perplexity(20 * math.log(2), 10, 5, 40, 2, "somehow")
     assert (found.token, found.word, found.bits_per_byte) == (pytest.approx(4), pytest.approx(16), pytest.approx(0.5))
@@ -130,6 +150,7 @@ def test_a_tokenizer_without_bos() -> None:
         ({"length": 0}, "expected length to be an integer of at least 1, got 0"),
         ({"length": 8, "stride": 8}, "expected a stride below the length 8, so that each token has context, got 8"),
         ({"length": 8, "stride": 0}, "expected stride to be an integer of at least 1, got 0"),
+        ({"length": 8, "max_tokens": 0}, "expected max_tokens to be an integer of at least 1, got 0"),
         ({"length": 8, "batch_size": 0}, "expected batch_size to be an integer of at least 1, got 0"),
         ({"length": 8, "tokenizer": Words(None, None)}, "expected a tokenizer with a BOS or an EOS token"),
         ({"length": 8, "texts": ["", ""]}, "expected texts with at least one token, got 2 documents without any"),

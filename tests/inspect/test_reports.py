@@ -159,6 +159,9 @@ def test_data_json_and_text_agree() -> None:
         "mult.",
         "in",
         "all",
+        "output",
+        "error",
+        "weight",
         "error",
     ]
     assert lines[2].split() == ["0", "low_rank", "rank", "2", "6", "x", "8", "28", "0.583", "84"]

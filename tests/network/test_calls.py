@@ -34,6 +34,31 @@ def test_forms_of_a_batch(batch: Any, expected: float) -> None:
     assert torch.equal(call(Subtract(), batch), torch.full((2,), expected))
 
 
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+class Transformer(Subtract):
+    main_input_name = "x"
+
+
+@pytest.mark.parametrize("label", [torch.tensor([1, 0]), torch.rand(2), 3])
+def test_the_label_of_a_pair_is_no_argument(label: Any) -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(2), torch.tensor([0, 1])), 2)
+    for batch in (*loader, (torch.ones(2), label)):
+        assert torch.equal(call(Square(), batch), torch.ones(2))
+    with pytest.raises(TypeError):
+        call(Square(), (torch.ones(2), label, label))  # which is no pair
+
+
+def test_a_class_for_each_example_is_no_argument_of_transformers() -> None:
+    classes = torch.tensor([3, 4])
+    assert torch.equal(call(Transformer(), (torch.ones(2), classes)), torch.ones(2))
+    assert torch.equal(call(Transformer(), (torch.ones(2), classes.float())), torch.tensor([-2.0, -3.0]))
+    assert torch.equal(call(Subtract(), (torch.ones(2), classes)), torch.tensor([-2.0, -3.0]))
+
+
 def test_batches_move_with_everything_in_them() -> None:
     batch = {"a": torch.ones(2), "b": [torch.ones(3), "text", None], "c": 3}
     there = moved(batch, torch.device("meta"))

@@ -51,6 +51,17 @@ def test_own_tasks(own_tasks: Path) -> None:
     assert again["next_word"]["acc,none"] == found["next_word"]["acc,none"]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_all_tasks_of_a_file(own_tasks: Path) -> None:
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    found = lm_eval_tasks(model, tokenizer, [], include_path=own_tasks / "next.yaml", limit=2, length=32)
+    assert set(found) == {"next_word"}
+    (own_tasks / "other.yaml").write_text("key: value\n")
+    with pytest.raises(ValueError, match=r"expected a task of lm-eval as YAML, got .*other\.yaml"):
+        lm_eval_tasks(model, tokenizer, [], include_path=own_tasks / "other.yaml")
+
+
 def test_unknown_tasks(own_tasks: Path) -> None:
     with pytest.raises(
         ValueError, match=r"expected tasks that lm-eval knows, got \['chess'\]; there are: next_word, te"

@@ -1,5 +1,6 @@
 """Retraining in one call: each task from files, with figures that are those of the saved model."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from torch.utils.data import Dataset
 
 from structmat.data import LabelledTexts, read_texts
 from structmat.evaluate import accuracy, perplexity
+from structmat.integrations.transformers import retraining
+from structmat.integrations.transformers.keeping import apart, evaluated_arguments, spread
 from structmat.integrations.transformers.retraining import retrain
 from structmat.integrations.transformers.tasks import TASKS
 from training import tiny
+
+TrainerCallback: Any = tiny.transformers.TrainerCallback
 
 datasets = pytest.importorskip("datasets")
 
@@ -135,6 +140,100 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **options)
     again = retrain(tiny.structured(tiny.llama(seed=3)), tiny.tokenizer(), texts, texts[:4], args, length=32)
     assert again["eval_perplexity"] == whole["eval_perplexity"]
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two networks have the same tensors."""
+    return all(torch.equal(other.state_dict()[name], tensor) for name, tensor in one.state_dict().items())
+
+
+STEPS = {"save_strategy": "steps", "max_steps": 10, "per_device_train_batch_size": 8}
+
+
+@pytest.mark.parametrize("strategy", ["steps", pytest.param("no", marks=pytest.mark.slow)])
+def test_what_got_worse_is_not_saved(tmp_path: Path, strategy: str) -> None:
+    texts = tiny.sentences(80)
+    model, start = tiny.structured(tiny.llama()), tiny.structured(tiny.llama())
+    args = tiny.arguments(
+        tmp_path, **{**STEPS, "save_strategy": strategy}, learning_rate=3.0, lr_scheduler_type="constant"
+    )
+    with pytest.warns(UserWarning, match="the training made the model worse .eval_perplexity .* the start is saved"):
+        found = retrain(model, tiny.tokenizer(), texts[:64], texts[64:], args, length=32)
+    assert equal(saved(tmp_path, "causal-lm"), start)
+    assert found["eval_perplexity"] == found["eval_perplexity_before"]
+    expected = perplexity(start, tiny.tokenizer(), texts[64:], length=32, progress=False).token
+    assert found["eval_perplexity"] == pytest.approx(expected)
+    assert not (tmp_path / "start").exists()
+
+
+@pytest.mark.slow
+def test_the_best_state_is_saved(tmp_path: Path) -> None:
+    """A rate that grows without end: the first evaluations are better than the start, the last ones worse."""
+
+    class Grows(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+            for group in options["optimizer"].param_groups:
+                group["lr"] = 1e-2 if state.global_step < 6 else 3.0
+
+    texts = tiny.sentences(80)
+    model = tiny.structured(tiny.llama())
+    args = tiny.arguments(tmp_path, **STEPS, learning_rate=1e-2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            retraining, "StructuredTrainer", functools.partial(retraining.StructuredTrainer, callbacks=[Grows()])
+        )
+        found = retrain(model, tiny.tokenizer(), texts[:64], texts[64:], args, length=32)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert sorted(losses) == [2, 4, 6, 8, 10]
+    assert losses[10] > losses[6]
+    assert state["best_global_step"] == min(losses, key=losses.__getitem__) <= 6
+    assert found["eval_perplexity"] < found["eval_perplexity_before"]
+    assert equal(saved(tmp_path, "causal-lm"), saved(tmp_path / f"checkpoint-{state['best_global_step']}", "causal-lm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal-lm", "image-classification"])
+def test_a_part_is_held_out_where_no_data_is_given_to_measure_on(tmp_path: Path, task: str) -> None:
+    make, data, _ = tiny.TASKS[task]
+
+    class Examples(list[Any], Dataset[Any]):
+        pass
+
+    args = tiny.arguments(tmp_path, **STEPS)
+    found = retrain(tiny.structured(make()), Processor(), Examples(data(64)), None, args, task=task)
+    name = "eval_perplexity" if task == "causal-lm" else "eval_accuracy"
+    assert found[name] <= found[f"{name}_before"] if task == "causal-lm" else found[name] >= found[f"{name}_before"]
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 10
+
+
+def test_what_is_held_out() -> None:
+    left, held = apart(list(range(64)), "causal-lm")
+    assert [held[k] for k in range(len(held))] == [8, 24, 40, 56]
+    assert sorted([*left, *held]) == list(range(64))
+    assert apart(list(range(31)), "causal-lm") == (list(range(31)), None)
+    assert len(apart(list(range(4000)), "causal-lm")[1]) == 64
+    assert list(spread(list(range(100)), 4)) == [0, 25, 50, 75]
+
+
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [
+        ({"max_steps": 50}, 10),
+        ({"max_steps": 3}, 1),
+        ({"max_steps": 50, "save_steps": 4}, 4),
+        ({"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}, 4),
+        ({"max_steps": 50, "structure_target": 0.4}, None),
+        ({"max_steps": 50, "eval_strategy": "steps", "eval_steps": 7}, 7),
+        ({"max_steps": 50, "save_strategy": "no"}, None),
+    ],
+)
+def test_when_a_run_is_evaluated(tmp_path: Path, options: dict[str, Any], every: int | None) -> None:
+    args = tiny.arguments(tmp_path, **{"save_strategy": "steps", "per_device_train_batch_size": 4, **options})
+    found = evaluated_arguments(args, rows=72)
+    assert found.eval_steps == every
+    assert found.load_best_model_at_end == (every is not None and "eval_strategy" not in options)
+    assert args.eval_strategy == options.get("eval_strategy", "no")
 
 
 @pytest.mark.parametrize(

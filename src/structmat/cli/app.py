@@ -154,7 +154,8 @@ def run(arguments: Sequence[str]) -> int:
     told: dict[str, Any] = {}
     commands: Any = typer.main.get_command(app)
     try:
-        status = commands.main(list(arguments), prog_name="structmat", standalone_mode=False, obj=told)
+        with show.plain_warnings():
+            status = commands.main(list(arguments), prog_name="structmat", standalone_mode=False, obj=told)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,23 +12,33 @@ import typer
 from structmat import _checks
 from structmat.cli.options import Options
 from structmat.cli.output import fingerprint
+from structmat.cli.reading import WHAT, Reading, length_for
+from structmat.cli.show import count, say, warn
 from structmat.compress.refinement import Refinement
-from structmat.data import read_images, read_texts, token_batches
+from structmat.data import read_images, token_rows
 from structmat.data.sources import Source
+from structmat.data.tokens import row_batches
 
-LENGTH = 512
-"""The number of tokens in a row where neither the user nor the model says."""
+HELD_OUT_IMAGES = 64
+HELD_OUT_TOKENS = 8192
+"""The most images and tokens that are held out, on which the model is measured before and after."""
+
+IMAGE_VECTORS = 64
+"""About how many vectors a layer sees of an image where the model does not say."""
+
+PER_INPUT = 8
+"""The number of tokens for each input of a layer, below which there is a warning."""
 
 PANEL = "Calibration"
 
 
 @dataclass(frozen=True)
-class CalibrationOptions(Options):
+class CalibrationOptions(Reading):
     """The options of calibration.
 
     Attributes:
         calibrate: The data, as in ``read_texts`` or ``read_images``; None for no calibration.
-        samples: The largest number of documents, rows or images to use.
+        samples: The largest number of rows or images to use.
         length: The largest number of tokens in a row; None for 512, or as many as the model takes.
         batch_size: The number of rows or images in a batch.
         packed: Whether rows are cut from all documents joined together.
@@ -39,13 +49,13 @@ class CalibrationOptions(Options):
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Data to calibrate on, which makes results far better: a text file such as stories.txt.xz[:1500], a "
-            "table, a folder (with images, for a model of images), or a data set on the Hub.",
+            help=f"Data to calibrate on, which makes results far better: {WHAT}; for a model of images, a folder of "
+            "images.",
             rich_help_panel=PANEL,
         ),
     ] = None
     samples: Annotated[
-        int, typer.Option(help="The largest number of documents, rows or images to use.", rich_help_panel=PANEL)
+        int, typer.Option(help="The largest number of rows or images to use.", rich_help_panel=PANEL)
     ] = 512
     length: Annotated[
         int | None,
@@ -56,7 +66,13 @@ class CalibrationOptions(Options):
     ] = None
     batch_size: Annotated[int, typer.Option(help="The number of rows or images in a batch.", rich_help_panel=PANEL)] = 8
     packed: Annotated[
-        bool, typer.Option("--packed", help="Cut rows from all documents joined together.", rich_help_panel=PANEL)
+        bool,
+        typer.Option(
+            "--packed",
+            help="Cut rows from all documents joined together; by default a row is of one document, and a long "
+            "document becomes several rows.",
+            rich_help_panel=PANEL,
+        ),
     ] = False
     split: Annotated[
         str | None,
@@ -68,12 +84,14 @@ class CalibrationOptions(Options):
         _checks.positive_int(self.batch_size, "--batch-size")
         if self.length is not None:
             _checks.positive_int(self.length, "--length")
+        if self.calibrate is not None:
+            Source.parse(self.calibrate)  # a misspelt path fails before anything is loaded
 
     def record(self) -> dict[str, Any]:
         """What the data depends on, as JSON-compatible data."""
         if self.calibrate is None:
             return {"calibrate": None, "data_files": None}
-        return {**super().record(), "data_files": fingerprint(Source.parse(self.calibrate).name)}
+        return {**super().record(), "data_files": fingerprint(Source.parse(self.calibrate))}
 
 
 @dataclass(frozen=True)
@@ -112,28 +130,58 @@ class RefinementOptions(Options):
         return super().record() if self.refine else {}
 
 
-def length_for(config: Any, wanted: int | None) -> int:
-    """Find the largest number of tokens in a row.
+def image_vectors(config: Any) -> int:
+    """The number of vectors that layers see of one image: its patches and a class token, where the model says so."""
+    sizes = [getattr(config, name, None) for name in ("image_size", "patch_size")]
+    image, patch = (max(size) if isinstance(size, (tuple, list)) else size for size in sizes)
+    return (image // patch) ** 2 + 1 if isinstance(image, int) and isinstance(patch, int) else IMAGE_VECTORS
 
-    Args:
-        config: The model's configuration.
-        wanted: The number that the user wants; None for the usual.
 
-    Returns:
-        The wanted number, or 512, or the number of the model's positions if that is less.
+@dataclass(frozen=True)
+class CalibrationData:
+    """Calibration data, and what is held out to measure on.
 
-    Raises:
-        ValueError: If the user wants more than the model has positions.
+    Attributes:
+        batches: What the fits are made for.
+        held_out: What the model is measured on before and after; empty where there is too little data.
+        size: How much data that is of how much was asked for, as text.
+        rows: The number of rows or images in the batches.
+        tokens: The number of tokens in the batches; None for images.
+        asked: The number of rows or images that were asked for.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    if wanted is None:
-        return min(LENGTH, positions) if isinstance(positions, int) else LENGTH
-    if isinstance(positions, int) and wanted > positions:
-        raise ValueError(f"expected --length of at most the model's {positions} positions, got {wanted}")
-    return wanted
+
+    batches: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    size: str
+    rows: int
+    tokens: int | None
+    asked: int
+
+    def vectors(self, config: Any) -> int:
+        """About how many vectors the layers of a model of this configuration see."""
+        return self.rows * image_vectors(config) if self.tokens is None else self.tokens
+
+    def warnings(self, inputs: int) -> list[str]:
+        """What may be wrong with the amount of data.
+
+        Args:
+            inputs: The largest number of inputs of a planned layer.
+
+        Returns:
+            Sentences; none where there is enough.
+        """
+        found = []
+        if self.rows < self.asked / 2:
+            found.append(f"the data gives less than half of the {count(self.asked)} rows that --samples asks for")
+        if self.tokens is not None and self.tokens < PER_INPUT * inputs:
+            found.append(
+                f"{count(self.tokens)} tokens are fewer than {PER_INPUT} for each of the {count(inputs)} inputs of a "
+                "layer, so that the compressed model may be much better with more data"
+            )
+        return found
 
 
-def calibration_batches(options: CalibrationOptions, processors: dict[str, Any], config: Any) -> list[dict[str, Any]]:
+def read_calibration(options: CalibrationOptions, processors: dict[str, Any], config: Any) -> CalibrationData:
     """Read calibration data.
 
     Args:
@@ -142,7 +190,8 @@ def calibration_batches(options: CalibrationOptions, processors: dict[str, Any],
         config: The model's configuration.
 
     Returns:
-        The batches.
+        The batches, and what is held out: an eighth as many rows, at most of 8,192 tokens or 64 images, of the data
+        behind them, or where the data ends before, a tenth of it.
 
     Raises:
         ValueError: If there is no data, or the model has neither a tokenizer nor an image processor.
@@ -151,26 +200,78 @@ def calibration_batches(options: CalibrationOptions, processors: dict[str, Any],
         raise ValueError("expected data to calibrate on, got no --calibrate")
     tokenizer, images = processors.get("tokenizer"), processors.get("image processor")
     if tokenizer is not None:
-        texts = read_texts(options.calibrate, split=options.split)
-        if not options.packed:
-            texts = sorted(texts[: options.samples], key=len)  # little padding
-        length = length_for(config, options.length)
-        batches = token_batches(tokenizer, texts, length=length, batch_size=options.batch_size, packed=options.packed)
-        return batches[: math.ceil(options.samples / options.batch_size)]
+        return _of_texts(options, tokenizer, length_for(config, options.length))
     if images is None:
         raise ValueError("expected a model with a tokenizer or an image processor to calibrate with, found neither")
-    examples = read_images(options.calibrate, images, split=options.split)
-    count = min(options.samples, len(examples))
-    chosen = [k * len(examples) // count for k in range(count)]  # over all classes of a sorted folder
-    pixels = [examples[k]["pixel_values"] for k in chosen]
+    return _of_images(options, images)
+
+
+def held_out_count(found: int, samples: int, wanted: int) -> int:
+    """How many of the rows that were found are held out, where at most ``samples`` are for the fits."""
+    return wanted if found >= samples + wanted else min(wanted, found // 10)
+
+
+def wanted_beside(samples: int, most: int) -> int:
+    """The number of rows that are read beside those for the fits."""
+    return max(1, min(samples // 8, most))
+
+
+def _of_texts(options: CalibrationOptions, tokenizer: Any, length: int) -> CalibrationData:
+    texts = options.texts(str(options.calibrate), split=options.split, tokenizer=tokenizer)
+    wanted = wanted_beside(options.samples, HELD_OUT_TOKENS // length)
+    rows = token_rows(tokenizer, texts, length=length, packed=options.packed, most=options.samples + wanted)
+    held = held_out_count(len(rows), options.samples, wanted)
+    chosen = sorted(rows[: len(rows) - held][: options.samples], key=len)  # little padding
+    tokens = sum(map(len, chosen))
+    return CalibrationData(
+        row_batches(tokenizer, chosen, options.batch_size),
+        row_batches(tokenizer, rows[len(rows) - held :], options.batch_size),
+        f"{count(len(chosen))} of {count(options.samples)} rows, {count(tokens)} of at most "
+        f"{count(options.samples * length)} tokens",
+        len(chosen),
+        tokens,
+        options.samples,
+    )
+
+
+def _of_images(options: CalibrationOptions, processor: Any) -> CalibrationData:
+    examples = read_images(str(options.calibrate), processor, split=options.split)
+    wanted = wanted_beside(options.samples, HELD_OUT_IMAGES)
+    total = min(options.samples + wanted, len(examples))
+    numbers = [k * len(examples) // total for k in range(total)]  # over all classes of a sorted folder
+    held = held_out_count(total, options.samples, wanted)
+    apart = {numbers[(2 * k + 1) * total // (2 * held)] for k in range(held)}
+    chosen = [k for k in numbers if k not in apart][: options.samples]
     size = options.batch_size
-    return [{"pixel_values": torch.stack(pixels[k : k + size])} for k in range(0, count, size)]
+    batches = [_image_batch(examples, chosen[k : k + size], labels=False) for k in range(0, len(chosen), size)]
+    others = sorted(apart)
+    held_out = [_image_batch(examples, others[k : k + size], labels=True) for k in range(0, held, size)]
+    size_text = f"{count(len(chosen))} of {count(options.samples)} images"
+    return CalibrationData(batches, held_out, size_text, len(chosen), None, options.samples)
 
 
-def described(batches: list[dict[str, Any]]) -> str:
-    """How much data that is, as text."""
-    examples = sum(len(next(iter(batch.values()))) for batch in batches)
-    if "attention_mask" in batches[0]:
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        return f"{examples:,} rows, {tokens:,} tokens"
-    return f"{examples:,} images"
+def _image_batch(examples: Any, numbers: Sequence[int], *, labels: bool) -> dict[str, Any]:
+    """A batch of these images, with their classes or without."""
+    chosen = [examples[k] for k in numbers]
+    batch = {"pixel_values": torch.stack([one["pixel_values"] for one in chosen])}
+    return {**batch, "labels": torch.tensor([one["labels"] for one in chosen])} if labels else batch
+
+
+def told(options: CalibrationOptions, processors: dict[str, Any], config: Any, inputs: int) -> CalibrationData:
+    """Read calibration data, and tell the user how much it is.
+
+    Args:
+        options: Which data, and how much of it.
+        processors: The model's tokenizer or image processor.
+        config: The model's configuration.
+        inputs: The largest number of inputs of a planned layer; 0 where it is not known yet.
+
+    Returns:
+        The data.
+    """
+    data = read_calibration(options, processors, config)
+    held = sum(len(next(iter(batch.values()))) for batch in data.held_out)
+    say(f"calibrating on {data.size}; {count(held)} more are held out")
+    for text in data.warnings(inputs):
+        warn(text)
+    return data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,17 +12,19 @@ from typing import Annotated, Any
 import typer
 
 from structmat import _checks
-from structmat._tables import share
+from structmat._names import alike
 from structmat.cli import models
-from structmat.cli.calibration import CalibrationOptions, RefinementOptions, calibration_batches, described
+from structmat.cli.calibration import CalibrationData, CalibrationOptions, RefinementOptions, told
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options, Target, recorded
-from structmat.cli.output import Output, fingerprint
+from structmat.cli.output import Output, fingerprint, read_record
 from structmat.cli.plan import weigh
+from structmat.cli.results import budget_lines, held_out_of, measured_after, measured_before, result_lines, results
 from structmat.cli.selection import PlanOrFile
-from structmat.cli.show import count, say
+from structmat.cli.show import say
 from structmat.compress.api import compress_
-from structmat.fit import Fit, Method, default_method
+from structmat.compress.estimate import estimate
+from structmat.fit import Method, default_method
 from structmat.formats import Format
 from structmat.network.surgery import harden_
 from structmat.plan import Plan
@@ -102,6 +103,102 @@ class FitOptions(Options):
         return bool(learning) and not self.learn
 
 
+@dataclass(frozen=True)
+class Compression:
+    """What a compression is of, and how it is done.
+
+    Attributes:
+        model: A folder, or a name on the Hub.
+        plan: The options of the plan.
+        fit: How the layers are fitted.
+        calibration: The calibration data.
+        refinement: How blocks are refined.
+        placement: The dtype and the device.
+    """
+
+    model: str
+    plan: PlanOrFile
+    fit: FitOptions
+    calibration: CalibrationOptions
+    refinement: RefinementOptions
+    placement: Placement
+
+    def run(self, target: Target) -> dict[str, Any]:
+        """Compress, or find out that this is done already.
+
+        Args:
+            target: Where to write.
+
+        Returns:
+            The record of what was done and came out.
+
+        Raises:
+            ValueError: If an option does not go with another one.
+        """
+        started = time.perf_counter()
+        if self.refinement.refine and self.calibration.calibrate is None:
+            raise ValueError("expected --calibrate with --refine, which tunes on data")
+        _checks.one_of(self.fit.method, METHODS, "--method")
+        skeleton = models.skeleton(self.model)
+        made = self.plan.plan_for(skeleton)
+        hardens = self.fit.check(made, self.placement)
+        output = self._output(target, skeleton)
+        if not output.said_finished():
+            self._say_budget(made, skeleton)
+            with output:
+                if not output.said_finished():  # by a process that has ended since
+                    facts = self._results(made, skeleton, output, hardens)
+                    output.finish({**facts, "seconds": time.perf_counter() - started})
+                    for line in result_lines(facts):
+                        say(line)
+        return read_record(target.out) or {}
+
+    def _output(self, target: Target, skeleton: Any) -> Output:
+        """The output, with what it depends on."""
+        options = recorded(self.plan, self.fit, self.calibration, self.refinement, self.placement)
+        files = fingerprint(self.model) or getattr(skeleton.config, "_commit_hash", None)
+        facts = {"model": self.model, **options, "model_files": files}
+        return Output(target.out, "compress", facts, overwrite=target.overwrite)
+
+    def _say_budget(self, made: Plan, skeleton: Any) -> None:
+        """Tell the user what is kept, and what stays dense."""
+        dtype = models.dtype_named(self.placement.dtype)
+        for line in budget_lines(made, skeleton, None if dtype == "auto" else dtype):
+            say(line)
+        for name, members in alike(made.skipped.items()).items():
+            say(f"stays dense: {name}: {made.skipped[members[0]]}")
+
+    def _results(self, made: Plan, skeleton: Any, output: Output, hardens: bool) -> dict[str, Any]:
+        """Compress and write the model; return what came out."""
+        processors = models.processors(self.model)
+        data = None
+        if self.calibration.calibrate is not None:
+            data = told(self.calibration, processors, skeleton.config, max(format.N for format in made.values()))
+        how: dict[str, Any] = {
+            "method": METHODS[self.fit.method],
+            "batches": None if data is None else data.batches,
+            "refine": self.refinement.settings,
+            "cache": output.partial / "fits",
+        }
+        folder = output.new_folder()
+        if self.fit.stream:
+            facts = streamed(self.model, skeleton, folder, made, how)
+        else:
+            loaded = models.load(self.model, self.placement)
+            self._say_time(made, data, loaded)
+            facts = held_in_memory(loaded, folder, made, how, data, hardens)
+        for processor in processors.values():
+            processor.save_pretrained(folder)
+        return facts
+
+    def _say_time(self, made: Plan, data: CalibrationData | None, model: Any) -> None:
+        """Tell the user how long all of it takes."""
+        tokens = 0 if data is None else data.vectors(model.config)
+        passes = 3 * self.refinement.refine_steps / len(data.batches) if data and self.refinement.refine else 0.0
+        expected = estimate(made, method=METHODS[self.fit.method], tokens=tokens, refined=passes, device=model.device)
+        say(f"compressing takes about {expected} from the start")
+
+
 def compress(
     model: Model,
     target: Target,
@@ -112,108 +209,59 @@ def compress(
     placement: Placement,
 ) -> None:
     """Run ``structmat compress``."""
-    started = time.perf_counter()
-    if refinement.refine and calibration.calibrate is None:
-        raise ValueError("expected --calibrate with --refine, which tunes on data")
-    _checks.one_of(fit.method, METHODS, "--method")
-    skeleton = models.skeleton(model)
-    made = plan.plan_for(skeleton)
-    hardens = fit.check(made, placement)
-    options = recorded(plan, fit, calibration, refinement, placement)
-    files = fingerprint(model) or getattr(skeleton.config, "_commit_hash", None)
-    output = Output(
-        target.out, "compress", {"model": model, **options, "model_files": files}, overwrite=target.overwrite
-    )
-    if output.said_finished():
-        return
-    before, after = weigh(made)
-    say(f"{len(made)} layers of {count(before)} parameters, to keep {count(after)} ({share(after, before)})")
-    for name, reason in made.skipped.items():
-        say(f"stays dense: {name}: {reason}")
-    with output:
-        if output.said_finished():  # by a process that has ended since
-            return
-        processors = models.processors(model)
-        how: dict[str, Any] = {
-            "method": METHODS[fit.method],
-            "batches": batches_of(calibration, processors, skeleton.config),
-            "refine": refinement.settings,
-            "cache": output.partial / "fits",
-        }
-        folder = output.new_folder()
-        if fit.stream:
-            fits = stream(model, folder, made, how)
-            parameters, device = sum(p.numel() for p in skeleton.parameters()) - before + after, "cpu"
-        else:
-            loaded = models.load(model, placement)
-            fits = compress_(loaded, made, **how)
-            if hardens:
-                harden_(loaded)
-            loaded.save_pretrained(folder)
-            parameters, device = sum(p.numel() for p in loaded.parameters()), str(loaded.device)
-        for processor in processors.values():
-            processor.save_pretrained(folder)
-        facts = results(parameters, made, fits)
-        output.finish({**facts, "device": device, "seconds": time.perf_counter() - started})
-    say(
-        f"mean error of the layers {facts['error']:.4f}; {count(facts['parameters'])} parameters in all, "
-        f"{share(facts['parameters'], facts['dense_parameters'])} of the dense model's"
-    )
+    Compression(model, plan, fit, calibration, refinement, placement).run(target)
 
 
-def batches_of(calibration: CalibrationOptions, processors: dict[str, Any], config: Any) -> list[dict[str, Any]] | None:
+def held_in_memory(
+    model: Any, folder: Path, made: Plan, how: Mapping[str, Any], data: CalibrationData | None, hardens: bool
+) -> dict[str, Any]:
+    """Compress a model in memory, measure it before and after, and write it.
+
+    Args:
+        model: The dense model, which becomes the compressed one.
+        folder: The folder to write.
+        made: The plan.
+        how: The further arguments of ``compress_``.
+        data: The calibration data; None for none.
+        hardens: Whether layers are hardened once they are fitted.
+
+    Returns:
+        What came out, for the record.
+    """
+    held_out = None if data is None else held_out_of(data, model)
+    measured = measured_before(held_out, model)
+    fits = compress_(model, made, **how)
+    if hardens:
+        harden_(model)
+    measured |= measured_after(held_out, model)
+    model.save_pretrained(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {**results(parameters, made, fits), **measured, "device": str(model.device)}
+
+
+def batches_of(
+    calibration: CalibrationOptions, processors: dict[str, Any], config: Any, inputs: int = 0
+) -> list[dict[str, Any]] | None:
     """The calibration data, of which the user is told; None where there is to be none."""
-    if calibration.calibrate is None:
-        return None
-    batches = calibration_batches(calibration, processors, config)
-    say(f"calibrating on {described(batches)}")
-    return batches
+    return None if calibration.calibrate is None else told(calibration, processors, config, inputs).batches
 
 
-def stream(model: str, folder: Path, made: Plan, how: Mapping[str, Any]) -> dict[str, Fit]:
-    """Compress a checkpoint from file to file.
+def streamed(model: str, skeleton: Any, folder: Path, made: Plan, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Compress a checkpoint from file to file; nothing is measured, since the model may be larger than the memory.
 
     Args:
         model: A folder, or a name on the Hub.
+        skeleton: The model without its weights.
         folder: The folder to write.
         made: The plan.
         how: The further arguments of ``compress_checkpoint``.
 
     Returns:
-        The fits by layer.
+        What came out, for the record.
     """
     folder.rmdir()
     streaming = importlib.import_module("structmat.integrations.transformers.streaming")
-    return streaming.compress_checkpoint(models.folder_of(model), folder, made, **how)
-
-
-def results(parameters: int, made: Plan, fits: Mapping[str, Fit]) -> dict[str, Any]:
-    """What came out, for the record.
-
-    Args:
-        parameters: The number of parameters of the compressed model.
-        made: The plan.
-        fits: The fits by layer.
-
-    Returns:
-        JSON-compatible data.
-    """
+    fits = streaming.compress_checkpoint(models.folder_of(model), folder, made, **how)
     before, after = weigh(made)
-    layers = {
-        name: {
-            "format": fit.format.to_json(),
-            "keep": fit.format.keep,
-            "error": fit.error,
-            "output_error": fit.output_error,
-            "seconds": fit.seconds,
-        }
-        for name, fit in fits.items()
-    }
-    return {
-        "error": math.sqrt(sum(fit.error**2 for fit in fits.values()) / max(1, len(fits))),
-        "keep": after / before if before else 1.0,
-        "parameters": parameters,
-        "dense_parameters": parameters + before - after,
-        "skipped": dict(made.skipped),
-        "layers": layers,
-    }
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters()) - before + after
+    return {**results(parameters, made, fits), "device": "cpu"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +16,18 @@ from torch.utils.data import DataLoader
 from structmat import _checks
 from structmat._tables import print_table
 from structmat.cli import models
-from structmat.cli.calibration import length_for
 from structmat.cli.models import Placement
 from structmat.cli.options import DATA, Options
 from structmat.cli.output import SCHEMA, versions, write_json
+from structmat.cli.reading import WHAT, Reading, length_for, measured_split
 from structmat.cli.show import count, say
-from structmat.data import read_images, read_labelled_texts, read_texts
+from structmat.data import read_images, read_labelled_texts
+from structmat.data.sources import Source
 from structmat.evaluate import accuracy, perplexity, relative_flops
 from structmat.inspect.reports import report
+
+WINDOW = 2048
+"""The number of tokens that a model sees at once where neither user nor model says: that of published figures."""
 
 SHOWN = {
     "parameters": count,
@@ -33,17 +38,18 @@ SHOWN = {
 
 
 @dataclass(frozen=True)
-class Measurement(Options):
+class Measurement(Reading):
     """What to measure, and how.
 
     Attributes:
         data: The data to measure on; None for tasks alone.
         split: The split of the data; None where it has only one.
         tasks: The names of tasks of lm-eval.
-        task_folder: A folder with the user's tasks; None for those of lm-eval.
+        task_path: A folder or a file with the user's tasks; None for those of lm-eval.
         limit: The number of examples of each task, or their share below 1; None for all.
         length: The number of tokens that a language model sees at once.
         stride: The number of tokens by which the window of a language model moves.
+        max_tokens: The number of tokens to score; None for all.
         truncate: Whether to score the beginning of each document alone.
         batch_size: The number of rows or images in a batch.
     """
@@ -52,8 +58,7 @@ class Measurement(Options):
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Texts for a language model, texts or images with classes for a classifier: a file such as "
-            "stories.txt.xz[-300:], a folder, or a data set on the Hub.",
+            help=f"Texts for a language model, texts or images with classes for a classifier: {WHAT}.",
         ),
     ] = None
     split: Annotated[
@@ -63,8 +68,12 @@ class Measurement(Options):
         tuple[str, ...],
         typer.Option("--tasks", metavar="TASK", help="A task of lm-eval such as arc_easy, repeated for several tasks."),
     ] = ()
-    task_folder: Annotated[
-        Path | None, typer.Option(help="A folder with tasks for lm-eval, as YAML, in place of those it brings.")
+    task_path: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with tasks for lm-eval as YAML, or one such file, in place of those that lm-eval brings; "
+            "without --tasks, all of them are measured."
+        ),
     ] = None
     limit: Annotated[
         float | None, typer.Option(help="The number of examples of each task, or their share where it is below 1.")
@@ -72,17 +81,37 @@ class Measurement(Options):
     length: Annotated[
         int | None,
         typer.Option(
-            help="The number of tokens that the model sees at once; by default 512, or as many as the model takes."
+            help=f"The number of tokens that the model sees at once; by default {WINDOW}, or as many as it takes."
         ),
     ] = None
     stride: Annotated[
         int | None,
-        typer.Option(help="The number of tokens by which the window advances; by default half of the window."),
+        typer.Option(
+            help="The number of tokens by which the window advances; by default windows do not overlap, and a smaller "
+            "number gives each token more context."
+        ),
+    ] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(help="The number of tokens to score, from the first; by default all of them.")
     ] = None
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Score the first --length tokens of each document alone.")
     ] = False
     batch_size: Annotated[int, typer.Option(help="The number of rows or images in a batch.")] = 8
+
+    def __post_init__(self) -> None:
+        _checks.positive_int(self.batch_size, "--batch-size")
+        if self.data is not None:
+            Source.parse(self.data)  # a misspelt path fails before anything is loaded
+        if self.data is None and not self.wants_tasks:
+            raise ValueError("expected something to measure on, got neither --data nor --tasks")
+        if self.task_path is not None and not self.task_path.exists():
+            raise FileNotFoundError(f"expected a folder or a file with tasks, got --task-path {str(self.task_path)!r}")
+
+    @property
+    def wants_tasks(self) -> bool:
+        """Whether tasks of lm-eval are measured."""
+        return bool(self.tasks) or self.task_path is not None
 
     def of(self, model: Any, processor: Any) -> dict[str, float]:
         """Measure one model.
@@ -98,7 +127,7 @@ class Measurement(Options):
             ValueError: If a class of the data is none of the model's, or tasks do not go with the model.
         """
         tasks = importlib.import_module("structmat.integrations.transformers.tasks")
-        task, length = tasks.task_of(model), length_for(model.config, self.length)
+        task, length = tasks.task_of(model), length_for(model.config, self.length, WINDOW)
         shape = report(model)
         figures: dict[str, float] = {
             "parameters": shape.parameters,
@@ -114,16 +143,17 @@ class Measurement(Options):
             first = {name: value[:1].to(model.device) for name, value in next(iter(loader)).items() if name != "labels"}
             figures["relative_flops"] = relative_flops(model, first).relative
             figures["accuracy"] = accuracy(model, loader).top1
-        if self.tasks:
+        if self.wants_tasks:
             if task != "causal-lm":
                 raise ValueError(f"expected a causal language model for --tasks, got a {type(model).__name__}")
             figures |= self._tasks(model, processor, length)
         return figures
 
     def _perplexity(self, model: Any, tokenizer: Any, length: int) -> dict[str, float]:
-        texts = read_texts(str(self.data), split=self.split)
-        sizes = {"length": length, "stride": self.stride, "batch_size": self.batch_size}
+        texts = self.texts(str(self.data), split=measured_split(str(self.data), self.split), tokenizer=tokenizer)
+        sizes = {"length": length, "stride": self.stride, "batch_size": self.batch_size, "max_tokens": self.max_tokens}
         found = perplexity(model, tokenizer, texts, truncate=self.truncate, **sizes)
+        say(str(found))
         return {"token_perplexity": found.token, "word_perplexity": found.word, "bits_per_byte": found.bits_per_byte}
 
     def _examples(self, task: str, model: Any, processor: Any, length: int) -> Any:
@@ -146,7 +176,7 @@ class Measurement(Options):
         except ImportError as error:
             raise ImportError("--tasks needs lm-eval: pip install 'structmat[evaluate]'") from error
         sizes = {"limit": self.limit, "batch_size": self.batch_size, "length": length}
-        found = integration.lm_eval_tasks(model, tokenizer, self.tasks, include_path=self.task_folder, **sizes)
+        found = integration.lm_eval_tasks(model, tokenizer, self.tasks, include_path=self.task_path, **sizes)
         return {
             f"{task} {metric.partition(',')[0]}": float(value)
             for task, metrics in found.items()
@@ -203,9 +233,6 @@ def evaluate(
     placement: Placement,
 ) -> None:
     """Run ``structmat evaluate``."""
-    if measurement.data is None and not measurement.tasks:
-        raise ValueError("expected something to measure on, got neither --data nor --tasks")
-    _checks.positive_int(measurement.batch_size, "--batch-size")
     names = list(dict.fromkeys((*comparison.dense, *model)))
     for name in names:
         models.check_name(name)
@@ -213,7 +240,7 @@ def evaluate(
     for name in names:
         say(name)
         found[name] = measurement.of(models.load(name, placement), models.processor_of(name))
-    show_figures(found)
+    show_figures(found, comparison.dense)
     file = comparison.json_file
     if file is not None:
         facts = {"schema": SCHEMA, "command": "evaluate", "options": measurement.record(), "versions": versions()}
@@ -221,12 +248,35 @@ def evaluate(
         say(f"wrote {file}")
 
 
-def show_figures(found: dict[str, dict[str, float]]) -> None:
-    """Print the figures, one model to a row."""
-    columns = list(dict.fromkeys(name for figures in found.values() for name in figures))
-    rows = []
+def show_figures(found: Mapping[str, Mapping[str, float]], dense: Sequence[str]) -> None:
+    """Print the figures, one to a row: the models side by side, each compressed one with its difference.
+
+    Args:
+        found: The figures by model.
+        dense: The models with the first of which the others are compared; none for no comparison.
+    """
+    first = found[dense[0]] if dense else {}
+    head, columns = ["figure"], list[list[str]]()
+    names = list(dict.fromkeys(name for figures in found.values() for name in figures))
     for model, figures in found.items():
-        cells = [SHOWN.get(name, "{:.4f}".format)(figures.get(name, math.nan)) for name in columns]
-        rows.append((model, *cells))
-    head = [name.replace("_", " ") for name in columns]
-    print_table(["model", *head], rows, right=range(1, len(head) + 1))
+        head.append(model)
+        columns.append([shown(name, figures.get(name, math.nan)) for name in names])
+        if dense and model not in dense:
+            head.append("difference")
+            columns.append([difference(figures.get(name, math.nan), first.get(name, math.nan)) for name in names])
+    rows = [(name.replace("_", " "), *cells) for name, *cells in zip(names, *columns, strict=True)]
+    print_table(head, rows, right=range(1, len(head)))
+
+
+def shown(name: str, value: float) -> str:
+    """A figure as the text of a cell."""
+    return "" if math.isnan(value) else SHOWN.get(name, "{:.4f}".format)(value)
+
+
+def difference(value: float, dense: float) -> str:
+    """How much a figure differs from that of the dense model, in its unit and in percent."""
+    if math.isnan(value) or math.isnan(dense):
+        return ""
+    change = value - dense
+    amount = f"{change:+,.0f}" if abs(dense) >= 10_000 else f"{change:+.4f}"
+    return f"{amount} ({change / dense:+.1%})" if dense else amount

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,7 +60,11 @@ def library() -> Any:
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("this command needs transformers: pip install 'structmat[transformers]'")
     importlib.import_module("structmat.integrations.transformers.quantizer")
-    return importlib.import_module("transformers")
+    transformers = importlib.import_module("transformers")
+    if not sys.stderr.isatty():  # logs are plain lines
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def check_name(model: str) -> str:

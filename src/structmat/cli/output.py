@@ -21,6 +21,7 @@ from structmat._digests import digest_of_file, side_by_side
 from structmat._files import read_json, write_atomically
 from structmat._version import __version__
 from structmat.cli.show import say
+from structmat.data.sources import Source
 
 RECORD = "structmat.json"
 """The file in a finished folder that says what made it, and what came out."""
@@ -288,22 +289,25 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(hashes.get(name, f"{name}: {before.get(name)!r}, now {now.get(name)!r}") for name in changed)
 
 
-def fingerprint(source: str | os.PathLike[str] | None) -> str | None:
+def fingerprint(source: str | os.PathLike[str] | Source | None) -> str | None:
     """Hash the names and the contents of a file or of the files of a folder; a new date alone changes nothing.
 
     Args:
-        source: A path, or the name of something on the Hub.
+        source: A path, the name of something on the Hub, or a source of data, which may be a pattern.
 
     Returns:
         The hash; None where there is no such file or folder.
     """
-    if source is None or not Path(source).exists():
+    if source is None:
         return None
-    path = Path(source)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    parsed = source if isinstance(source, Source) else Source(os.fspath(source), slice(None))
+    files = parsed.files
+    if not files and not Path(parsed.name).exists():
+        return None
+    parent = Path(parsed.name).parent if Path(parsed.name).exists() else Path(os.path.commonpath(files)).parent
     total = hashlib.sha256()
     for file, content in zip(files, side_by_side(digest_of_file, files), strict=True):
-        total.update(f"{file.relative_to(path.parent)}|{content}|".encode())
+        total.update(f"{file.relative_to(parent)}|{content}|".encode())
     return total.hexdigest()[:16]
 
 

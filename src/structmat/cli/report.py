@@ -59,9 +59,8 @@ def report(model: Model, options: ReportOptions) -> None:
     found = report_on(filled)
     record = (read_record(Path(model)) if Path(model).is_dir() else None) or {}
     errors = errors_of(record, Path(model)) if record.get("command") == "compress" else {}
-    found = dataclasses.replace(
-        found, rows=tuple(dataclasses.replace(row, error=errors.get(row.name)) for row in found.rows)
-    )
+    rows = (dataclasses.replace(row, **errors.get(row.name, {})) for row in found.rows)
+    found = dataclasses.replace(found, rows=tuple(rows))
     if options.plot is not None:
         draw(model, filled, options.plot)
     if options.as_json:
@@ -70,14 +69,19 @@ def report(model: Model, options: ReportOptions) -> None:
         show_report(found)
 
 
-def errors_of(record: dict[str, Any], folder: Path) -> dict[str, float]:
-    """The error of each layer in the record of a compression."""
+def errors_of(record: dict[str, Any], folder: Path) -> dict[str, dict[str, float | None]]:
+    """The errors of each layer in the record of a compression; those of early versions have no errors of outputs."""
     with _checks.about(str(folder / RECORD)):
         layers = _checks.fields(record, {"layers": dict}, "the record of a compression")["layers"]
-        return {
-            name: _checks.fields(facts, {"error": float}, f"the record of layer {name!r}")["error"]
-            for name, facts in layers.items()
-        }
+        found: dict[str, dict[str, float | None]] = {}
+        for name, facts in layers.items():
+            what = f"the record of layer {name!r}"
+            found[name] = {"error": _checks.fields(facts, {"error": float}, what)["error"]}
+            if facts.get("output_error") is not None:
+                found[name] |= {
+                    "output_error": _checks.typed(facts["output_error"], float, f"'output_error' of {what}")
+                }
+        return found
 
 
 def counted(format: Format) -> tuple[str, ...]:

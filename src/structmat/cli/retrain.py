@@ -6,7 +6,9 @@ import importlib
 import os
 import re
 import shutil
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from structmat import _checks
 from structmat._files import read_json
 from structmat._tables import print_table
 from structmat.cli import models
-from structmat.cli.calibration import length_for
 from structmat.cli.errors import door
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Target
 from structmat.cli.output import RECORD, STATE_SCALE, Output, fingerprint
+from structmat.cli.reading import length_for, measured_split
 from structmat.cli.show import say
 from structmat.cli.training import DataOptions, TeacherOptions, TrainingOptions, arguments_class
+from structmat.data.tokens import TokenRows, token_rows
 
 
 def retrain(
@@ -51,7 +54,18 @@ def retrain(
         if output.said_finished():  # by a process that has ended since, or put back
             return
         figures = train(work, output, started)
-    print_table(("figure", "value"), [(name, f"{value:.4f}") for name, value in figures.items()], right=(1,))
+    show_figures(figures)
+
+
+def show_figures(figures: Mapping[str, float]) -> None:
+    """Print the figures of a training, those of the start beside those of what was saved."""
+    suffix = "_before"
+    rows = [
+        (name, f"{figures[name + suffix]:.4f}" if name + suffix in figures else "", f"{value:.4f}")
+        for name, value in figures.items()
+        if not name.endswith(suffix)
+    ]
+    print_table(("figure", "before", "after"), rows, right=(1, 2))
 
 
 def train(work: Training, output: Output, started: float) -> dict[str, float]:
@@ -123,18 +137,37 @@ class Training:
             say(f"going on from {checkpoint.name}")
         args = self.arguments(folder, checkpoint)
         loaded = models.load(self.model, Placement(self.dtype, str(args.device)))
+        processor, length = models.processor_of(self.model), length_for(loaded.config, self.data.length)
         retraining = importlib.import_module("structmat.integrations.transformers.retraining")
-        return retraining.retrain(
-            loaded,
-            models.processor_of(self.model),
-            self.data.data,
-            self.data.eval,
-            args,
-            length=length_for(loaded.config, self.data.length),
-            packed=self.data.packed,
-            train_split=self.data.split,
-            evaluation_split=self.data.eval_split,
-        )
+        tasks = importlib.import_module("structmat.integrations.transformers.tasks")
+        train, held_out = self.data.data, self.data.eval
+        if tasks.task_of(loaded) == "causal-lm":
+            train, held_out = self.rows(processor, length), self.held_out(processor)
+        splits = {"train_split": self.data.split, "evaluation_split": self.data.eval_split}
+        return retraining.retrain(loaded, processor, train, held_out, args, length=length, **splits)
+
+    def rows(self, tokenizer: Any, length: int) -> TokenRows:
+        """The rows to learn from, of which the user is told.
+
+        Args:
+            tokenizer: The tokenizer.
+            length: The largest number of tokens in a row.
+
+        Returns:
+            The rows.
+        """
+        texts = self.data.texts(self.data.data, split=self.data.split, tokenizer=tokenizer)
+        rows = TokenRows(token_rows(tokenizer, texts, length=length, packed=self.data.packed))
+        say(f"learning from {rows.size}")
+        return rows
+
+    def held_out(self, tokenizer: Any) -> list[str] | None:
+        """The texts to measure on; None where the user names none."""
+        source = self.data.eval
+        if source is None:
+            return None
+        split = measured_split(source, self.data.eval_split)
+        return self.data.texts(source, split=split, tokenizer=tokenizer)
 
     def arguments(self, folder: Path, checkpoint: Path | None) -> Any:
         """The training arguments.
@@ -146,9 +179,10 @@ class Training:
         Returns:
             A ``StructuredTrainingArguments``.
         """
-        places = {"output_dir": str(folder), "resume_from_checkpoint": None if checkpoint is None else str(checkpoint)}
+        places: dict[str, Any] = {"output_dir": str(folder), "disable_tqdm": not sys.stderr.isatty()}
+        places["resume_from_checkpoint"] = None if checkpoint is None else str(checkpoint)
         with door("transformers", "options of the training, --set included, that transformers takes"):
-            return arguments_class()(**places, **self.settings)
+            return arguments_class()(**{**places, **self.settings})
 
 
 def last_checkpoint(folder: Path) -> Path | None:

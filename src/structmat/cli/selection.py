@@ -51,7 +51,8 @@ class PlanOptions(Options):
 
     Attributes:
         format: The format, with its options.
-        keep: The share of the parameters to keep.
+        keep: The share of each layer's parameters to keep.
+        keep_total: The share of the model's parameters to keep, in place of that; None for that of each layer.
         blocks: The block counts, ``16`` or ``8x16``.
         layers: Patterns of the layers to compress; none for the usual ones.
         exclude: Patterns of the layers to leave alone.
@@ -71,6 +72,14 @@ class PlanOptions(Options):
     keep: Annotated[
         float, typer.Option(help="The largest share of each layer's parameters to keep.", rich_help_panel=PANEL)
     ] = 0.5
+    keep_total: Annotated[
+        float | None,
+        typer.Option(
+            help="The largest share of all parameters of the model to keep, in place of --keep; what is not compressed "
+            "counts, so that the layers keep less.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
     blocks: Annotated[
         str,
         typer.Option(
@@ -120,11 +129,19 @@ class PlanOptions(Options):
             layers = usual_pattern(model, (*rules, *exclude))
         rules |= {pattern: chosen for pattern in layers if pattern not in rules}
         check_any(rules)
-        misfits = "skip" if self.skip_misfits else "error"
-        try:
-            return make_plan(model, rules, keep=keep, blocks=blocks, exclude=exclude, misfits=misfits)
-        except ValueError as error:
-            raise ValueError(in_options(str(error))) from error
+
+        def planned(keep: float) -> Plan:
+            misfits = "skip" if self.skip_misfits else "error"
+            try:
+                return make_plan(model, rules, keep=keep, blocks=blocks, exclude=exclude, misfits=misfits)
+            except ValueError as error:
+                raise ValueError(in_options(str(error))) from error
+
+        if self.keep_total is None:
+            return planned(keep)
+        if any(rule.keep is not None for rule in rules.values()):
+            raise ValueError("expected no keep in --format or --rule with --keep-total, which sets that of all layers")
+        return planned(keep_for_total(model, planned(keep), _checks.fraction(self.keep_total, "--keep-total")))
 
 
 @dataclass(frozen=True)
@@ -143,7 +160,8 @@ class PlanOrFile(PlanOptions):
     def record(self) -> dict[str, Any]:
         """What the plan depends on, as JSON-compatible data."""
         if self.plan is None:
-            return {name: value for name, value in super().record().items() if name != "plan"}
+            own = {name: value for name, value in super().record().items() if name != "plan"}
+            return {name: value for name, value in own.items() if name != "keep_total" or value is not None}
         return {"plan": str(self.plan), "plan_content": hashlib.sha256(self.plan.read_bytes()).hexdigest()[:16]}
 
     def plan_for(self, model: nn.Module) -> Plan:
@@ -163,6 +181,31 @@ class PlanOrFile(PlanOptions):
         if not self.plan.is_file():
             raise FileNotFoundError(f"expected a plan in {str(self.plan)!r}; make one with structmat plan … -o")
         return Plan.load(self.plan)
+
+
+def keep_for_total(model: nn.Module, plan: Plan, total: float) -> float:
+    """Find the share of the planned layers with which a share of the whole model is kept.
+
+    Args:
+        model: The model, which may live on the meta device.
+        plan: A plan of the same layers with any share.
+        total: The share of all parameters of the model to keep.
+
+    Returns:
+        The share of the planned layers' parameters.
+
+    Raises:
+        ValueError: If everything else is larger than that already.
+    """
+    every = sum(parameter.numel() for parameter in model.parameters())
+    planned = sum(format.M * format.N for format in plan.values())
+    rest = every - planned
+    keep = (total * every - rest) / max(planned, 1)
+    if keep <= 0:
+        raise ValueError(
+            f"expected --keep-total above {rest / every:.3f}, the share of what is not compressed, got {total:g}"
+        )
+    return min(keep, 1.0)
 
 
 def check_picks(model: nn.Module, patterns: dict[str, Any]) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 def say(text: str) -> None:
@@ -13,6 +17,26 @@ def say(text: str) -> None:
 def error(text: str) -> None:
     """Tell the user in one line why the command ends."""
     say(f"structmat: {text}")
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Let warnings of Python be lines without a place in the program, while the context is entered."""
+
+    def line(message: Any, *_: Any, **__: Any) -> str:
+        return f"warning: {message}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def warn(text: str) -> None:
+    """Warn the user in one line."""
+    say(f"warning: {text}")
 
 
 def count(number: float) -> str:

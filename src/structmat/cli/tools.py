@@ -16,6 +16,8 @@ from structmat.cli.models import DtypeOption, Placement
 from structmat.cli.options import Model, Options, Target, recorded
 from structmat.cli.output import Output, fingerprint
 from structmat.cli.show import count, say
+from structmat.data.chats import chat_text
+from structmat.data.tokens import encode, pad
 from structmat.inspect.reports import report as report_on
 from structmat.network.surgery import densify_, harden_
 from structmat.plan import plan_of
@@ -29,6 +31,7 @@ class Sampling(Options):
         tokens: The largest number of tokens to add.
         temperature: The temperature of the random choices; 0 for none.
         seed: The seed of the random choices.
+        chat: Whether the prompt is a message that the model answers.
     """
 
     tokens: Annotated[int, typer.Option(help="The largest number of tokens to add.")] = 100
@@ -36,6 +39,9 @@ class Sampling(Options):
         float, typer.Option(help="The temperature of the random choices; 0 takes the most probable token each time.")
     ] = 0.8
     seed: Annotated[int, typer.Option(help="The seed of the random choices.")] = 0
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Let the model answer PROMPT as a message, with its chat template.")
+    ] = False
 
     def __post_init__(self) -> None:
         _checks.positive_int(self.tokens, "--tokens")
@@ -56,18 +62,15 @@ def generate(
     loaded = models.load(model, placement)
     if not loaded.can_generate():
         raise ValueError(f"expected a language model that generates, got a {type(loaded).__name__}")
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
-    bos = tokenizer.bos_token_id
-    if bos is not None and inputs["input_ids"][0, :1].tolist() != [bos]:
-        inputs = {
-            name: torch.nn.functional.pad(tensor, (1, 0), value=bos if name == "input_ids" else 1)
-            for name, tensor in inputs.items()
-        }
+    if sampling.chat and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(f"expected a model with a chat template for --chat, got {model!r}; leave --chat out")
+    text = chat_text([{"role": "user", "content": prompt}], tokenizer, answering=True) if sampling.chat else prompt
+    inputs = {name: tensor.to(loaded.device) for name, tensor in pad([encode(tokenizer, text)], 0).items()}
     torch.manual_seed(sampling.seed)
     choice: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         choice["temperature"] = temperature
-    streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=sampling.chat, skip_special_tokens=True)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     loaded.generate(**inputs, **choice, max_new_tokens=tokens, streamer=streamer, pad_token_id=padding)
 

@@ -17,13 +17,14 @@ from structmat import _checks
 from structmat.cli import models
 from structmat.cli.options import DATA, Options
 from structmat.cli.output import fingerprint
+from structmat.cli.reading import WHAT, Reading
 from structmat.data.sources import Source
 
 TRAINING, TEACHER = "Training", "Teacher"
 
 
 @dataclass(frozen=True)
-class DataOptions(Options):
+class DataOptions(Reading):
     """What to learn from and to measure on.
 
     Attributes:
@@ -31,7 +32,7 @@ class DataOptions(Options):
         eval: The data to measure on; None for no measurement.
         split: The split of the data; None where it has only one.
         eval_split: The split of the data to measure on; None where it has only one.
-        length: The number of tokens at which texts are cut; None for 512, or as many as the model takes.
+        length: The largest number of tokens in a row; None for 512, or as many as the model takes.
         packed: Whether rows are cut from all documents joined together.
     """
 
@@ -39,13 +40,16 @@ class DataOptions(Options):
         str,
         typer.Option(
             metavar="SOURCE",
-            help="The data to learn from: texts, or texts or images with classes, in a file such as "
-            "stories.txt.xz[:2000], a folder, or a data set on the Hub.",
+            help=f"The data to learn from: {WHAT}; for a classifier, texts or images with classes.",
         ),
     ]
     eval: Annotated[
         str | None,
-        typer.Option("--eval", metavar="SOURCE", help="The data to measure on when the training is done."),
+        typer.Option(
+            "--eval",
+            metavar="SOURCE",
+            help="The data to measure on before and after; by default a sixteenth of --data is held out.",
+        ),
     ] = None
     split: Annotated[
         str | None, typer.Option(help="The split of the data, where it has several.", rich_help_panel=DATA)
@@ -56,17 +60,28 @@ class DataOptions(Options):
     length: Annotated[
         int | None,
         typer.Option(
-            help="The number of tokens at which texts are cut; by default 512, or as many as the model takes.",
+            help="The largest number of tokens in a row; by default 512, or as many as the model takes.",
             rich_help_panel=DATA,
         ),
     ] = None
     packed: Annotated[
-        bool, typer.Option("--packed", help="Cut rows from all documents joined together.", rich_help_panel=DATA)
+        bool,
+        typer.Option(
+            "--packed",
+            help="Cut rows from all documents joined together; by default a row is of one document, and a long "
+            "document becomes several rows.",
+            rich_help_panel=DATA,
+        ),
     ] = False
+
+    def __post_init__(self) -> None:
+        for source in (self.data, self.eval):
+            if source is not None:
+                Source.parse(source)  # a misspelt path fails before anything is loaded
 
     def record(self) -> dict[str, Any]:
         """What the training depends on, as JSON-compatible data."""
-        return {**super().record(), "data_files": fingerprint(Source.parse(self.data).name)}
+        return {**super().record(), "data_files": fingerprint(Source.parse(self.data))}
 
 
 @dataclass(frozen=True)
@@ -130,7 +145,7 @@ class TrainingOptions(Options):
         learning_rate: The highest learning rate.
         batch_size: The number of rows or images in a batch of each device.
         accumulate: The number of batches in a step.
-        warmup: The number of steps in which the learning rate grows.
+        warmup: The number of steps in which the learning rate grows, or their share below 1.
         weight_decay: The weight decay of AdamW.
         schedule: The schedule of the learning rate.
         seed: The seed of the order of the data.
@@ -149,7 +164,7 @@ class TrainingOptions(Options):
         typer.Option(help="The number of steps, in place of --epochs.", rich_help_panel=TRAINING),
         Field("max_steps"),
     ] = None
-    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.", rich_help_panel=TRAINING)] = 5e-4
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.", rich_help_panel=TRAINING)] = 1e-4
     batch_size: Annotated[
         int,
         typer.Option(help="The number of rows or images in a batch of each device.", rich_help_panel=TRAINING),
@@ -161,10 +176,13 @@ class TrainingOptions(Options):
         Field("gradient_accumulation_steps"),
     ] = 1
     warmup: Annotated[
-        int,
-        typer.Option(help="The number of steps in which the learning rate grows.", rich_help_panel=TRAINING),
+        float,
+        typer.Option(
+            help="The number of steps in which the learning rate grows, or their share where it is below 1.",
+            rich_help_panel=TRAINING,
+        ),
         Field("warmup_steps"),
-    ] = 0
+    ] = 0.1
     weight_decay: Annotated[float, typer.Option(help="The weight decay of AdamW.", rich_help_panel=TRAINING)] = 0.01
     schedule: Annotated[
         str,
@@ -199,7 +217,8 @@ class TrainingOptions(Options):
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "save_steps"):
             _checks.positive_int(getattr(self, name), f"--{name.replace('_', '-')}")
-        _checks.natural_int(self.warmup, "--warmup")
+        if not self.warmup >= 0:
+            raise ValueError(f"expected --warmup of at least 0, got {self.warmup}")
         if self.steps is not None:
             _checks.positive_int(self.steps, "--steps")
 

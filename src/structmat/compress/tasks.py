@@ -22,6 +22,9 @@ from structmat.network.surgery import planned_sites
 BATCH_BYTES = 64 * 2**20
 """Weights of one shape are fitted together up to this much memory for a copy of them."""
 
+BATCH_COST = 1e12
+"""Fits of one batch, which are kept together once all are done, have this many multiplications: less than a minute."""
+
 MethodChoice = Method[Any] | Callable[[Format], Method[Any] | None] | None
 """One method for all formats, or a function of the format; None, also from that function, for ``default_method``."""
 
@@ -281,4 +284,5 @@ def _batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
     for group in groups.values():
         M, N = group[0].format.shape
         size = max(1, BATCH_BYTES // (4 * M * N + (0 if group[0].second_moment is None else 16 * N * N)))
+        size = max(1, min(size, int(BATCH_COST // max(group[0].cost, 1.0))))
         yield from (group[k : k + size] for k in range(0, len(group), size))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structmat import _checks
 from structmat._progress import progress_bar
@@ -71,6 +71,7 @@ def perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     truncate: bool = False,
+    max_tokens: int | None = None,
     progress: bool = True,
 ) -> Perplexity:
     """Score texts with a causal language model.
@@ -86,9 +87,11 @@ def perplexity(
         tokenizer: A tokenizer of ``transformers``.
         texts: The documents.
         length: The number of tokens that the model sees at once, including the BOS token.
-        stride: The number of tokens by which a window advances, below ``length``; None for half of ``length``.
+        stride: The number of tokens by which a window advances, below ``length``; None for windows that do not overlap
+            but for one token, which is the context of the first token that a window scores: ``length - 1``.
         batch_size: The number of windows that are scored together.
         truncate: Whether only the first ``length`` tokens of each document are scored, including the BOS token.
+        max_tokens: The number of tokens after which the rest of the texts is left out; None to score all of them.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -103,7 +106,8 @@ def perplexity(
         raise TypeError("expected a list of texts, got one text; put it into a list")
     _checks.positive_int(batch_size, "batch_size")
     stride = _checked_stride(model, length, stride)
-    documents, seen = _tokenized(tokenizer, texts, length if truncate else None)
+    most = math.inf if max_tokens is None else _checks.positive_int(max_tokens, "max_tokens")
+    documents, seen = _tokenized(tokenizer, texts, length if truncate else math.inf, most)
     windows = [window for ids in documents for window in _windows(ids, length, stride)]
     if not windows:
         raise ValueError(f"expected texts with at least one token, got {len(seen)} documents without any")
@@ -117,6 +121,7 @@ def perplexity(
         raise ValueError(f"expected a finite loss, got {nll}; the model is broken, or its dtype overflows")
     begin = "BOS" if getattr(tokenizer, "bos_token_id", None) is not None else "EOS"
     how = f"each document cut at {length} tokens" if truncate else f"windows of {length} tokens, advancing by {stride}"
+    how += "" if max_tokens is None else f", the first {max_tokens:,} tokens"
     return Perplexity(
         nll,
         sum(len(ids) - scored_from for ids, scored_from in windows),
@@ -134,24 +139,44 @@ def _checked_stride(model: nn.Module, length: int, stride: int | None) -> int:
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(positions, int) and length > positions:
         raise ValueError(f"expected a length of at most the model's {positions} positions, got {length}")
-    stride = length // 2 if stride is None else _checks.positive_int(stride, "stride")
+    stride = length - 1 if stride is None else _checks.positive_int(stride, "stride")
     if stride >= length:
         raise ValueError(f"expected a stride below the length {length}, so that each token has context, got {stride}")
     return stride
 
 
-def _tokenized(tokenizer: Any, texts: Sequence[str], most: int | None) -> tuple[list[list[int]], list[str]]:
-    """The tokens of each document, at most ``most``, behind a first one; and the texts of these tokens."""
+def _tokenized(tokenizer: Any, texts: Sequence[str], longest: float, most: float) -> tuple[list[list[int]], list[str]]:
+    """The tokens of documents, behind a first one; and the texts of these tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The documents.
+        longest: The number of tokens at which a document is cut, with the first one.
+        most: The number of tokens to score, after which no further document is tokenized.
+
+    Returns:
+        The tokens of each document, and its text.
+
+    Raises:
+        ValueError: If the tokenizer has no token to begin with.
+    """
     first = next((i for n in ("bos_token_id", "eos_token_id") if (i := getattr(tokenizer, n, None)) is not None), None)
     if first is None:
         raise ValueError("expected a tokenizer with a BOS or an EOS token to begin documents with; set its bos_token")
-    documents = [[first, *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]] for t in texts]
-    if most is None:
-        return documents, list(texts)
-    seen = [
-        tokenizer.decode(ids[1:most]) if len(ids) > most else text for text, ids in zip(texts, documents, strict=True)
-    ]
-    return [ids[:most] for ids in documents], seen
+    documents: list[list[int]] = []
+    seen: list[str] = []
+    for text in texts:
+        if most <= 0:
+            break
+        ids = [first, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        end = min(longest, most + 1)
+        if len(ids) > end:
+            ids = ids[: int(end)]
+            text = tokenizer.decode(ids[1:])
+        most -= len(ids) - 1
+        documents.append(ids)
+        seen.append(text)
+    return documents, seen
 
 
 def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:
@@ -167,10 +192,37 @@ def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[in
 
 def _nll(model: nn.Module, windows: Sequence[tuple[list[int], int]], padding: int) -> float:
     """The negative log-likelihood of the scored positions."""
-    batch = {name: tensor.to(device_of(model)) for name, tensor in pad([ids for ids, _ in windows], padding).items()}
-    logits = tensor_of(model(**batch), ["logits"])[:, :-1]  # (B, T - 1, vocabulary)
-    positions = torch.arange(1, batch["input_ids"].shape[1], device=logits.device)
-    begins = torch.tensor([scored_from for _, scored_from in windows], device=logits.device)[:, None]
-    scored = (positions >= begins) & batch["attention_mask"][:, 1:].bool().to(logits.device)
+    batch = pad([ids for ids, _ in windows], padding)
+    positions = torch.arange(1, batch["input_ids"].shape[1])
+    begins = torch.tensor([scored_from for _, scored_from in windows])[:, None]
+    return _loss(model, batch, (positions >= begins) & batch["attention_mask"][:, 1:].bool())
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], scored: Tensor) -> float:
+    """The negative log-likelihood of the tokens of a batch behind each first one that ``scored (B, T - 1)`` picks."""
+    device = device_of(model)
+    logits = tensor_of(model(**{name: tensor.to(device) for name, tensor in batch.items()}), ["logits"])[:, :-1]
+    scored = scored.to(logits.device)
     targets = batch["input_ids"][:, 1:].to(logits.device)[scored]
     return nn.functional.cross_entropy(logits[scored].float(), targets, reduction="none").double().sum().item()
+
+
+def row_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> tuple[float, int]:
+    """Score batches of rows of tokens, each row from its second token on and by itself.
+
+    Args:
+        model: A causal language model.
+        batches: Batches ``{"input_ids": (B, T), "attention_mask": (B, T)}``, padded on the right.
+
+    Returns:
+        The negative log-likelihood of all scored tokens together, in nats, and their number.
+    """
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        for batch in batches:
+            for k in range(len(batch["input_ids"])):  # one at a time: logits of large vocabularies are large
+                length = int(batch["attention_mask"][k].sum())
+                row = {name: tensor[k : k + 1, :length] for name, tensor in batch.items()}
+                total += _loss(model, row, torch.ones(1, max(length - 1, 0), dtype=torch.bool))
+                tokens += max(length - 1, 0)
+    return total, tokens

@@ -20,7 +20,7 @@ from structmat.network.sites import DENSE_KINDS, dense_weight, unseen_weights
 from structmat.nn import StructuredModule
 from structmat.plan import Plan
 
-NUMBERS = (4, 5, 6, 7)
+NUMBERS = (4, 5, 6, 7, 8)
 """The columns of a report with numbers, which are aligned to the right."""
 
 
@@ -37,8 +37,10 @@ class Row:
         dense_parameters: ``M N``; 0 where an earlier row has the same factors.
         multiplications: The number of multiplications per token, or over the example inputs where these were given.
         dense_multiplications: The number of multiplications of the dense weight.
-        error: The relative error of the fit; None where there was no fit.
+        error: The relative error of the fit towards the weight; None where there was no fit.
         note: The reason why the layer was skipped, or what else there is to know.
+        output_error: The relative error of the layer's output on the calibration data, which a fit with data
+            minimises; None where there was none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     dense_multiplications: int
     error: float | None = None
     note: str = ""
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,18 @@ class Report:
     def cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The report as a table: the titles of the columns, and the rows, of which the last is the whole network."""
         unit = "per token" if self.per_token else "in all"
-        head = ("layer", "format", "settings", "shape", "parameters", "keep", f"mult. {unit}", "error", "")
+        head = (
+            "layer",
+            "format",
+            "settings",
+            "shape",
+            "parameters",
+            "keep",
+            f"mult. {unit}",
+            "output error",
+            "weight error",
+            "",
+        )
         body = [
             (
                 row.name,
@@ -100,7 +114,8 @@ class Report:
                 f"{row.parameters:,}",
                 share(row.parameters, row.dense_parameters),
                 f"{row.multiplications:,}",
-                "" if row.error is None else f"{row.error:.4f}",
+                _error_cell(row.output_error),
+                _error_cell(row.error),
                 row.note,
             )
             for row in self.rows
@@ -113,6 +128,7 @@ class Report:
             f"{self.parameters:,}",
             share(self.parameters, self.dense_parameters),
             f"{self.multiplications:,}",
+            "",
             "",
             f"{share(self.multiplications, self.dense_multiplications)} of dense",
         )
@@ -163,6 +179,7 @@ def report(
         shared = id(weight.factors[0]) in counted
         counted.update(map(id, weight.factors))
         dense = math.prod(weight.shape)
+        fit = next((fits[other] for other in names[id(weight.module)] if other in fits), None) if fits else None
         rows.append(
             Row(
                 name,
@@ -173,10 +190,9 @@ def report(
                 0 if shared else dense,
                 weight.multiplications * vectors[name],
                 dense * vectors[name],
-                next((fits[other].error for other in names[id(weight.module)] if other in fits), None)
-                if fits
-                else None,
+                None if fit is None else fit.error,
                 "shares its weight" if shared else plan.skipped.get(name, "") if plan else "",
+                None if fit is None else fit.output_error,
             )
         )
         if not shared:
@@ -194,6 +210,10 @@ def report(
         unseen_weights(model),
         _learned(model) if structure else {},
     )
+
+
+def _error_cell(error: float | None) -> str:
+    return "" if error is None else f"{error:.4f}"
 
 
 @dataclass(frozen=True)

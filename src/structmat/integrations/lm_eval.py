@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,9 +32,9 @@ def lm_eval_tasks(
     Args:
         model: A model of transformers, structured or not.
         tokenizer: The tokenizer of the model.
-        tasks: The names of tasks, such as ``"arc_easy"``, or of groups of tasks.
-        include_path: A folder with the YAML files of your own tasks; then only these are known. None for the tasks of
-            the package, most of which load their data from the Hub.
+        tasks: The names of tasks, such as ``"arc_easy"``, or of groups of tasks; none for all of ``include_path``.
+        include_path: A folder with the YAML files of your own tasks, or one such file; then only these are known. None
+            for the tasks of the package, most of which load their data from the Hub.
         limit: The number of examples per task, or their share where it is below 1; None for all.
         batch_size: The number of examples that are scored together.
         length: The number of tokens that the model sees at once; None for the number in its configuration.
@@ -43,10 +45,13 @@ def lm_eval_tasks(
     Raises:
         ValueError: If no task is given, or one is unknown.
     """
-    if isinstance(tasks, str) or not tasks:
+    if isinstance(tasks, str) or (not tasks and include_path is None):
         raise ValueError(f"expected a list of names of tasks, got {tasks!r}")
-    path = None if include_path is None else os.fspath(include_path)
-    manager = _tasks.TaskManager(include_path=path, include_defaults=path is None)
+    path = None if include_path is None else Path(include_path)
+    folder = path.parent if path is not None and path.is_file() else path
+    manager = _tasks.TaskManager(include_path=folder and str(folder), include_defaults=path is None)
+    if path is not None and not tasks:
+        tasks = names_in(path) if path.is_file() else sorted(manager.all_tasks)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         known = sorted(manager.all_tasks)
@@ -64,3 +69,23 @@ def lm_eval_tasks(
     finally:
         model.train(training)
     return {name: dict(figures) for name, figures in results["results"].items()}
+
+
+def names_in(file: Path) -> list[str]:
+    """The names of the tasks, or the group of tasks, that a YAML file of lm-eval defines.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    names = re.findall(r"^(?:task|group):[ \t]*([\w.-]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if not names:
+        raise ValueError(
+            f"expected a task of lm-eval as YAML, got {str(file)!r}, which has no line such as 'task: name'"
+        )
+    return names

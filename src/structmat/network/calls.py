@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -18,8 +19,30 @@ def call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**{name: fresh(value, model) for name, value in batch.items()})
     if isinstance(batch, (tuple, list)):
-        return model(*(fresh(value, model) for value in batch))
+        return model(*(fresh(value, model) for value in inputs_of(model, batch)))
     return model(fresh(batch, model))
+
+
+def inputs_of(model: nn.Module, batch: Sequence[Any]) -> Sequence[Any]:
+    """The arguments in a tuple or list: without the label in a pair ``(input, label)`` of a ``DataLoader``.
+
+    Args:
+        model: The network.
+        batch: The tuple or list.
+
+    Returns:
+        The first of a pair where the network takes one argument by position, or is a model of transformers and the
+        second is one class per example; otherwise everything.
+    """
+    if len(batch) != 2:
+        return batch
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    several = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
+    lone = not several and sum(one.kind in kinds for one in parameters) == 1
+    label = batch[1]
+    classes = isinstance(label, Tensor) and label.ndim == 1 and not label.is_floating_point()
+    return batch[:1] if lone or (classes and hasattr(model, "main_input_name")) else batch
 
 
 def fresh(value: Any, model: nn.Module) -> Any:

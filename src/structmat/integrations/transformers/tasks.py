@@ -59,11 +59,20 @@ def task_of(model: nn.Module, task: str | None = None) -> str:
     if task is not None:
         _checks.one_of(task, TASKS, "task")
         return task
+    found = known_task(model)
+    if found is None:
+        raise ValueError(
+            f"expected a model whose class tells its task, got {type(model).__name__}; pass task, one of "
+            f"{', '.join(TASKS)}"
+        )
+    return found
+
+
+def known_task(model: nn.Module) -> str | None:
+    """The task that a model's class tells, a key of ``TASKS``; None where it tells none."""
     names = {kind.__name__ for kind in type(model).__mro__}  # sharding makes a subclass
     for name, known in TASKS.items():
         classes = {c for entry in known.models.values() for c in ((entry,) if isinstance(entry, str) else entry)}
         if names & classes:
             return name
-    raise ValueError(
-        f"expected a model whose class tells its task, got {type(model).__name__}; pass task, one of {', '.join(TASKS)}"
-    )
+    return None

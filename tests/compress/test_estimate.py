@@ -1,0 +1,75 @@
+"""How long a compression is expected to take."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from structmat import Blast, Dense, LowRank, compress_
+from structmat.compress.estimate import duration, estimate, fit_seconds, product_seconds
+from structmat.fit import GradientFit, Lee2024Blast, TruncatedSvd
+
+SMALL = Blast.for_budget(64, 64, keep=0.6, blocks=4)
+
+
+def test_layers_alike_take_as_many_times_as_long() -> None:
+    one = estimate({"0": SMALL})
+    ten = estimate({str(k): SMALL for k in range(10)})
+    assert one.passes == ten.passes == 0
+    assert one.fits < ten.fits < 100 * one.fits
+    assert estimate({"0": Dense(64, 64)}).seconds == 0
+
+
+def test_data_takes_time() -> None:
+    plan = {"0": LowRank(64, 64, 8)}
+    few, many = (estimate(plan, tokens=tokens) for tokens in (1000, 1_000_000))
+    assert many.passes > 50 * few.passes > 0
+    refined = estimate(plan, tokens=1_000_000, refined=40.0)
+    assert refined.passes > 2 * many.passes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aware", [False, True])
+def test_few_repetitions_tell_the_time_of_all(aware: bool) -> None:
+    method = Lee2024Blast(sweeps=30, metric_sweeps=20)
+    expected = fit_seconds(method, SMALL, aware=aware, device="cpu")
+    start = time.perf_counter()
+    method(torch.randn(64, 64), SMALL, second_moment=torch.eye(64) + 0.5 if aware else None)
+    took = time.perf_counter() - start
+    assert took / 8 < expected < 8 * took  # the machine may be busy with other things
+
+
+@pytest.mark.slow
+def test_large_layers_are_measured_smaller() -> None:
+    large = Blast.for_budget(16384, 16384, keep=0.5, blocks=16)
+    start = time.perf_counter()
+    seconds = fit_seconds(Lee2024Blast(), large, aware=False, device="cpu")
+    assert seconds > 60
+    assert time.perf_counter() - start < seconds / 2
+
+
+@pytest.mark.parametrize(("format", "method"), [(LowRank(32, 48, 4), TruncatedSvd()), (SMALL, GradientFit(steps=2))])
+def test_every_kind_of_method(format: LowRank | Blast, method: TruncatedSvd | GradientFit) -> None:
+    assert 0 < fit_seconds(method, format, aware=False, device="cpu") < 30
+    assert 0 < product_seconds(format, "cpu") < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [False, True])
+def test_the_time_of_a_compression(data: bool) -> None:
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    plan = {str(k): Blast.for_budget(256, 256, keep=0.6, blocks=8) for k in range(4)}
+    expected = estimate(plan, tokens=4096 if data else 0)
+    start = time.perf_counter()
+    compress_(model, plan, batches=[torch.randn(1024, 256) for _ in range(4)] if data else None, progress=False)
+    took = time.perf_counter() - start
+    assert took / 4 < expected.seconds < 4 * took
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (7.4, "7 s"), (44, "40 s"), (100, "2 min"), (3600, "60 min"), (9000, "2.5 h")],
+)
+def test_times_are_rounded(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
