@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         evaluate as evaluate,
     )
     from structmat import (
+        export as export,
+    )
+    from structmat import (
         fit as fit,
     )
     from structmat import (
@@ -109,6 +112,7 @@ _PACKAGES = (
     "compress",
     "data",
     "evaluate",
+    "export",
     "fit",
     "formats",
     "inspect",

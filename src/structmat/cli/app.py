@@ -98,6 +98,11 @@ COMMANDS = {
         "Write a model that has learned its structure with what the structure keeps alone: Gaudi-GBLR becomes GBLR.",
         ("structmat harden learned -o small",),
     ),
+    "export": Entry(
+        "export:export",
+        "Write a model for a runtime outside of PyTorch, such as onnxruntime, once it is checked to compute the same.",
+        ("structmat export small -o small.onnx", "structmat export small -o small.onnx --dtype float16 --overwrite"),
+    ),
     "import-blast": Entry(
         "tools:import_blast",
         "Convert a Llama that the authors of BLAST compressed.",
