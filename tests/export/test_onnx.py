@@ -41,7 +41,8 @@ def structured() -> nn.Sequential:
     return apply_plan_(model, make_plan(model, Blast, keep=0.6, blocks=2))  # type: ignore
 
 
-@pytest.mark.parametrize("formats", [FEW, pytest.param(FINAL, marks=pytest.mark.slow)], ids=["few", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", [FEW, FINAL], ids=["few", "all"])
 def test_every_format_for_every_batch_and_length(formats: list[Format], tmp_path: Path) -> None:
     model = Bank(formats).eval()
     found = to_onnx(model, tmp_path / "bank.onnx", torch.randn(2, 3, 24))
@@ -55,7 +56,7 @@ def test_every_format_for_every_batch_and_length(formats: list[Format], tmp_path
     assert b".py" not in found.path.read_bytes()  # no file of this machine is named
 
 
-@pytest.mark.parametrize(("blocks", "products"), [(2, 4), (8, 3)])
+@pytest.mark.parametrize(("blocks", "products"), [pytest.param(2, 4, marks=pytest.mark.slow), (8, 3)])
 def test_blast_is_few_products_without_scatter(blocks: int, products: int, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 64)).eval()
     apply_plan_(model, make_plan(model, Blast, keep=0.5, blocks=blocks))
@@ -64,6 +65,7 @@ def test_blast_is_few_products_without_scatter(blocks: int, products: int, tmp_p
     assert not {name for name in found if name.startswith(("Scatter", "Gather", "TopK", "Einsum"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "words"), [(torch.float16, ""), (torch.bfloat16, ", the weights in float32")])
 def test_half_precision(dtype: torch.dtype, words: str, tmp_path: Path) -> None:
     model = structured().to(dtype)
@@ -77,6 +79,7 @@ def test_half_precision(dtype: torch.dtype, words: str, tmp_path: Path) -> None:
     assert "FLOAT" not in names
 
 
+@pytest.mark.slow
 def test_a_structure_that_is_learned_is_hardened_in_the_file(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 48)).eval()
     apply_plan_(model, make_plan(model, {nn.Linear: GaudiGblr}, keep=0.5))
@@ -104,6 +107,7 @@ def test_large_weights_are_in_a_second_file(tmp_path: Path, monkeypatch: pytest.
     close(run(found.path, x)[0], model(x).detach())
 
 
+@pytest.mark.slow
 def test_a_result_that_differs_is_refused_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.onnx").write_text("before")
     right = exporter._session

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from structmat.network.signatures import Signature
+from structmat.network.signatures import Signature, with_sums
 
-TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2, torch.int8: 1e-1}
 """The largest difference between a runtime and PyTorch, relative to the largest output, by dtype of the weights."""
 
 OTHER_SIZES = (1, 5, 7)
@@ -161,20 +161,21 @@ def largest_difference(
 
 
 def _sizes(signature: Signature, vary: bool) -> list[dict[str, int]]:
-    """The lengths of the axes in each check; those of sums follow from their terms."""
-    example = dict(signature.sizes)
-    if not vary:
-        return [example]
-    free = [name for name in example if "+" not in name]
-    found = [example]
-    for k in range(len(OTHER_SIZES)):
-        chosen = {name: max(1, OTHER_SIZES[(k + place) % len(OTHER_SIZES)]) for place, name in enumerate(free)}
-        if k == 0:
-            chosen |= signature.smallest
-        for name in set(example) - set(free):
-            chosen[name] = sum(chosen[term.strip()] for term in name.split("+"))
-        found.append(chosen)
-    return found if free else [example]
+    """The lengths of the axes in each check, within their limits."""
+    found = [dict(signature.sizes)]
+    free = [name for name in signature.sizes if "+" not in name]
+    for k in range(len(OTHER_SIZES) if vary and free else 0):
+        chosen = {name: OTHER_SIZES[(k + place) % len(OTHER_SIZES)] for place, name in enumerate(free)}
+        chosen |= signature.smallest if k == 0 else {}
+        within = {name: min(size, signature.limits.get(name, size)) for name, size in chosen.items()}
+        found.append(with_sums(signature.sizes, within))
+    return found
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The narrowest floating-point dtype of the weights of a network."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return min(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

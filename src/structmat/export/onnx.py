@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structmat.export.checks import Exported, ExportError, appearing, largest_difference, runtime
+from structmat.export.checks import Exported, ExportError, appearing, dtype_of, largest_difference, runtime
 from structmat.export.prepared import prepared
 from structmat.network.calls import evaluating, undisturbed
 from structmat.network.signatures import Axes, Signature, signature_of
@@ -63,7 +63,7 @@ def to_onnx(
         names = sorted(file.name for file in temporary.parent.iterdir())
         graph = onnx.load(temporary, load_external_data=False).graph
         _check_domains(graph)
-        dtype = _dtype_of(new)
+        dtype = dtype_of(new)
         difference, checked = _checked(signature, temporary, dtype)
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
     shapes = [{one.name: _shape(one) for one in ones} for ones in (graph.input, graph.output)]
@@ -124,12 +124,6 @@ def _check_domains(graph: Any) -> None:
     others = sorted({node.domain for node in graph.node} - {"", "ai.onnx"})
     if others:
         raise ExportError(f"expected operators of ONNX alone, got some of {', '.join(others)}; nothing was written")
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    """The narrowest dtype of the weights."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return min(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
 
 
 def _checked(signature: Signature, path: Path, dtype: torch.dtype) -> tuple[float, str]:

@@ -5,6 +5,7 @@ Runtimes lay the weights of linear layers out in advance and quantise them, but 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -79,18 +80,28 @@ class Coupled(nn.Module):
         return torch.cat([layer(part) for layer, part in zip(self.outer, h.unbind(), strict=True)], -1)
 
 
-class CoupledByTerms(Coupled):
-    """The same with one product and one sum for each block, which runtimes know that have no sum over an axis."""
+class CoupledByTerms(nn.Module):
+    """The same with one product and one sum for each block, for runtimes that have no sum over an axis.
+
+    Args:
+        left: ``(I, P, R)``.
+        diag: ``(I, J, R)``.
+        right: ``(J, R, Q)``.
+    """
+
+    def __init__(self, left: Tensor, diag: Tensor, right: Tensor) -> None:
+        super().__init__()
+        self.inner, self.outer = Sliced(right.unbind()), nn.ModuleList(linear(block) for block in left)
+        self.diag = nn.ParameterList(
+            nn.Parameter(coupling.detach().contiguous(), requires_grad=False) for coupling in diag.flatten(0, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., J Q)`` to ``(..., I P)``."""
-        z = self.inner.parts(x)
-        outputs: list[Tensor] = []
-        for row, layer in zip(self.diag, self.outer, strict=True):
-            h = z[0] * row[0]
-            for part, coupling in zip(z[1:], row[1:], strict=True):
-                h = h + part * coupling
-            outputs.append(layer(h))
+        z, outputs = self.inner.parts(x), []
+        for i, layer in enumerate(self.outer):
+            terms = [part * self.diag[i * len(z) + j] for j, part in enumerate(z)]
+            outputs.append(layer(functools.reduce(torch.add, terms)))
         return torch.cat(outputs, -1)
 
 

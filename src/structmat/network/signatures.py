@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Signature:
         draw: Makes random inputs, given the length of each axis by name and a source of randomness.
         sizes: The lengths of the axes in the example from which a graph is recorded; none of them is 0 or 1.
         smallest: The smallest length of axes that may be shorter than 1, by name.
+        limits: The largest length of each axis, by name; empty where there are none.
     """
 
     module: nn.Module
@@ -40,6 +41,20 @@ class Signature:
     draw: Callable[[Mapping[str, int], torch.Generator], tuple[Tensor, ...]]
     sizes: Mapping[str, int]
     smallest: Mapping[str, int]
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    def resized(self, sizes: Mapping[str, int]) -> Signature:
+        """The signature with an example of other sizes; sums follow from their terms."""
+        return replace(self, sizes=with_sums(self.sizes, sizes))
+
+    def limited(self, limits: Mapping[str, int]) -> Signature:
+        """The signature with a largest length for each axis; sums follow from their terms."""
+        return replace(self, limits=with_sums(self.sizes, limits))
+
+
+def with_sums(names: Iterable[str], lengths: Mapping[str, int]) -> dict[str, int]:
+    """The lengths of axes by name, where a name such as ``"past + sequence"`` stands for the sum of others."""
+    return {name: sum(lengths[term.strip()] for term in name.split("+")) for name in names}
 
 
 def signature_of(model: nn.Module, inputs: Any = None, axes: Axes | None = None) -> Signature:
