@@ -7,5 +7,6 @@ on random inputs before it appears.
 from structmat.export.checks import Exported, ExportError
 from structmat.export.executorch import to_executorch
 from structmat.export.onnx import to_onnx
+from structmat.export.quantize import quantize_
 
-__all__ = ["ExportError", "Exported", "to_executorch", "to_onnx"]
+__all__ = ["ExportError", "Exported", "quantize_", "to_executorch", "to_onnx"]

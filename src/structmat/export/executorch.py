@@ -132,7 +132,8 @@ def _quantized(module: nn.Module, example: Sequence[Tensor]) -> nn.Module:
     xnnpack = runtime("executorch.backends.xnnpack.quantizer.xnnpack_quantizer", EXTRA)
     quantizer = xnnpack.XNNPACKQuantizer()
     config = xnnpack.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
-    quantizer.set_operator_type(torch.ops.aten.linear.default, config)  # alone: others would round positions too
+    quantizer.set_operator_type(torch.ops.aten.linear.default, config)
+    quantizer.transform_for_annotation = lambda model: model  # it makes the scalars beside whole numbers floats
     observed = quantizing.prepare_pt2e(module, quantizer)
     observed(*example)
     return quantizing.convert_pt2e(observed)
