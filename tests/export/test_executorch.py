@@ -118,7 +118,7 @@ def test_a_language_model_from_the_command_line(tmp_path: Path, capsys: pytest.C
     tokens = torch.randint(3, 128, (2, 8))
     past = [torch.zeros(2, 2, 5, 16) for _ in range(2 * model.config.num_hidden_layers)]
     mask = torch.tensor([[0] * 5 + [1] * 3] * 2)
-    logits = run(tmp_path / "small.pte", tokens[:, :3], mask, torch.arange(3).repeat(2, 1), *past)[0]
+    logits = run(tmp_path / "small.pte", tokens[:, :3].contiguous(), mask, torch.arange(3).repeat(2, 1), *past)[0]
     close(logits, model(tokens[:, :3]).logits.detach())
 
 

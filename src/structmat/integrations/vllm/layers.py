@@ -140,7 +140,7 @@ class StructuredMethod(LinearMethodBase):
         heights = [sum(output_partition_sizes)] if len(self.given) == 1 else list(output_partition_sizes)
         if input_size_per_partition != input_size or sum(heights) != output_size:
             raise ValueError(
-                f"expected layer {self.prefix!r} whole, got a part of it; structured layers are not cut yet: serve with "
+                f"expected layer {self.prefix!r} whole, got a part of it; structured layers are not cut yet; use "
                 "--tensor-parallel-size 1"
             )
         shapes = [(height, input_size) for height in heights]
