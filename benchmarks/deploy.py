@@ -49,7 +49,7 @@ def network(kind: str, keep: float | None, name: str) -> nn.Module:
     """A network at this keep, with random factors; None for the dense one."""
     torch.manual_seed(0)
     if kind == "vit":
-        config = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
+        config = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
         model, layers = ViTForImageClassification(config), r".*layers?\..*"
     else:
         model, layers = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), r".*_proj"

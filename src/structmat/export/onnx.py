@@ -66,9 +66,9 @@ def to_onnx(
         dtype = dtype_of(new)
         difference, checked = _checked(signature, temporary, dtype)
         size = sum(file.stat().st_size for file in temporary.parent.iterdir())
-    shapes = [{one.name: _shape(one) for one in ones} for ones in (graph.input, graph.output)]
+    shapes, results = ({one.name: _shape(one) for one in ones} for ones in (graph.input, graph.output))
     files = tuple(path.parent / name for name in names)
-    return Exported(path, files, size, *shapes, difference, checked, gaps)
+    return Exported(path, files, size, shapes, results, difference, checked, gaps)
 
 
 def _program(signature: Signature, kind: str) -> Any:

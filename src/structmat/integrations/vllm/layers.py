@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod  # pyright: ignore
+from vllm.model_executor.layers.quantization import register_quantization_config  # pyright: ignore
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # pyright: ignore
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # pyright: ignore
 
 from structmat.formats import Dense, Format
 from structmat.integrations.recorded import QUANT_METHOD, Recorded
