@@ -24,7 +24,7 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 class Quantized(Format):
     """A structured matrix whose factors are integers with one scale for each group of a row; made by ``quantize_``.
 
-    Each factor ``f`` of the other format that is trained becomes ``f_scale`` in the dtype of the layer and
+    Each factor ``f`` of the other format that holds a basis becomes ``f_scale`` in the dtype of the layer and
     ``f_integers``, int8, or two numbers of 4 bits in each byte. A product makes the factors in floating point first.
     The layer cannot be trained.
 
@@ -65,11 +65,14 @@ class Quantized(Format):
 
     @property
     def rounded_factors(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the factors that are integers here, by their names in the other format."""
-        specs = self.base.factor_specs().items()
-        return {
-            name: spec.shape for name, spec in specs if spec.trainable and spec.dtype is None and 0 not in spec.shape
-        }
+        """The shapes of the factors that are integers here, by their names in the other format.
+
+        Coefficients (``no_decay``), such as the couplings of BLAST, stay: they are few, and components that cancel each
+        other make the matrix depend on them most.
+        """
+        specs = {name: spec for name, spec in self.base.factor_specs().items() if name not in self.base.no_decay}
+        learned = {name: spec.shape for name, spec in specs.items() if spec.trainable and spec.dtype is None}
+        return {name: shape for name, shape in learned.items() if 0 not in shape}
 
     def _groups(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The number of groups of a row, and their length; the last one is padded."""
@@ -146,7 +149,8 @@ class Quantized(Format):
 
     def scaled(self, factors: Factors, scale: float | Tensor) -> dict[str, Tensor]:
         """Factors of ``scale * W``: the scales take all of it."""
-        exponents = {f"{name}_scale": power for name, power in self.base.scale_exponents.items()}
+        powers = self.base.scale_exponents.items()
+        exponents = {f"{name}_scale" if name in self.rounded_factors else name: power for name, power in powers}
         if not isinstance(scale, Tensor):
             return {n: f * scale ** exponents[n] if n in exponents else f for n, f in factors.items()}
         axes = {name: len(spec.shape) for name, spec in self.factor_specs().items()}
