@@ -128,6 +128,7 @@ def table(results: dict[str, Any]) -> str:
             ratio = ms["dense"] / ms["BLAST keep 0.5"]
             megabytes = " / ".join(f"{sizes[version] / 1e6:.0f}" for version in VERSIONS)
             rows.append(f"| {kind} | {where} | {threads} | {call} | {shown} | {ratio:.2f} | {megabytes} |")
+    rows += ["", results["note"]] if "note" in results else []
     return "\n".join([*rows, "", f"Measured on: {hardware_line(results['hardware'])}.", ""])
 
 
