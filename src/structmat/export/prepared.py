@@ -14,8 +14,8 @@ from structmat.nn import StructuredLinear, StructuredModule, unfolded
 from structmat.nn.conv import StructuredConv2d
 
 MOST_LAYERS = 8
-"""The most linear layers that a structured matrix becomes for ONNX; one that needs more is a few batched products, in
-which onnxruntime is faster for many tokens (tuned with ``benchmarks/deploy.py``)."""
+"""The most linear layers that a structured matrix becomes for ONNX; one that needs more is a few batched products,
+so that graphs stay small."""
 
 
 def prepared(
