@@ -22,7 +22,7 @@ LEVELS = {
     4: ("network",),
     5: ("plan",),
     6: ("checkpoint", "compress", "evaluate", "inspect", "training"),
-    7: ("bench",),
+    7: ("bench", "export"),
     8: ("integrations",),
     9: ("demo",),
     10: ("cli",),
@@ -192,12 +192,13 @@ def test_public_names_are_complete(module: str) -> None:
 
 
 def test_the_public_list() -> None:
-    assert len(structmat.__all__) <= 34
+    assert len(structmat.__all__) <= 35
     assert structmat.__all__ == [
         "Blast", "BlockDiagonal", "BlockSparse", "Dense", "Fit", "Format", "GaudiGblr", "Gblr", "LowRank", "Monarch",
         "Plan", "Refinement", "Rule", "StructuredConv2d", "StructuredLinear", "__version__", "allocate", "apply_plan_",
         "autotune_", "calibrate", "compress_", "compress_pretrained", "default_method", "densify_", "harden_",
-        "load_model", "load_pretrained", "make_plan", "plan_of", "register_format", "report", "save_model", "tile_",
+        "load_model", "load_pretrained", "make_plan", "plan_of", "quantize_", "register_format", "report", "save_model",
+        "tile_",
     ]  # fmt: skip
 
 

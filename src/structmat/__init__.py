@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         evaluate as evaluate,
     )
     from structmat import (
+        export as export,
+    )
+    from structmat import (
         fit as fit,
     )
     from structmat import (
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from structmat.compress.api import compress_
     from structmat.compress.calibration import calibrate
     from structmat.compress.refinement import Refinement
+    from structmat.export.quantize import quantize_
     from structmat.fit import Fit, default_method
     from structmat.formats import (
         Blast,
@@ -84,6 +88,7 @@ _HOMES = {
     "structmat.compress.api": ("compress_",),
     "structmat.compress.calibration": ("calibrate",),
     "structmat.compress.refinement": ("Refinement",),
+    "structmat.export.quantize": ("quantize_",),
     "structmat.fit": ("Fit", "default_method"),
     "structmat.formats": (
         "Blast",
@@ -111,6 +116,7 @@ _PACKAGES = (
     "compress",
     "data",
     "evaluate",
+    "export",
     "fit",
     "formats",
     "inspect",
@@ -154,6 +160,7 @@ __all__ = [
     "load_pretrained",
     "make_plan",
     "plan_of",
+    "quantize_",
     "register_format",
     "report",
     "save_model",

@@ -68,7 +68,7 @@ def test_a_budget_for_the_whole_model() -> None:
     ("options", "message"),
     [
         ({"keep": 0.01}, "expected a budget of at least"),
-        ({"keep": 0.3, "whole": True}, "raise keep"),
+        ({"keep": 0.1, "whole": True}, "raise keep"),
         ({"whole": True, "unit": "multiplications"}, "expected the unit 'parameters'"),
         ({"unit": "seconds"}, "expected unit"),
         ({"effort": "much"}, "expected effort"),
@@ -217,7 +217,7 @@ def test_two_sided_needs_data() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_gradient_moments_of_an_error_by_their_definition(kind: str) -> None:
-    """For a squared error the moment is ``2 J^T J / energy`` in expectation, and the clipped norms are few."""
+    """For a relative squared error, moments times vectors are ``2 T J^T J / energy``; few norms are clipped."""
     torch.manual_seed(0)
     if kind == "linear":
         model: nn.Module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 40, bias=False)).eval()
@@ -229,11 +229,9 @@ def test_gradient_moments_of_an_error_by_their_definition(kind: str) -> None:
     J = dict(model.named_modules())["1"].weight.detach().flatten(1)  # pyright: ignore
     with torch.no_grad():
         outputs = torch.cat([model(x) for x in batches])
-    expected = (2 * J.mT @ J * len(outputs) / outputs.square().sum()).double()
-    if kind == "convolution":
-        assert found.vectors["0"] == pytest.approx(1.0, rel=1e-6)  # of as many output vectors
-        expected = 2 * (J.mT @ J).double() * 100 * len(outputs) / outputs.square().sum()
-    G = found.moments["0"].double()
+    count = len(outputs) * (100 if kind == "convolution" else 1)
+    expected = 2 * count * (J.mT @ J).double() / float(outputs.square().sum())
+    G = found.vectors["0"] * found.moments["0"].double()
     G = G - torch.eye(5) * G.diagonal().mean() * 0.1 / 1.1
     assert float((G - expected).norm() / expected.norm()) < 0.15
 

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,23 +123,6 @@ def test_a_network_that_learned_its_structure_exports(kind: str):
     for batch in BATCHES:
         x = torch.randn(batch, 64)
         close(found(x), model(x))
-
-
-@each_case
-@pytest.mark.filterwarnings("ignore")  # of the exporter
-def test_onnx_runs_it_for_every_batch(format: Format, tmp_path: Path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    layer = StructuredLinear(format).eval()
-    sizes = ({0: Dim("batch", min=1, max=2048)},)
-    program = torch.onnx.export(layer, (torch.randn(3, format.N),), dynamo=True, dynamic_shapes=sizes, verbose=False)
-    assert program is not None
-    program.save(tmp_path / "layer.onnx")
-    session = runtime.InferenceSession(tmp_path / "layer.onnx")
-    for batch in BATCHES:
-        x = torch.randn(batch, format.N)
-        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        close(torch.from_numpy(y), layer(x).detach())
 
 
 def test_torch_fx_records_calls_of_the_layers():

@@ -98,6 +98,20 @@ COMMANDS = {
         "Write a model that has learned its structure with what the structure keeps alone: Gaudi-GBLR becomes GBLR.",
         ("structmat harden learned -o small",),
     ),
+    "quantize": Entry(
+        "tools:quantize",
+        "Write a model with its weights in integers of 8 or 4 bits, which is loaded like any other.",
+        ("structmat quantize small -o smaller", "structmat quantize small -o smallest --to int4"),
+    ),
+    "export": Entry(
+        "export:export",
+        "Write a model for a runtime outside of PyTorch, such as onnxruntime, once it is checked to compute the same.",
+        (
+            "structmat export small -o small.onnx",
+            "structmat export small -o small.onnx --dtype float16 --overwrite",
+            "structmat export small -o small.pte --to executorch --int8",
+        ),
+    ),
     "import-blast": Entry(
         "tools:import_blast",
         "Convert a Llama that the authors of BLAST compressed.",

@@ -18,6 +18,7 @@ from structmat.cli.output import Output, fingerprint
 from structmat.cli.show import count, say
 from structmat.data.chats import chat_text
 from structmat.data.tokens import encode, pad
+from structmat.export.quantize import KINDS, quantize_
 from structmat.inspect.reports import report as report_on
 from structmat.network.surgery import densify_, harden_
 from structmat.plan import plan_of
@@ -103,6 +104,36 @@ def densify(model: Model, target: Target, weights: Weights) -> None:
         densify_(loaded)
         save(loaded, models.processors(model), output, {"layers": layers})
     say(f"{layers} layers were structured and are dense now")
+
+
+@dataclass(frozen=True)
+class Integers(Options):
+    """The kind of integers.
+
+    Attributes:
+        to: ``"int8"`` or ``"int4"``.
+    """
+
+    to: Annotated[str, typer.Option(help="The integers: int8 with a scale for each row, or int4 for 32 entries.")] = (
+        "int8"
+    )
+
+    def __post_init__(self) -> None:
+        _checks.one_of(self.to, KINDS, "--to")
+
+
+def quantize(model: Model, target: Target, integers: Integers, weights: Weights) -> None:
+    """Run ``structmat quantize``."""
+    record = {"model": model, **recorded(weights), **recorded(integers)}
+    record["model_files"] = fingerprint(models.check_name(model))
+    output = Output(target.out, "quantize", record, overwrite=target.overwrite)
+    if output.said_finished():
+        return
+    with output:
+        loaded = models.load(model, weights.placement)
+        errors = quantize_(loaded, integers.to)
+        save(loaded, models.processors(model), output, {"layers": errors})
+    say(f"{len(errors)} layers are in {integers.to} now; their matrices changed by {max(errors.values()):.1e} at most")
 
 
 def harden(model: Model, target: Target, weights: Weights) -> None:

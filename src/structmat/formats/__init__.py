@@ -21,6 +21,7 @@ from structmat.formats.gblr_conversions import (
 from structmat.formats.learned import LearnedSegments, Unit
 from structmat.formats.low_rank import LowRank
 from structmat.formats.monarch import Monarch
+from structmat.formats.quantized import Quantized
 from structmat.formats.registry import (
     DEFAULT_METHODS,
     FORMATS,
@@ -32,7 +33,7 @@ from structmat.formats.registry import (
 )
 from structmat.formats.tiled_gblr import TiledGblr
 
-for _kind in (Dense, LowRank, BlockDiagonal, Monarch, BlockSparse, Blast, Gblr, GaudiGblr, TiledGblr):
+for _kind in (Dense, LowRank, BlockDiagonal, Monarch, BlockSparse, Blast, Gblr, GaudiGblr, TiledGblr, Quantized):
     register_format(_kind)
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "LearnedSegments",
     "LowRank",
     "Monarch",
+    "Quantized",
     "RankedFormat",
     "TiledGblr",
     "Unit",

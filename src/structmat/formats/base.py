@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from structmat import _checks
 
@@ -292,6 +292,18 @@ class Format(abc.ABC):
 
         Returns:
             The other format and its factors; None where there is none.
+        """
+        return None
+
+    def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module | None:
+        """The product as ordinary linear layers on slices of the input, for runtimes outside of PyTorch.
+
+        Args:
+            factors: The factors.
+            sums: Whether the runtime knows sums over an axis.
+
+        Returns:
+            A module that maps ``(..., N)`` to ``(..., M)``; None where there is no such form.
         """
         return None
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, RankedFormat
+from structmat.formats.unrolled import Coupled, CoupledByTerms
 from structmat.ops import blast_matmul
 from structmat.ops.blast import ALGORITHMS
 
@@ -101,6 +102,10 @@ class Blast(RankedFormat):
         """Block ``(i, j)`` is ``left_i Diag(diag_ij) right_j``."""
         left, diag, right = self.views(factors)
         return torch.einsum("ipr,ijr,jrq->ipjq", left, diag, right).reshape(self.M, self.N)
+
+    def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
+        """A linear layer for each column of blocks and one for each row, with the couplings between them."""
+        return (Coupled if sums else CoupledByTerms)(*self.views(factors))
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Bases of the columns, couplings, bases of the rows (Algorithm 1)."""

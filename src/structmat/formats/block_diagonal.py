@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
+from structmat.formats.unrolled import Sliced
 from structmat.ops import block_diagonal_matmul
 from structmat.ops.block_diagonal import ALGORITHMS
 
@@ -83,6 +84,10 @@ class BlockDiagonal(Format):
     def to_dense(self, factors: Factors) -> Tensor:
         """Zeros with the blocks on the diagonal."""
         return torch.block_diag(*factors["blocks"].view(self.blocks, *self.block_shape))
+
+    def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
+        """One linear layer for each block."""
+        return Sliced(factors["blocks"].view(self.blocks, *self.block_shape).unbind())
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """One batched product over the blocks."""

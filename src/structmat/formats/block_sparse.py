@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, RankedFormat
+from structmat.formats.unrolled import Rows
 from structmat.ops import block_sparse_matmul, low_rank_matmul
 from structmat.ops.block_sparse import ALGORITHMS
 
@@ -233,6 +234,13 @@ class BlockSparse(RankedFormat):
         )
         W = grid.transpose(1, 2).reshape(self.M, self.N)
         return W + factors["left"] @ factors["right"] if self.rank else W
+
+    def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
+        """One linear layer for each row of blocks, plus the two of the low-rank term."""
+        counts = [len(row) for row in self.columns]
+        blocks = factors["blocks"].view(-1, *self.block_shape).split(counts)
+        chain = [factors["right"], factors["left"]] if self.rank else []
+        return Rows(blocks, self.columns, self.blocks[1], chain)
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """One batched product for each number of blocks in a row, plus the low-rank product."""

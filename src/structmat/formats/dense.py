@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
+from structmat.formats.unrolled import Chain
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class Dense(Format):
     def to_dense(self, factors: Factors) -> Tensor:
         """The weight itself."""
         return factors["weight"]
+
+    def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
+        """One linear layer."""
+        return Chain(factors["weight"])
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """``x @ weight.T``."""

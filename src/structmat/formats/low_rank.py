@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, RankedFormat
+from structmat.formats.unrolled import Chain
 from structmat.ops import low_rank_matmul
 from structmat.ops.common import LINEAR
 
@@ -80,6 +81,10 @@ class LowRank(RankedFormat):
     def to_dense(self, factors: Factors) -> Tensor:
         """``left @ right``."""
         return factors["left"] @ factors["right"]
+
+    def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
+        """Two linear layers."""
+        return Chain(factors["right"], factors["left"])
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Two products through the ``R`` features in the middle."""

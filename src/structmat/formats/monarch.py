@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, RankedFormat
+from structmat.formats.unrolled import Regrouped
 from structmat.ops import monarch_matmul
 from structmat.ops.monarch import ALGORITHMS
 
@@ -111,6 +112,11 @@ class Monarch(RankedFormat):
         if self.permute_output:
             W = W.transpose(0, 1)
         return W.reshape(self.M, self.N)
+
+    def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
+        """One linear layer for each column of blocks and one for each row, with a regrouping between them."""
+        left, right = self.views(factors)
+        return Regrouped(left.flatten(2), right.flatten(1, 2), self.permute_output)
 
     def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
         """Two batched products with a regrouping between them."""

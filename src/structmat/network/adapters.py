@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,10 @@ def _as_it_is(model: nn.Module) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def _unknown(model: nn.Module) -> Any:
+    """Know nothing of the network."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What one framework adds to the core.
@@ -31,11 +36,14 @@ class Adapter:
         stateless: A context in which the framework's models in a network keep no state from one call to the next, such
             as a cache of past tokens.
         outputs: The names under which the framework's models return the tensor that matters, the best one first.
+        signature: Finds the ``Signature`` of one of the framework's models, for exporters; None for other networks, and
+            for models whose inputs the framework does not tell.
     """
 
     record: Callable[[nn.Module], None] = _leave
     stateless: Callable[[nn.Module], AbstractContextManager[object]] = _as_it_is
     outputs: tuple[str, ...] = ()
+    signature: Callable[[nn.Module], Any] = _unknown
 
 
 ADAPTERS: dict[str, Adapter] = {"torch": Adapter(outputs=("logits",))}

@@ -163,7 +163,7 @@ def harden_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, f
             ) from error
         return format, factors
 
-    _convert_(model, names, "GaudiGblr layers", lambda format: format.learns, hardened)
+    convert_(model, names, "GaudiGblr layers", lambda format: format.learns, hardened)
     large = {name: gap for name, gap in gaps.items() if gap > LARGE_GAP}
     if large:
         worst = max(large, key=lambda name: large[name])
@@ -200,7 +200,7 @@ def tile_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, flo
         padding[name] = found[0].num_parameters() / layer.format.num_parameters() - 1
         return found
 
-    _convert_(model, names, "Gblr layers", lambda format: format.has_inference_layout, tiled)
+    convert_(model, names, "Gblr layers", lambda format: format.has_inference_layout, tiled)
     return padding
 
 
@@ -209,14 +209,25 @@ def _detached(layer: StructuredModule) -> dict[str, Tensor]:
 
 
 @undisturbed()
-def _convert_(
+def convert_(
     model: nn.Module,
     names: Iterable[str] | None,
     what: str,
     fits: Callable[[Format], bool],
     convert: Callable[[str, StructuredModule], tuple[Format, Mapping[str, Tensor]]],
 ) -> None:
-    """Give the layers whose format fits another, in place, once all are made; shared factors are converted once."""
+    """Give the layers whose format fits another, in place, once all are made; shared factors are converted once.
+
+    Args:
+        model: The network.
+        names: Which layers; None for all that fit.
+        what: The layers that fit, for messages.
+        fits: Whether layers of a format are converted.
+        convert: Makes the new format and its factors, given the name of a layer and the layer.
+
+    Raises:
+        ValueError: If there is no such layer, or a name is not that of one.
+    """
     hung, layers = _structured_layers(model)
     found = {name: layer for name, layer in layers.items() if fits(layer.format)}
     wanted = _with_ties(found, list(names) if names is not None else list(found), what)

@@ -36,12 +36,19 @@ def balance_(model: nn.Module) -> list[str]:
         first = id(next(iter(factors.values())))
         if first not in seen:  # layers may share their factors
             seen.add(first)
-            _balance_layer(module.format, factors)
+            balance_factors_(module.format, factors)
     return names
 
 
-def _balance_layer(format: Format, factors: dict[str, Tensor]) -> None:
-    """Scale the factors of one layer."""
+def balance_factors_(format: Format, factors: dict[str, Tensor]) -> None:
+    """Balance the factors of one matrix, in place; those of formats that are no sum of components stay.
+
+    Args:
+        format: The structured matrix.
+        factors: Its factors.
+    """
+    if not format.component_axes:
+        return
     axes = format.component_axes
     count = min(factors[name].shape[axis] for name, axis in axes.items())  # R
     means = format.component_size == "root mean square"

@@ -36,6 +36,7 @@ from structmat import _checks
 from structmat.formats import Format
 from structmat.integrations.integrity import check_files, recording_digests
 from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, recorded, refuse_adapters, ties_of
+from structmat.integrations.transformers.signatures import signature_of
 from structmat.network.adapters import Adapter, register_adapter
 from structmat.network.sites import DENSE_KINDS, DenseKind, dense_weight
 from structmat.network.surgery import apply_plan_, check_layers, densify_
@@ -310,5 +311,10 @@ register_quantization_config(QUANT_METHOD)(StructmatConfig)
 register_quantizer(QUANT_METHOD)(StructmatQuantizer)
 register_adapter(
     "transformers",
-    Adapter(record=write_down, stateless=without_cache, outputs=("logits", "last_hidden_state")),
+    Adapter(
+        record=write_down,
+        stateless=without_cache,
+        outputs=("logits", "last_hidden_state"),
+        signature=signature_of,
+    ),
 )

@@ -1,0 +1,207 @@
+"""Another structure with its factors in integers: a quarter or an eighth of the bytes of float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from structmat import _checks
+from structmat.formats.base import Factors, FactorSpec, Format
+from structmat.formats.registry import format_from_json
+
+BITS = (4, 8)
+"""The numbers of bits of the integers."""
+
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""The shares of the largest entry of a group that the largest integer may stand for; the best one is taken."""
+
+
+@dataclass(frozen=True)
+class Quantized(Format):
+    """A structured matrix whose factors are integers with one scale for each group of a row; made by ``quantize_``.
+
+    Each factor ``f`` of the other format that holds a basis becomes ``f_scale`` in the dtype of the layer and
+    ``f_integers``, int8, or two numbers of 4 bits in each byte. A product makes the factors in floating point first.
+    The layer cannot be trained.
+
+    Attributes:
+        M: The number of out features.
+        N: The number of in features.
+        base: The format whose factors are quantised; its JSON form is taken too.
+        bits: 8 or 4.
+        group: The number of entries of a row with one scale; 0 for whole rows.
+
+    Raises:
+        ValueError: If the other format has another shape, still learns its structure or is quantised already, or a
+            number is not one of those above.
+    """
+
+    base: Format
+    bits: int = 8
+    group: int = 0
+
+    name: ClassVar[str] = "quantized"
+    label: ClassVar[str] = "integers"
+    scale_exponents: ClassVar[dict[str, float]] = {}
+    must_save: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.base, Mapping):
+            object.__setattr__(self, "base", format_from_json(self.base))
+        _checks.one_of(self.bits, BITS, "bits")
+        _checks.typed(self.group, int, "group")
+        if self.group < 0:
+            raise ValueError(f"expected group of at least 0, got {self.group}")
+        if not isinstance(self.base, Format) or self.base.shape != self.shape:
+            raise ValueError(f"expected a base of shape {self.shape}, got {self.base}")
+        if self.base.learns or isinstance(self.base, Quantized):
+            remedy = "harden_ the network first" if self.base.learns else "it is quantised already"
+            raise ValueError(f"expected a base with final factors in floating point, got {self.base}; {remedy}")
+
+    @property
+    def rounded_factors(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the factors that are integers here, by their names in the other format.
+
+        Coefficients (``no_decay``), such as the couplings of BLAST, stay: they are few, and components that cancel each
+        other make the matrix depend on them most.
+        """
+        specs = {name: spec for name, spec in self.base.factor_specs().items() if name not in self.base.no_decay}
+        learned = {name: spec.shape for name, spec in specs.items() if spec.trainable and spec.dtype is None}
+        return {name: shape for name, shape in learned.items() if 0 not in shape}
+
+    def _groups(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The number of groups of a row, and their length; the last one is padded."""
+        length = min(self.group or shape[-1], shape[-1])
+        length += length % 2 if self.bits == 4 else 0
+        return -(-shape[-1] // length), length
+
+    def factor_specs(self) -> dict[str, FactorSpec]:
+        """The scales and integers of each factor, and the factors that stay."""
+        specs: dict[str, FactorSpec] = {}
+        for name, shape in self.rounded_factors.items():
+            count, length = self._groups(shape)
+            per_byte = 8 // self.bits
+            kind = torch.int8 if self.bits == 8 else torch.uint8
+            width = shape[-1] if self.bits == 8 else count * length // per_byte
+            specs[f"{name}_scale"] = FactorSpec((*shape[:-1], count), trainable=False)
+            specs[f"{name}_integers"] = FactorSpec((*shape[:-1], width), trainable=False, dtype=kind)
+        kept = {n: s for n, s in self.base.factor_specs().items() if n not in self.rounded_factors}
+        return specs | {name: FactorSpec(spec.shape, False, spec.dtype) for name, spec in kept.items()}
+
+    def rounded(self, factors: Factors) -> dict[str, Tensor]:
+        """Round factors to integers.
+
+        Args:
+            factors: The factors of the other format; the scales get their dtype.
+
+        Returns:
+            The factors of this one.
+        """
+        found: dict[str, Tensor] = {}
+        for name, shape in self.rounded_factors.items():
+            count, length = self._groups(shape)
+            grouped = nn.functional.pad(factors[name].float(), (0, count * length - shape[-1]))
+            scale, integers = _rounded(grouped.unflatten(-1, (count, length)), self.bits, factors[name].dtype)
+            integers = integers.flatten(-2)
+            found[f"{name}_scale"] = scale
+            found[f"{name}_integers"] = integers[..., : shape[-1]].contiguous() if self.bits == 8 else _packed(integers)
+        return found | {name: factor for name, factor in factors.items() if name not in self.rounded_factors}
+
+    def opened(self, factors: Factors) -> dict[str, Tensor]:
+        """The factors of the other format in floating point, in the dtype of the scales."""
+        found: dict[str, Tensor] = {}
+        for name, shape in self.rounded_factors.items():
+            scale, integers = factors[f"{name}_scale"], factors[f"{name}_integers"]
+            count, length = self._groups(shape)
+            values = (integers if self.bits == 8 else _unpacked(integers)).to(scale.dtype)
+            if count == 1:
+                found[name] = (values * scale)[..., : shape[-1]]
+                continue
+            values = nn.functional.pad(values, (0, count * length - values.shape[-1]))
+            opened = values.unflatten(-1, (count, length)) * scale.unsqueeze(-1)
+            found[name] = opened.flatten(-2)[..., : shape[-1]].contiguous()
+        return found | {name: factors[name] for name in self.base.factor_specs() if name not in found}
+
+    def to_dense(self, factors: Factors) -> Tensor:
+        """The matrix of the rounded factors."""
+        return self.base.to_dense(self.opened(factors))
+
+    def matmul(self, x: Tensor, factors: Factors, algorithm: str = "") -> Tensor:
+        """The product of the other format, once its factors are in floating point."""
+        return self.base.matmul(x, self.opened(factors), algorithm)
+
+    def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module | None:
+        """The form of the other format, in floating point."""
+        return self.base.unrolled(self.opened(factors), sums)
+
+    def num_parameters(self, factors: Factors | None = None) -> int:
+        """The number of entries of the factors of the other format."""
+        return self.base.num_parameters(None if factors is None else self.opened(factors))
+
+    def multiplications(self, tokens: int = 1, factors: Factors | None = None) -> int:
+        """The multiplications of the other format."""
+        return self.base.multiplications(tokens, None if factors is None else self.opened(factors))
+
+    def scaled(self, factors: Factors, scale: float | Tensor) -> dict[str, Tensor]:
+        """Factors of ``scale * W``: the scales take all of it."""
+        powers = self.base.scale_exponents.items()
+        exponents = {f"{name}_scale" if name in self.rounded_factors else name: power for name, power in powers}
+        if not isinstance(scale, Tensor):
+            return {n: f * scale ** exponents[n] if n in exponents else f for n, f in factors.items()}
+        axes = {name: len(spec.shape) for name, spec in self.factor_specs().items()}
+        return {
+            n: f * scale.pow(exponents[n]).reshape(*scale.shape, *[1] * axes[n]) if n in exponents else f
+            for n, f in factors.items()
+        }
+
+    def _random_factors(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        return self.rounded(self.base._random_factors(generator))
+
+    def settings(self) -> str:
+        """The bits, and what is quantised."""
+        return f"int{self.bits}, {self.base.label} {self.base.settings()}".rstrip()
+
+    def to_json(self) -> dict[str, Any]:
+        """The format as JSON-compatible data, with the other format under ``"base"``."""
+        return {
+            "format": self.name,
+            "M": self.M,
+            "N": self.N,
+            "base": self.base.to_json(),
+            "bits": self.bits,
+            "group": self.group,
+        }
+
+
+def _rounded(values: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scales ``(...)`` and integers ``(..., length)`` of groups ``(..., length)``, of the best clip of each."""
+    most = 2 ** (bits - 1) - 1
+    largest = values.abs().amax(-1)
+    best = torch.full_like(largest, torch.inf)
+    scales, integers = torch.ones_like(largest).to(dtype), torch.zeros_like(values)
+    for clip in CLIPS:
+        scale = torch.where(largest > 0, largest * clip / most, 1.0).to(dtype)  # what is stored is what is used
+        wide = scale.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+        rounded = (values / wide).round().clamp(-most, most)
+        error = (rounded * wide - values).square().sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, scale, scales)
+        integers = torch.where(better.unsqueeze(-1), rounded, integers)
+    return scales, integers.to(torch.int8)
+
+
+def _packed(integers: Tensor) -> Tensor:
+    """Two numbers from -8 to 7 in each byte, the first one in the lower half."""
+    low, high = (integers[..., k::2] + 8 for k in (0, 1))
+    return low.to(torch.uint8) | (high.to(torch.uint8) << 4)
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """The numbers of ``_packed``."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.int8) - 8

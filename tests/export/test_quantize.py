@@ -1,0 +1,162 @@
+"""``quantize_``: integers in the layers, in the files, and after loading."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from conformance import CASES
+from small_networks import mlp
+from structmat import (
+    Blast,
+    GaudiGblr,
+    LowRank,
+    apply_plan_,
+    densify_,
+    load_model,
+    load_pretrained,
+    make_plan,
+    plan_of,
+    quantize_,
+    report,
+    save_model,
+)
+from structmat.cli import main
+from structmat.formats import FORMATS, Quantized, format_from_json
+from training import tiny
+
+BASES = {name: format for name, format in CASES.items() if format.name in FORMATS and not format.learns}
+
+
+def seed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, 5), (4, 0), (4, 4)])
+@pytest.mark.parametrize("case", BASES)
+def test_every_format(case: str, bits: int, group: int) -> None:
+    base = BASES[case]
+    factors = base.init(generator=seed())
+    format = Quantized(base.M, base.N, base, bits, group)
+    rounded = format.rounded(factors)
+    format.check_factors(rounded)
+    opened = format.opened(rounded)
+    for name in format.rounded_factors:  # each entry is within half a step, or cut off by a quarter at most
+        largest = factors[name].abs().max()
+        assert (opened[name] - factors[name]).abs().max() <= 0.26 * largest
+        assert (opened[name] - factors[name]).norm() <= (0.02 if bits == 8 else 0.3) * factors[name].norm()
+    assert format_from_json(format.to_json()) == format
+    assert not any(spec.trainable for spec in format.factor_specs().values())
+    x = torch.randn(3, base.N, generator=seed())
+    torch.testing.assert_close(format.matmul(x, rounded), x @ format.to_dense(rounded).mT, rtol=1e-4, atol=1e-5)
+    twice = format.to_dense(format.scaled(rounded, 2.0))
+    if base.scale_exponents:
+        torch.testing.assert_close(twice, 2 * format.to_dense(rounded))
+    fresh = format.init(generator=seed())
+    assert torch.equal(format.to_dense(fresh), format.to_dense(rounded))
+
+
+def test_integers_are_exact_where_the_values_are() -> None:
+    base = LowRank(16, 16, 4)
+    whole = {name: torch.randint(-7, 8, f.shape, generator=seed()).float() for name, f in base.init().items()}
+    for factor in whole.values():
+        factor[:, 0] = 7.0  # so that a step is 1
+    for bits in (4, 8):
+        format = Quantized(16, 16, base, bits)
+        opened = format.opened(format.rounded(whole))
+        for name, factor in whole.items():
+            torch.testing.assert_close(opened[name], factor, rtol=0, atol=7 / 127 if bits == 8 else 1e-6)
+
+
+def test_what_cannot_be_quantised() -> None:
+    with pytest.raises(ValueError, match=r"expected a base of shape \(8, 4\)"):
+        Quantized(8, 4, LowRank(4, 8, 2))
+    with pytest.raises(ValueError, match=r"with final factors in floating point, got GaudiGblr.*; harden_"):
+        Quantized(12, 12, GaudiGblr(12, 12, 12, 0.5))
+    with pytest.raises(ValueError, match="it is quantised already"):
+        Quantized(8, 8, Quantized(8, 8, LowRank(8, 8, 2)))
+    with pytest.raises(ValueError, match="bits"):
+        Quantized(8, 8, LowRank(8, 8, 2), 3)
+    with pytest.raises(ValueError, match="expected group of at least 0, got -1"):
+        Quantized(8, 8, LowRank(8, 8, 2), 8, -1)
+    with pytest.raises(ValueError, match="kind"):
+        quantize_(mlp(), "int2")
+    with pytest.raises(ValueError, match=r"expected names of layers that can be quantised, got \['9'\]; there are: 0"):
+        quantize_(mlp(), names=["9"])
+    with pytest.raises(ValueError, match=r"got none; there are: none"):
+        quantize_(nn.Sequential(nn.ReLU()))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_network_is_stored_in_integers_and_comes_back_equal(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 128)).eval()
+    apply_plan_(model, {"0": Blast(256, 256, (4, 4), 96)})
+    x = torch.randn(5, 256)
+    before = model(x)
+    save_model(model, tmp_path / "float.safetensors")
+    errors = quantize_(model, kind)
+    assert set(errors) == {"0", "2"}
+    assert all(1e-4 < error < (0.03 if kind == "int8" else 0.3) for error in errors.values())
+    assert (model(x) - before).norm() < 2 * max(errors.values()) * before.norm()
+    path = tmp_path / "integers.safetensors"
+    save_model(model, path)
+    share = path.stat().st_size / (tmp_path / "float.safetensors").stat().st_size
+    assert share < (0.29 if kind == "int8" else 0.2)
+    fresh = load_model(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 128)).eval(), path)
+    assert torch.equal(fresh(x), model(x))
+    assert plan_of(fresh) == plan_of(model)
+    with pytest.raises(ValueError, match="got none; there are: none"):
+        quantize_(model)
+    after = model(x)
+    torch.testing.assert_close(densify_(model)(x), after, rtol=1e-3, atol=1e-4)
+
+
+def test_balancing_hurts_less_than_rounding_alone() -> None:
+    base = LowRank(64, 64, 16)
+    factors = base.init(generator=seed())
+    factors["left"] = factors["left"] * torch.logspace(-2, 2, 16)  # one component outshines others in this factor
+    factors["right"] = factors["right"] / torch.logspace(-2, 2, 16)[:, None]
+    model = nn.Sequential(nn.Linear(64, 64))
+    apply_plan_(model, {"0": base}, factors={"0": factors})
+    dense = base.to_dense(factors)
+    alone = Quantized(64, 64, base)
+    unbalanced = (alone.to_dense(alone.rounded(factors)) - dense).norm() / dense.norm()
+    assert quantize_(model)["0"] < unbalanced / 10
+
+
+def test_models_of_transformers_load_as_usual(tmp_path: Path) -> None:
+    model = tiny.structured(tiny.llama()).eval()
+    quantize_(model)
+    tokens = torch.randint(3, 128, (2, 7))
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any(tensor.dtype == torch.int8 for tensor in stored.values())
+    loaded = load_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert loaded.get_input_embeddings().weight.dtype == torch.float32
+    half = load_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    torch.testing.assert_close(half(tokens).logits.float(), model(tokens).logits, rtol=0.1, atol=0.1)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.structured(tiny.llama())
+    model.save_pretrained(tmp_path / "small")
+    assert main(["quantize", str(tmp_path / "small"), "-o", str(tmp_path / "four"), "--to", "int4"]) == 0
+    assert "layers are in int4 now" in "".join(capsys.readouterr())
+    assert {format.name for format in plan_of(load_pretrained(tmp_path / "four")).values()} == {"quantized"}
+    assert main(["report", str(tmp_path / "four")]) == 0
+
+
+def test_tables_say_what_is_quantised() -> None:
+    base = LowRank(8, 8, 2)
+    format = Quantized(8, 8, base)
+    assert format.settings() == f"int8, {base.label} {base.settings()}"
+    assert (format.num_parameters(), format.multiplications(3)) == (base.num_parameters(), base.multiplications(3))
+    model = mlp().eval()
+    apply_plan_(model, make_plan(model, Blast, keep=0.6, blocks=2))
+    before = report(model).parameters
+    quantize_(model)
+    assert report(model).parameters == before
