@@ -38,9 +38,10 @@ MONARCH_BLOCKS = 4
 REFINEMENT = sm.Refinement()
 CALIBRATIONS = ("stories", "wikitext")
 
-PLAIN, AT_ONCE, IN_SEQUENCE, REFINED, ALLOCATED = "plain", "at once", "in sequence", "refined", "allocated"
-"""How a row uses data: not at all, statistics of the dense model, block by block (the default), with refinement, or in
-sequence with one budget for the whole network in place of a uniform keep."""
+PLAIN, AT_ONCE, IN_SEQUENCE, REFINED = "plain", "at once", "in sequence", "refined"
+ALLOCATED, TWO_SIDED, BOTH = "allocated", "two-sided", "allocated, two-sided"
+"""How a row uses data: not at all, statistics of the dense model, block by block (the default), with refinement, in
+sequence with one budget for the whole network in place of a uniform keep, or weighed by gradients, or both."""
 
 
 ROWS: dict[str, tuple[type[sm.Format], int | None, str]] = {
@@ -57,7 +58,9 @@ ROWS: dict[str, tuple[type[sm.Format], int | None, str]] = {
     "blast, activation-aware": (sm.Blast, BLOCKS, AT_ONCE),
     "blast, in sequence": (sm.Blast, BLOCKS, IN_SEQUENCE),
     "blast, refined": (sm.Blast, BLOCKS, REFINED),
+    "blast, two-sided": (sm.Blast, BLOCKS, TWO_SIDED),
     "blast, allocated": (sm.Blast, BLOCKS, ALLOCATED),
+    "blast, allocated, two-sided": (sm.Blast, BLOCKS, BOTH),
 }
 """What to compress with: structure, blocks, and how."""
 
@@ -114,14 +117,16 @@ class Bench:
         kind, blocks, how = ROWS[row]
         model = self.load()
         moments, spent = dense_moments(CALIBRATIONS.index(calibration), self) if how == AT_ONCE else (None, 0.0)
-        batches = self.batches(calibration) if how in (IN_SEQUENCE, REFINED, ALLOCATED) else None
+        batches = None if how in (PLAIN, AT_ONCE) else self.batches(calibration)
         start = time.perf_counter()
-        if how == ALLOCATED:
-            plan = sm.allocate(model, batches or [], keep=keep, structures=kind, blocks=blocks, layers=r".*_proj")
+        if how in (ALLOCATED, BOTH):
+            structures = (kind, sm.LowRank)
+            plan = sm.allocate(model, batches or [], keep=keep, structures=structures, blocks=blocks, layers=r".*_proj")
         else:
             plan = sm.make_plan(model, {r".*_proj": kind}, keep=keep, blocks=blocks)
         refine = REFINEMENT if how == REFINED else None
-        fits = sm.compress_(model, plan, calibration=moments, batches=batches, refine=refine)
+        weighed = how in (TWO_SIDED, BOTH)
+        fits = sm.compress_(model, plan, calibration=moments, batches=batches, refine=refine, two_sided=weighed)
         seconds = time.perf_counter() - start + spent
         score = self.score(model)
         kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import structmat
-from structmat import Blast, LowRank, Refinement, compress_, load_pretrained, plan_of
+from structmat import Blast, LowRank, Refinement, allocate, compress_, load_pretrained, plan_of
 from structmat.cli import compress as command
 from structmat.cli import main, models
 from structmat.cli.calibration import CalibrationOptions, read_calibration
@@ -42,6 +42,7 @@ def compress(folder: Path, out: Path, *words: str) -> int:
 
 def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10", "--batch-size", "4"]
+    words += ["--uniform"]
     assert compress(folder, tmp_path / "out", *words, "--refine", "--refine-steps", "3", "--refine-rate", "1e-2") == 0
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -77,9 +78,39 @@ def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys:
     assert tokenizer("w5 w7")["input_ids"] == [5, 7]
 
 
+def test_with_data_layers_share_the_budget(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10", "--batch-size", "4"]
+    assert compress(folder, tmp_path / "out", *words, "--two-sided") == 0
+    assert "layers share the budget by their effect on the output" in capsys.readouterr().err
+    found = plan_of(load_pretrained(tmp_path / "out"))
+
+    model = load_pretrained(folder / "dense")
+    uniform = PlanOptions(blocks="2", keep=0.6, layers=(".*q_proj", ".*up_proj")).plan_for(model)
+    rows = sorted(token_rows(tiny.tokenizer(), tiny.sentences(24), length=10, most=12), key=len)
+    batches = row_batches(tiny.tokenizer(), rows, 4)
+    costs = [sum(f.num_parameters() for f in uniform.values()), sum(f.M * f.N for f in uniform.values())]
+    plan = allocate(
+        model, batches, keep=costs[0] / costs[1], blocks=2, layers=[re.escape(name) for name in uniform], progress=False
+    )
+    compress_(model, plan, batches=batches, two_sided=True, progress=False)
+    assert found == plan_of(model)
+    state = load_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    record = json.loads((tmp_path / "out/structmat.json").read_text())
+    assert record["keep"] <= costs[0] / costs[1]
+
+
+def test_a_budget_below_every_size_is_the_same_for_all(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--calibrate", str(folder / "texts.txt"), "--samples", "8", "--length", "10", "--keep", "0.15"]
+    assert compress(folder, tmp_path / "out", *words) == 0
+    assert re.search(r"every layer keeps the same share: a budget of 0\.1\d+ leaves no choice", capsys.readouterr().err)
+
+
 def test_streaming_gives_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10", "--batch-size", "4"]
-    assert compress(folder, tmp_path / "one", *words) == 0
+    assert compress(folder, tmp_path / "one", *words, "--uniform") == 0
     assert compress(folder, tmp_path / "two", *words, "--stream") == 0
     one, two = load_pretrained(tmp_path / "one"), load_pretrained(tmp_path / "two")
     assert all(torch.equal(two.state_dict()[name], tensor) for name, tensor in one.state_dict().items())
@@ -314,6 +345,7 @@ def test_images(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (["--method", "best"], "expected --method to be one of 'default', 'published', got 'best'"),
         (["--refine"], "expected --calibrate with --refine, which tunes on data"),
+        (["--two-sided"], "expected --two-sided with --calibrate and without --stream"),
         (["--refine", "--refine-steps", "0"], "expected --refine-steps to be an integer of at least 1, got 0"),
         (["--calibrate", "x", "--samples", "0"], "expected --samples to be an integer of at least 1, got 0"),
         (["--calibrate", "x", "--batch-size", "0"], "expected --batch-size to be an integer of at least 1, got 0"),

@@ -126,8 +126,8 @@ def _shape_of_past(model: Any) -> list[tuple[int, int]]:
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
     kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-    plain = all(isinstance(k, Tensor) and isinstance(v, Tensor) and k.shape == v.shape for k, v in kept)
-    return [(keys.shape[1], keys.shape[3]) for keys, _ in kept] if plain else []
+    plain = [k for k, v in kept if isinstance(k, Tensor) and isinstance(v, Tensor) and k.shape == v.shape]
+    return [(keys.shape[1], keys.shape[3]) for keys in plain] if len(plain) == len(kept) else []
 
 
 def _of_generation(model: Any) -> Signature:
