@@ -216,7 +216,8 @@ def network() -> nn.Module:
 
 
 def same(got: Tensor, expected: Tensor) -> None:
-    assert torch.equal(got, expected), "the outputs changed without a word"
+    close = torch.allclose(got, expected, rtol=1e-5, atol=1e-6)  # where memory is aligned otherwise, rounding differs
+    assert close, "the outputs changed without a word"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def exists(dotted: str) -> bool:
         path += f".{part}"
         try:
             found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not (error.name or "structmat").startswith("structmat"):
+                return True  # it needs a package that is not installed
             return hasattr(torch.nn, dotted.removeprefix("nn."))
     return True
 

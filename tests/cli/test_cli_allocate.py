@@ -30,7 +30,7 @@ def test_the_plan_holds_the_budget_and_goes_to_compress(
     file = tmp_path / "plan.json"
     assert allocate(folder, file, "--keep", "0.7", "--cache", str(tmp_path / "fits")) == 0
     said = capsys.readouterr()
-    assert "measured with all layers together: KL divergence" in said.out
+    assert "predicted KL divergence" in said.out
     assert f"wrote {file}" in said.err
     plan = Plan.load(file)
     assert not any("lm_head" in name for name in plan)

@@ -335,6 +335,7 @@ def test_images(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert data.vectors(tiny.vit().config) == 6 * 5  # four patches and a class token
     assert data.vectors(object()) == 6 * 64
     words = ["--calibrate", str(pictures), "--samples", "9", "--format", "low_rank", "--refine", "--refine-steps", "2"]
+    words += ["--uniform"]
     assert main(["compress", str(tmp_path / "dense"), "-o", str(tmp_path / "out"), *words, "--batch-size", "3"]) == 0
     assert len(plan_of(load_pretrained(tmp_path / "out"))) == 12
     assert (tmp_path / "out/preprocessor_config.json").exists()
@@ -345,7 +346,7 @@ def test_images(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (["--method", "best"], "expected --method to be one of 'default', 'published', got 'best'"),
         (["--refine"], "expected --calibrate with --refine, which tunes on data"),
-        (["--two-sided"], "expected --two-sided with --calibrate and without --stream"),
+        (["--two-sided"], "expected --two-sided with --calibrate and without --stream: .*"),
         (["--refine", "--refine-steps", "0"], "expected --refine-steps to be an integer of at least 1, got 0"),
         (["--calibrate", "x", "--samples", "0"], "expected --samples to be an integer of at least 1, got 0"),
         (["--calibrate", "x", "--batch-size", "0"], "expected --batch-size to be an integer of at least 1, got 0"),

@@ -140,7 +140,8 @@ def test_a_model_that_transformers_does_not_know(tmp_path: Path, capsys: pytest.
 
 def test_settings_that_transformers_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.tokenizer().save_pretrained(folder)
-    words = ["retrain", str(folder), "-o", str(tmp_path / "out"), "--data", "x.txt", "--device", "cpu"]
+    (tmp_path / "x.txt").write_text("<|endoftext|>".join(tiny.sentences(24)), encoding="utf-8")
+    words = ["retrain", str(folder), "-o", str(tmp_path / "out"), "--data", str(tmp_path / "x.txt"), "--device", "cpu"]
     assert main([*words, "--set", "optim=newton"]) == 1
     assert (
         "structmat: expected options of the training, --set included, that transformers takes"

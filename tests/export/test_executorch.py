@@ -9,7 +9,8 @@ from torch import Tensor, nn
 pytest.importorskip("executorch.exir")
 runtime = pytest.importorskip("executorch.runtime")
 
-from export.networks import FINAL, Bank  # noqa: E402
+from export_networks import FINAL, Bank  # noqa: E402
+
 from structmat import Blast, Format, StructuredLinear  # noqa: E402
 from structmat.cli import main  # noqa: E402
 from structmat.export import ExportError, to_executorch  # noqa: E402

@@ -11,7 +11,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from export.networks import FEW, FINAL, Bank, Images  # noqa: E402
+from export_networks import FEW, FINAL, Bank, Images  # noqa: E402
+
 from small_networks import mlp, snapshot  # noqa: E402
 from structmat import Blast, Format, GaudiGblr, apply_plan_, harden_, load_pretrained, make_plan, tile_  # noqa: E402
 from structmat.cli import main  # noqa: E402

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import structmat as sm
 from structmat.fit import Lee2024Gblr
+from structmat.fit.metric import Metric
 from structmat.fit.published_gblr import PublishedGblr, longest_runs
 from structmat.fit.segments import Segments, best_segments, runs
 
@@ -72,23 +73,33 @@ def test_segments_keep_the_budget_and_use_it(seed: int, budget: int, near: float
         assert torch.equal(mask, expected & alive)
 
 
-def random_segments(metric: bool, seed: int = 0) -> Segments:
+def random_segments(sides: int, seed: int = 0) -> Segments:
     generator = seeded(seed)
     weights = torch.randn(2, 10, 12, generator=generator, dtype=torch.float64)
     samples = torch.randn(2, 12, 30, generator=generator, dtype=torch.float64)
-    moment = samples @ samples.mT / 30 if metric else None
+    gradients = torch.randn(2, 10, 30, generator=generator, dtype=torch.float64)
+    moments = [samples @ samples.mT / 30, gradients @ gradients.mT / 30 if sides == 2 else None]
+    moment = Metric(*moments) if sides else None
     out, inn = (runs(torch.randn(2, 5, n, generator=generator)) for n in (10, 12))
     left = torch.randn(2, 10, 5, generator=generator, dtype=torch.float64) * out.mT
     right = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64) * inn
     return Segments(weights, moment, left, right, out, inn)
 
 
+def sides_of(segments: Segments) -> tuple[Tensor, Tensor]:
+    """``G (2, 10, 10)`` and ``C (2, 12, 12)``."""
+    metric = segments.metric
+    G, C = (None, None) if metric is None else (metric.outputs, metric.inputs)
+    eyes = [torch.eye(n, dtype=torch.float64).expand(2, n, n) for n in (10, 12)]
+    return eyes[0] if G is None else G, eyes[1] if C is None else C
+
+
 def least_squares(segments: Segments, b: int, axis: int) -> Tensor:
     """The best contents on one axis with the other fixed, by one dense system over the entries inside."""
     mask = segments.out[b].mT if axis == 0 else segments.inn[b]
     W = segments.weights[b]
-    C = torch.eye(12, dtype=torch.float64) if segments.metric is None else segments.metric[b]
-    root = torch.linalg.cholesky(C)
+    G, C = sides_of(segments)
+    before, root = torch.linalg.cholesky(G[b]).mT, torch.linalg.cholesky(C[b])
     columns = []
     for i, j in mask.nonzero().tolist():
         if axis == 0:
@@ -96,16 +107,18 @@ def least_squares(segments: Segments, b: int, axis: int) -> Tensor:
             basis[i] = segments.right[b, j]
         else:
             basis = segments.left[b, :, i, None] * torch.eye(12, dtype=torch.float64)[j]
-        columns.append((basis @ root).flatten())
-    solution = torch.linalg.lstsq(torch.stack(columns, 1), (W @ root).flatten()[:, None], driver="gelsd").solution
+        columns.append((before @ basis @ root).flatten())
+    solution = torch.linalg.lstsq(
+        torch.stack(columns, 1), (before @ W @ root).flatten()[:, None], driver="gelsd"
+    ).solution
     best = torch.zeros(mask.shape, dtype=torch.float64)
     best[mask] = solution[:, 0]
     return best
 
 
-@pytest.mark.parametrize("metric", [False, True])
-def test_a_sweep_goes_to_the_least_squares_contents(metric: bool) -> None:
-    segments = random_segments(metric)
+@pytest.mark.parametrize("sides", [0, 1, 2])
+def test_a_sweep_goes_to_the_least_squares_contents(sides: int) -> None:
+    segments = random_segments(sides)
     expected = least_squares(segments, 1, 0)
     before = segments.errors()
     once = dataclasses.replace(segments)
@@ -119,22 +132,17 @@ def test_a_sweep_goes_to_the_least_squares_contents(metric: bool) -> None:
     assert (once.right[~segments.inn] == 0).all()
 
 
-@pytest.mark.parametrize("metric", [False, True])
-def test_errors_are_those_of_the_residual(metric: bool) -> None:
-    segments = random_segments(metric)
+@pytest.mark.parametrize("sides", [0, 1, 2])
+def test_errors_are_those_of_the_residual(sides: int) -> None:
+    segments = random_segments(sides)
     rest = segments.weights - segments.left @ segments.right
-    C = torch.eye(12).double().expand(2, 12, 12) if segments.metric is None else segments.metric
-    expected = [
-        (
-            torch.trace(rest[b] @ C[b] @ rest[b].T) / torch.trace(segments.weights[b] @ C[b] @ segments.weights[b].T)
-        ).sqrt()
-        for b in range(2)
-    ]
-    torch.testing.assert_close(segments.errors(), torch.stack(expected))
+    G, C = sides_of(segments)
+    energies = [(G @ matrix @ C @ matrix.mT).diagonal(dim1=1, dim2=2).sum(1) for matrix in (rest, segments.weights)]
+    torch.testing.assert_close(segments.errors(), (energies[0] / energies[1]).sqrt())
 
 
 def test_births_lower_the_error_within_the_budget() -> None:
-    segments = random_segments(False)
+    segments = random_segments(0)
     segments.out[:, 2:], segments.inn[:, 2:] = False, False
     segments.left, segments.right = segments.left * segments.out.mT, segments.right * segments.inn
     segments.sweep(1.0, 40)

@@ -81,7 +81,7 @@ class FitOptions(Options):
         typer.Option(
             "--uniform",
             help="Let every layer keep the same share; with --calibrate layers share the budget by what they "
-            "do to the output, unless there is a --plan, a --rule or --stream.",
+            "do to the output, unless there is a --plan, a --rule, --learn, --method or --stream.",
         ),
     ] = False
     two_sided: Annotated[
@@ -228,7 +228,8 @@ class Compression:
         """The plan in which layers share its budget by what they do to the output, where that is wanted."""
         before, after = weigh(made)
         keep = after / before if before else 1.0
-        if self.fit.uniform or self.fit.method != "default" or self.plan.plan is not None or self.plan.rules:
+        chosen_otherwise = self.fit.learn or self.fit.method != "default" or self.plan.plan is not None
+        if self.fit.uniform or chosen_otherwise or self.plan.rules:
             return made
         if not LEAST_SHARED <= keep < 1:
             say(f"every layer keeps the same share: a budget of {keep:.3f} leaves no choice")

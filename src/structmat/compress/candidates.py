@@ -107,7 +107,7 @@ def price_of(unit: Unit, dtype_bytes: int = 4) -> Callable[[Format], float]:
 
 
 def bytes_of(format: Format, dtype_bytes: int) -> float:
-    """The bytes that the factors of a format take in a network whose weights have numbers of so many."""
+    """The bytes that the factors of a format take, with ``dtype_bytes`` for each number of the layer's dtype."""
     specs = format.factor_specs().values()
     return sum(math.prod(spec.shape) * (dtype_bytes if spec.dtype is None else spec.dtype.itemsize) for spec in specs)
 
