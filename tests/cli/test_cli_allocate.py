@@ -52,11 +52,18 @@ def test_formats_layers_and_the_unit_are_chosen(folder: Path, tmp_path: Path) ->
     assert {type(format).__name__ for format in plan.values()} <= {"Monarch", "Dense"}
 
 
+def test_the_budget_can_be_seconds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unit = ["--unit", "seconds", "--tokens", "1", "--tokens", "64"]
+    assert allocate(folder, tmp_path / "plan.json", "--keep", "1", "--format", "low_rank", *unit) == 0  # so small
+    assert "seconds kept" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--effort", "much"], "expected --effort to be one of"),
-        (["--unit", "seconds"], "expected --unit to be one of"),
+        (["--unit", "hours"], "expected --unit to be one of"),
+        (["--unit", "seconds", "--tokens", "0"], "expected tokens to be"),
         (["--keep", "0.001"], "expected a budget of at least"),
         (["--layers", "nothing"], "expected --layers 'nothing' to pick"),
         (["--exclude", ".*"], "expected dense linear layers to compress, found none"),

@@ -7,6 +7,7 @@ from structmat.bench.autotune import Choice, Tuning, autotune_
 from structmat.bench.layers import bench_layers
 from structmat.bench.machine import Peak, hardware, measure_peak
 from structmat.bench.results import LayerBench, LayerTime
+from structmat.bench.seconds import Seconds
 from structmat.bench.timing import Timing, time_in_turn, time_side_by_side
 from structmat.bench.verify import IncorrectResultError, check_format
 
@@ -16,6 +17,7 @@ __all__ = [
     "LayerBench",
     "LayerTime",
     "Peak",
+    "Seconds",
     "Timing",
     "Tuning",
     "autotune_",

@@ -261,7 +261,7 @@ def autotune_(
             contents = layer.format.num_parameters(layer.factors)
             key = (layer.format, count, dtype, contents, next(iter(layer.factors.values())).device)
             if key not in measured:
-                measured[key] = _measure(layer, count, dtype, rounds)
+                measured[key] = measured_ways(layer, count, dtype, rounds)
             timed.append(_Timed(count, dtype, times, measured[key]))
         for name in names:
             choices += _chosen(name, layer, timed, allow_dense and "" not in names, "" not in names)
@@ -326,8 +326,18 @@ def _chosen(
 
 
 @torch.no_grad()
-def _measure(layer: StructuredModule, tokens: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Seconds of each way, each call on the next of several copies of the layer."""
+def measured_ways(layer: StructuredModule, tokens: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Time each way of multiplying, each call on the next of several copies of the layer.
+
+    Args:
+        layer: The layer.
+        tokens: The number of vectors.
+        dtype: The dtype of the product.
+        rounds: How often each way is timed.
+
+    Returns:
+        The seconds by way; ``DENSE`` is a dense product of the layer's shape.
+    """
     format = layer.format
     specs = format.factor_specs()
     factors = {n: f.detach().to(specs[n].dtype or dtype) for n, f in layer.factors.items()}

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from structmat import _checks
+from structmat.bench import Seconds
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationOptions
 from structmat.cli.compress import batches_of
@@ -32,6 +33,7 @@ class AllocationOptions(Options):
         layers: Patterns of the layers that share the budget; none for the usual ones.
         exclude: Patterns of the layers to leave alone.
         unit: What the budget counts.
+        tokens: The numbers of vectors of the products whose seconds are counted.
         whole: Whether the budget is for all of the model.
         effort: How much is fitted and measured.
         cache: The folder for finished fits; None for none.
@@ -53,9 +55,22 @@ class AllocationOptions(Options):
     ] = "16"
     layers: Layers = ()
     exclude: Exclude = ()
-    unit: Annotated[str, typer.Option(help=f"What the budget counts: {' or '.join(UNITS)}.", rich_help_panel=PANEL)] = (
-        "parameters"
-    )
+    unit: Annotated[
+        str,
+        typer.Option(
+            help=f"What the budget counts: {', '.join(UNITS)}, or seconds, as they are measured here.",
+            rich_help_panel=PANEL,
+        ),
+    ] = "parameters"
+    tokens: Annotated[
+        tuple[int, ...],
+        typer.Option(
+            "--tokens",
+            help="With --unit seconds, the numbers of tokens of the products, repeated for several: 1 for a step of a "
+            "generation, and the length of the prompt.",
+            rich_help_panel=PANEL,
+        ),
+    ] = (1,)
     whole: Annotated[
         bool,
         typer.Option("--whole", help="Let --keep be the share of all parameters of the model.", rich_help_panel=PANEL),
@@ -79,7 +94,7 @@ def allocate_plan(
     if calibration.calibrate is None:
         raise ValueError("expected --calibrate: what a layer does to the output is measured on data")
     _checks.one_of(options.effort, SAMPLES, "--effort")
-    _checks.one_of(options.unit, UNITS, "--unit")
+    _checks.one_of(options.unit, (*UNITS, "seconds"), "--unit")
     keep, blocks = _checks.fraction(options.keep, "--keep"), read_blocks(options.blocks)
     structures = [read_format(text, "--format") for text in options.format]
     layers = [checked_pattern(pattern, "--layers") for pattern in options.layers]
@@ -98,7 +113,9 @@ def allocate_plan(
         blocks=blocks,
         layers=layers,
         exclude=exclude,
-        unit=options.unit,
+        unit=Seconds(options.tokens, dtype=loaded.dtype, device=loaded.device)
+        if options.unit == "seconds"
+        else options.unit,
         whole=options.whole,
         effort=options.effort,
         cache=options.cache,

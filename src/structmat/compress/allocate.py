@@ -133,7 +133,7 @@ def allocate(
             embeddings and head; or for all, where the network is no chain of blocks.
         exclude: Selectors of layers to leave alone.
         unit: What the budget counts: ``"parameters"``, ``"multiplications"``, ``"bytes"``, or a function of a format,
-            such as the seconds that its product takes.
+            such as ``structmat.bench.Seconds(tokens=[1])`` for the time that a product takes here.
         whole: Whether the budget is for all parameters of the model, those of other layers being spent already.
         effort: ``"quick"``, ``"default"`` or ``"best"``: to how many layers and sizes structures are fitted.
         effect: What is measured at the output: see ``OutputEffect``.
@@ -172,7 +172,8 @@ def allocate(
     library = {name: candidates(formats[name], found.errors[name], price) for name in formats}
     dense = sum(one[-1].cost for one in library.values())
     search = Search(library, _budget(model, library, keep, dense, unit, whole), found.sensitivity)
-    return _allocation(search, search.best(), skipped, unit if isinstance(unit, str) else "cost", found.effect)
+    counted = unit if isinstance(unit, str) else getattr(unit, "__name__", "cost")
+    return _allocation(search, search.best(), skipped, counted, found.effect)
 
 
 def _selected(model: nn.Module, batch: Any, layers: Selector | Iterable[Selector] | None) -> list[Selector]:
@@ -197,8 +198,8 @@ def _budget(
     least = sum(min(one.cost for one in options) for options in library.values())
     if budget < least:
         raise ValueError(
-            f"expected a budget of at least {least:,.0f}, which the smallest sizes of all layers cost, got "
-            f"{budget:,.0f}; raise keep"
+            f"expected a budget of at least {least:,.6g}, which the smallest sizes of all layers cost, got "
+            f"{budget:,.6g}; raise keep"
         )
     return budget
 
