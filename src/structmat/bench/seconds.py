@@ -36,7 +36,7 @@ class Seconds:
         True
     """
 
-    __name__ = "seconds"
+    name = "seconds"
 
     def __init__(
         self,

@@ -172,7 +172,7 @@ def allocate(
     library = {name: candidates(formats[name], found.errors[name], price) for name in formats}
     dense = sum(one[-1].cost for one in library.values())
     search = Search(library, _budget(model, library, keep, dense, unit, whole), found.sensitivity)
-    counted = unit if isinstance(unit, str) else getattr(unit, "__name__", "cost")
+    counted = unit if isinstance(unit, str) else getattr(unit, "name", "cost")
     return _allocation(search, search.best(), skipped, counted, found.effect)
 
 
