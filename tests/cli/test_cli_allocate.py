@@ -52,6 +52,18 @@ def test_formats_layers_and_the_unit_are_chosen(folder: Path, tmp_path: Path) ->
     assert {type(format).__name__ for format in plan.values()} <= {"Monarch", "Dense"}
 
 
+def test_a_model_that_is_read_block_by_block_gets_the_same_plan(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert allocate(folder, one, "--keep", "0.6") == 0
+    assert allocate(folder, two, "--keep", "0.6", "--stream") == 0
+    assert dict(Plan.load(one)) == dict(Plan.load(two))
+    capsys.readouterr()
+    assert allocate(folder, two, "--stream", "--dtype", "float16") == 1
+    assert "expected neither --dtype nor --device with --stream" in capsys.readouterr().err
+
+
 def test_the_budget_can_be_seconds(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unit = ["--unit", "seconds", "--tokens", "1", "--tokens", "64"]
     assert allocate(folder, tmp_path / "plan.json", "--keep", "1", "--format", "low_rank", *unit) == 0  # so small

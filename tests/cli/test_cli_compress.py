@@ -110,8 +110,9 @@ def test_a_budget_below_every_size_is_the_same_for_all(
 
 def test_streaming_gives_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10", "--batch-size", "4"]
-    assert compress(folder, tmp_path / "one", *words, "--uniform") == 0
+    assert compress(folder, tmp_path / "one", *words) == 0
     assert compress(folder, tmp_path / "two", *words, "--stream") == 0
+    assert capsys.readouterr().err.count("layers share the budget by their effect on the output") == 2
     one, two = load_pretrained(tmp_path / "one"), load_pretrained(tmp_path / "two")
     assert all(torch.equal(two.state_dict()[name], tensor) for name, tensor in one.state_dict().items())
     records = [json.loads((tmp_path / name / "structmat.json").read_text()) for name in ("one", "two")]

@@ -12,13 +12,13 @@ from structmat import _checks
 from structmat.bench import Seconds
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationOptions
-from structmat.cli.compress import batches_of
+from structmat.cli.compress import batches_of, shared_budget
 from structmat.cli.formats import HINT, NAMES, read_blocks, read_format
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options
 from structmat.cli.selection import PANEL, Exclude, Layers, check_any, check_picks, checked_pattern, usual_pattern
 from structmat.cli.show import say
-from structmat.compress.allocate import SAMPLES, UNITS, allocate
+from structmat.compress.allocate import SAMPLES, UNITS, AllocationSettings
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class AllocationOptions(Options):
         whole: Whether the budget is for all of the model.
         effort: How much is fitted and measured.
         cache: The folder for finished fits; None for none.
+        stream: Whether one block at a time is in memory.
     """
 
     out: Annotated[Path, typer.Option("--out", "-o", help="The file for the plan, as JSON.")] = Path("plan.json")
@@ -85,6 +86,14 @@ class AllocationOptions(Options):
             rich_help_panel=PANEL,
         ),
     ] = None
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read the model from its files, one block at a time: for models larger than the memory.",
+            rich_help_panel=PANEL,
+        ),
+    ] = False
 
 
 def allocate_plan(
@@ -99,27 +108,25 @@ def allocate_plan(
     structures = [read_format(text, "--format") for text in options.format]
     layers = [checked_pattern(pattern, "--layers") for pattern in options.layers]
     exclude = [checked_pattern(pattern, "--exclude") for pattern in options.exclude]
-    loaded = models.load(model, placement)
+    if options.stream and placement != Placement():
+        raise ValueError("expected neither --dtype nor --device with --stream, which keeps the files' own and the CPU")
+    loaded = models.skeleton(model) if options.stream else models.load(model, placement)
     check_picks(loaded, {"--layers": layers, "--exclude": exclude})
     if not layers:
         layers, exclude = usual_pattern(loaded, exclude), []
     check_any(layers)
     batches = batches_of(calibration, models.processors(model), loaded.config)
-    plan = allocate(
-        loaded,
-        batches or [],
+    unit, device = options.unit, "cpu" if options.stream else loaded.device
+    settings = AllocationSettings(
         keep=keep,
         structures=structures,
         blocks=blocks,
-        layers=layers,
         exclude=exclude,
-        unit=Seconds(options.tokens, dtype=loaded.dtype, device=loaded.device)
-        if options.unit == "seconds"
-        else options.unit,
+        unit=Seconds(options.tokens, dtype=loaded.dtype, device=device) if unit == "seconds" else unit,
         whole=options.whole,
         effort=options.effort,
-        cache=options.cache,
     )
+    plan = shared_budget(model, None if options.stream else loaded, batches or [], settings, layers, options.cache)
     print(plan.why())
     plan.save(options.out)
     say(f"wrote {options.out}; structmat compress MODEL --plan {options.out} uses it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import time
@@ -24,7 +25,7 @@ from structmat.cli.plan import weigh
 from structmat.cli.results import budget_lines, held_out_of, measured_after, measured_before, result_lines, results
 from structmat.cli.selection import PlanOrFile
 from structmat.cli.show import say
-from structmat.compress.allocate import allocate
+from structmat.compress.allocate import Allocation, AllocationSettings, allocate
 from structmat.compress.api import compress_
 from structmat.compress.estimate import estimate
 from structmat.fit import Method, default_method
@@ -81,7 +82,7 @@ class FitOptions(Options):
         typer.Option(
             "--uniform",
             help="Let every layer keep the same share; with --calibrate layers share the budget by what they "
-            "do to the output, unless there is a --plan, a --rule, --learn, --method or --stream.",
+            "do to the output, unless there is a --plan, a --rule, --learn or --method.",
         ),
     ] = False
     two_sided: Annotated[
@@ -212,6 +213,7 @@ class Compression:
         }
         folder = output.new_folder()
         if self.fit.stream:
+            made = made if data is None else self._allocated(made, None, data, how["cache"])
             facts = streamed(self.model, skeleton, folder, made, how)
         else:
             loaded = models.load(self.model, self.placement)
@@ -235,15 +237,9 @@ class Compression:
             say(f"every layer keeps the same share: a budget of {keep:.3f} leaves no choice")
             return made
         chosen = read_format(self.plan.format, "--format")
-        plan = allocate(
-            model,
-            data.batches,
-            keep=keep,
-            structures=[chosen, "low_rank"] if chosen.format is Blast else chosen,
-            blocks=read_blocks(self.plan.blocks),
-            layers="|".join(re.escape(name) for name in made),
-            cache=cache,
-        )
+        structures = [chosen, "low_rank"] if chosen.format is Blast else chosen
+        settings = AllocationSettings(keep, structures, read_blocks(self.plan.blocks))
+        plan = shared_budget(self.model, model, data.batches, settings, [re.escape(name) for name in made], cache)
         dense = sum(not format.replaces for format in plan.values())
         say(f"layers share the budget by their effect on the output: {plan.kept:.3f} kept, {dense} layers stay dense")
         return Plan(dict(plan), made.skipped)
@@ -254,6 +250,29 @@ class Compression:
         passes = 3 * self.refinement.refine_steps / len(data.batches) if data and self.refinement.refine else 0.0
         expected = estimate(made, method=METHODS[self.fit.method], tokens=tokens, refined=passes, device=model.device)
         say(f"compressing takes about {expected} from the start")
+
+
+def shared_budget(
+    name: str, model: Any, batches: list[Any], settings: AllocationSettings, layers: list[str], cache: Path | None
+) -> Allocation:
+    """Share a budget among the layers of a model, which is in memory or read from its files block by block.
+
+    Args:
+        name: The model's folder, or its name on the Hub.
+        model: The model; None to read its files.
+        batches: The calibration data.
+        settings: How the budget is shared.
+        layers: Patterns of the layers that share it.
+        cache: The folder for finished fits; None for none.
+
+    Returns:
+        The plan.
+    """
+    if model is not None:
+        asked = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        return allocate(model, batches, layers=layers, cache=cache, **asked)
+    streamed = importlib.import_module("structmat.integrations.transformers.streamed_allocation")
+    return streamed.allocate_checkpoint(models.folder_of(name), batches, settings, layers=layers, cache=cache)
 
 
 def compress(

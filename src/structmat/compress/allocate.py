@@ -16,7 +16,7 @@ from structmat.compress.candidates import Candidate, Unit, candidates, considere
 from structmat.compress.effects import Effect
 from structmat.compress.search import Picks, Search
 from structmat.compress.store import FitStore
-from structmat.compress.survey import Survey
+from structmat.compress.survey import Network, Survey, WholeNetwork
 from structmat.compress.tasks import MethodChoice
 from structmat.fit import Fit
 from structmat.network.calls import device_of, evaluating, moved, undisturbed
@@ -96,6 +96,50 @@ class Allocation(Plan):
         return () if fits is None else (f"{self._effect(name, fits):.3g}",)
 
 
+@dataclass(frozen=True)
+class AllocationSettings:
+    """How a budget is shared; see ``allocate`` for what each setting means.
+
+    Attributes:
+        keep: The share of the cost that is kept.
+        structures: What layers may become beside dense.
+        blocks: The block counts of structures that have them.
+        exclude: Selectors of layers to leave alone.
+        unit: What the budget counts.
+        whole: Whether the budget is for all parameters of the model.
+        effort: To how many layers and sizes structures are fitted.
+        effect: What is measured at the output.
+        method: The method of the fits.
+        seed: The seed of the labels that are drawn from the network.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If the effort is unknown or the share is none.
+    """
+
+    keep: float = 0.5
+    structures: FormatChoice | Sequence[FormatChoice] = ("blast", "low_rank")
+    blocks: int | tuple[int, int] | None = 16
+    exclude: Selector | Iterable[Selector] = ()
+    unit: Unit = "parameters"
+    whole: bool = False
+    effort: str = "default"
+    effect: Effect = "auto"
+    method: MethodChoice = None
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _checks.one_of(self.effort, SAMPLES, "effort")
+        _checks.fraction(self.keep, "keep")
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The structures as rules."""
+        chosen = self.structures
+        return [as_rule(one) for one in ([chosen] if isinstance(chosen, (str, type, Rule)) else chosen)]
+
+
 def allocate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -156,45 +200,88 @@ def allocate(
         >>> plan.kept <= 0.5
         True
     """
-    _checks.one_of(effort, SAMPLES, "effort")
-    _checks.fraction(keep, "keep")
+    settings = AllocationSettings(
+        keep, structures, blocks, exclude, unit, whole, effort, effect, method, seed, progress
+    )
+    given = some_batches(batches)
+    store = None if cache is None else FitStore(cache)
+    with undisturbed(), evaluating(model):
+        names = {name: site.names for name, site in find_sites(model).items() if not site.problem}
+        chain = None if layers is not None else find_chain(model, names, moved(given[0], device_of(model)))
+        chosen = selectors(layers, () if chain is None else chain.names)
+        return allocated(WholeNetwork(model, given, store), chosen, settings, store)
+
+
+def some_batches(batches: Iterable[Any]) -> list[Any]:
+    """The batches as a list.
+
+    Args:
+        batches: The calibration data.
+
+    Returns:
+        The list.
+
+    Raises:
+        ValueError: If there are none.
+    """
     given = list(batches)
     if not given:
         raise ValueError("expected at least one batch of calibration data, got none")
-    with undisturbed(), evaluating(model):
-        wanted = _selected(model, given[0], layers)
-        rules = [as_rule(one) for one in ([structures] if isinstance(structures, (str, type, Rule)) else structures)]
-        sizes, skipped = considered(model, rules, wanted, blocks=blocks, exclude=exclude)
-        survey = Survey(model, given, sizes, method, effect, seed, None if cache is None else FitStore(cache))
-        found = survey.run(SAMPLES[effort], each=effort == "best", progress=progress)
+    return given
+
+
+def selectors(layers: Selector | Iterable[Selector] | None, blocks: Sequence[str]) -> list[Selector]:
+    """The selectors of the layers that share the budget.
+
+    Args:
+        layers: The caller's choice; None for the layers in the blocks of the network.
+        blocks: The names of the blocks; none where the network is no chain of blocks, so that all layers are meant.
+
+    Returns:
+        The selectors.
+    """
+    if layers is not None:
+        return [layers] if isinstance(layers, (str, type)) else list(layers)
+    return [rf"(?:{'|'.join(map(re.escape, blocks))})\..*"] if blocks else [".*"]
+
+
+def allocated(
+    network: Network, layers: Sequence[Selector], settings: AllocationSettings, store: FitStore | None
+) -> Allocation:
+    """Survey a network and share its budget.
+
+    Args:
+        network: The network, in evaluation mode.
+        layers: The selectors of the layers that share the budget.
+        settings: How it is shared.
+        store: Where fits and findings are kept; None for nowhere.
+
+    Returns:
+        The plan.
+    """
+    model, unit = network.model, settings.unit
+    sizes, skipped = considered(model, settings.rules, layers, blocks=settings.blocks, exclude=settings.exclude)
+    survey = Survey(network, sizes, settings.method, settings.effect, settings.seed, store)
+    found = survey.run(SAMPLES[settings.effort], each=settings.effort == "best", progress=settings.progress)
     price = price_of(unit, next((one.element_size() for one in model.parameters()), 4))
     formats = {name: [format for one in sizes for format in one.get(name, [])] for name in found.sensitivity}
     library = {name: candidates(formats[name], found.errors[name], price) for name in formats}
     dense = sum(one[-1].cost for one in library.values())
-    search = Search(library, _budget(model, library, keep, dense, unit, whole), found.sensitivity)
+    search = Search(library, _budget(model, library, settings, dense), found.sensitivity)
     counted = unit if isinstance(unit, str) else getattr(unit, "name", "cost")
     return _allocation(search, search.best(), skipped, counted, found.effect)
 
 
-def _selected(model: nn.Module, batch: Any, layers: Selector | Iterable[Selector] | None) -> list[Selector]:
-    """The selectors of the layers that share the budget."""
-    if layers is not None:
-        return [layers] if isinstance(layers, (str, type)) else list(layers)
-    names = {name: site.names for name, site in find_sites(model).items() if not site.problem}
-    chain = find_chain(model, names, moved(batch, device_of(model)))
-    return [".*"] if chain is None else [rf"(?:{'|'.join(map(re.escape, chain.names))})\..*"]
-
-
 def _budget(
-    model: nn.Module, library: Mapping[str, Sequence[Candidate]], keep: float, dense: float, unit: Unit, whole: bool
+    model: nn.Module, library: Mapping[str, Sequence[Candidate]], settings: AllocationSettings, dense: float
 ) -> float:
     """The cost that all layers together may have."""
-    budget = keep * dense * (1 + 1e-12)
-    if whole:
-        if unit != "parameters":
-            raise ValueError(f"expected the unit 'parameters' for a budget of the whole model, got {unit!r}")
+    budget = settings.keep * dense * (1 + 1e-12)
+    if settings.whole:
+        if settings.unit != "parameters":
+            raise ValueError(f"expected the unit 'parameters' for a budget of the whole model, got {settings.unit!r}")
         total = sum(parameter.numel() for parameter in model.parameters())
-        budget = keep * total - (total - dense)
+        budget = settings.keep * total - (total - dense)
     least = sum(min(one.cost for one in options) for options in library.values())
     if budget < least:
         raise ValueError(

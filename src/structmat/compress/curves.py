@@ -51,8 +51,8 @@ class Curves:
     SmolLM2-135M such ratios are within 20 % of fitted ones.
 
     Attributes:
-        sites: The layers by name.
-        spectra: Their spectra; those of layers that stand for others have moments.
+        sites: The layers that stand for others, by name.
+        spectra: The spectra of all layers; those of layers that stand for others have moments.
         gradients: The second moments of the gradients at the outputs.
         standing: The layer that stands for each.
         method: The method of the fits.

@@ -6,7 +6,6 @@ loss by about ``tr(G E C E^T) / 2`` for each token (K-FAC, Martens & Grosse 2015
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from structmat.compress.states import count_tokens
 from structmat.compress.store import FitStore
 from structmat.network.calls import call, device_of, evaluating, moved, same_draws, undisturbed
 from structmat.network.capture import capturing_gradients
-from structmat.network.masks import BatchMasks, find_masks
+from structmat.network.masks import find_masks
 from structmat.network.sites import Site
 
 VECTORS = 8192
@@ -111,41 +110,58 @@ def some_of(batches: Sequence[Any], vectors: int) -> list[Any]:
 def _gathered(
     model: nn.Module, batches: Sequence[Any], sites: Mapping[str, Site], effect: Effect, seed: int, progress: bool
 ) -> dict[str, Tensor]:
-    """The sums over all batches, as moments."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    """The moments of all batches, as tensors to keep."""
+    sums = GradientSums()
     bar = progress_bar(desc="gradients", unit="batch", total=len(batches), show=progress)
-    with undisturbed(), evaluating(model), _frozen(model), bar:
+    with undisturbed(), evaluating(model), frozen(model), bar:
         output = OutputEffect(model, batches, effect, references=False)
         masks = find_masks(model, batches, {name: site.module for name, site in sites.items()}, {})
-        outputs = 0
         for i, batch in enumerate(batches):
-            draw = functools.partial(_loss, model, batch, output, i, seed)
-            outputs += _add_batch(sites, masks[i], draw, sums, counts)
+            with torch.enable_grad(), capturing_gradients(sites, masks[i].counted) as captured:
+                loss, outputs = _loss(model, batch, output, i, seed)
+                loss.backward()
+            sums.add(captured, outputs)
             bar.update()
+    gradients = sums.gradients(output.name)
     found = {"effect": torch.tensor(NAMES.index(output.name))}
-    for name, total in sums.items():
-        moment = total / counts[name]
-        moment.diagonal().add_(RIDGE * moment.diagonal().mean())
-        if bool(moment.any()):
-            found[f"{name}.moment"] = moment.float()
-            found[f"{name}.vectors"] = torch.tensor(counts[name] / max(outputs, 1), dtype=torch.float64)
+    found |= {f"{name}.moment": moment for name, moment in gradients.moments.items()}
+    for name, vectors in gradients.vectors.items():
+        found[f"{name}.vectors"] = torch.tensor(vectors, dtype=torch.float64)
     return found
 
 
-def _add_batch(
-    sites: Mapping[str, Site], masks: BatchMasks, draw: Any, sums: dict[str, Tensor], counts: dict[str, int]
-) -> int:
-    """Add the gradients of one batch to the sums; return how many vectors of the output count."""
-    with torch.enable_grad(), capturing_gradients(sites, masks.counted) as captured:
-        loss, outputs = draw()
-        loss.backward()
-    for name, parts in captured.items():
-        vectors = _clipped(torch.cat(parts).float())
-        counts[name] = counts.get(name, 0) + len(vectors)
-        new = (vectors.mT @ vectors).double()
-        sums[name] = sums[name].add_(new) if name in sums else new
-    return outputs
+class GradientSums:
+    """The sums of the outer products of gradients at the outputs of layers."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._outputs = 0
+
+    def add(self, captured: Mapping[str, Sequence[Tensor]], outputs: int = 0) -> None:
+        """Add the gradients of one batch.
+
+        Args:
+            captured: The gradients ``(T, M)`` at each call of each layer, by name.
+            outputs: How many vectors of the network's output count in the batch.
+        """
+        self._outputs += outputs
+        for name, parts in captured.items():
+            vectors = _clipped(torch.cat([*parts]).float())
+            self._counts[name] = self._counts.get(name, 0) + len(vectors)
+            new = (vectors.mT @ vectors).double()
+            self._sums[name] = self._sums[name].add_(new) if name in self._sums else new
+
+    def gradients(self, effect: str) -> Gradients:
+        """The moments of what was added, with a ridge, and float32; layers that no gradient reached are missing."""
+        moments: dict[str, Tensor] = {}
+        for name, total in self._sums.items():
+            moment = total / self._counts[name]
+            moment.diagonal().add_(RIDGE * moment.diagonal().mean())
+            if bool(moment.any()):
+                moments[name] = moment.float()
+        vectors = {name: self._counts[name] / max(self._outputs, 1) for name in moments}
+        return Gradients(moments, vectors, effect)
 
 
 def _loss(model: nn.Module, batch: Any, output: OutputEffect, i: int, seed: int) -> tuple[Tensor, int]:
@@ -153,6 +169,22 @@ def _loss(model: nn.Module, batch: Any, output: OutputEffect, i: int, seed: int)
     device = device_of(model)
     with same_draws(i, device):
         returned = call(model, moved(batch, device))
+    return loss_of(batch, returned, output, i, seed)
+
+
+def loss_of(batch: Any, returned: Any, output: OutputEffect, i: int, seed: int) -> tuple[Tensor, int]:
+    """The loss whose gradients have the curvature of an effect as their second moment.
+
+    Args:
+        batch: The inputs of the call.
+        returned: What the network returned for them.
+        output: What is measured.
+        i: The batch's number.
+        seed: The seed of the labels that are drawn from the network.
+
+    Returns:
+        The sum of the batch's losses, and how many vectors of the output count.
+    """
     vectors = output.vectors(batch, returned, i)
     generator = torch.Generator().manual_seed(seed + i)
     if output.function is not None:
@@ -178,8 +210,8 @@ def _clipped(vectors: Tensor) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """The network without gradients of its parameters, while the context is entered; then as before."""
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of a network have gradients, while the context is entered; then they are as before."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:

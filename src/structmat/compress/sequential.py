@@ -24,8 +24,8 @@ FORWARD_COST = 4
 """About how many forward passes of a block its calibration takes: one dense, and parts of four compressed."""
 
 
-class BlockSource(Protocol):
-    """Where the blocks of a network are, and what becomes of them once they are compressed."""
+class BlockReader(Protocol):
+    """Where the blocks of a network are."""
 
     @property
     def chain(self) -> Chain | None:
@@ -39,6 +39,10 @@ class BlockSource(Protocol):
     def block(self, name: str) -> AbstractContextManager[nn.Module]:
         """Hold a dense block with its weights in memory, while the context is entered."""
         ...
+
+
+class BlockSource(BlockReader, Protocol):
+    """Where the blocks of a network are, and what becomes of them once they are compressed."""
 
     def finish(self, name: str, compressed: nn.Module, fits: dict[str, Fit]) -> dict[str, Fit]:
         """Take over a compressed block with the fits of its layers by full name; return what to keep of the fits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from structmat import _checks
 from structmat.compress.curves import Curves, curve_method, stand_ins
 from structmat.compress.effects import NAMES, Effect
-from structmat.compress.gradients import gradient_moments, some_of, tensors_in
-from structmat.compress.spectra import find_spectra
+from structmat.compress.gradients import Gradients, gradient_moments, some_of, tensors_in
+from structmat.compress.spectra import Spectrum, find_spectra
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import MethodChoice, WorkList, method_for
 from structmat.formats import Format
@@ -21,6 +21,88 @@ from structmat.network.sites import Site
 
 VECTORS = 32768
 """About how many tokens (or examples) the second moments of inputs are gathered on, in whole batches."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What data says of layers.
+
+    Attributes:
+        gradients: The second moments of the gradients at the outputs.
+        spectra: The spectra by name; those of layers that stand for others have moments of the inputs.
+        standing: The layers that stand for others, with their weights in memory, by name.
+    """
+
+    gradients: Gradients
+    spectra: Mapping[str, Spectrum]
+    standing: Mapping[str, Site]
+
+
+class Network(Protocol):
+    """The network that is surveyed, with its calibration data."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The dense network."""
+        ...
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The calibration data."""
+        ...
+
+    def key(self) -> str:
+        """The hash of the weights and the data."""
+        ...
+
+    def statistics(
+        self, sites: Mapping[str, Site], standing: frozenset[str], effect: Effect, seed: int, *, progress: bool
+    ) -> Statistics:
+        """Gather what the data says of layers.
+
+        Args:
+            sites: The layers by name.
+            standing: The names of the layers that stand for others.
+            effect: What is measured at the output.
+            seed: The seed of the labels that are drawn from the network.
+            progress: Whether to show progress bars.
+
+        Returns:
+            The statistics.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WholeNetwork:
+    """A network that is in memory as a whole.
+
+    Attributes:
+        model: The dense network.
+        batches: The calibration data.
+        store: Where the gradients' moments are kept; None for nowhere.
+    """
+
+    model: nn.Module
+    batches: Sequence[Any]
+    store: FitStore | None = None
+
+    def key(self) -> str:
+        """The hash of the weights and the data."""
+        return FitStore.digest("", *tensors_in(self.batches), *self.model.state_dict().values())
+
+    def statistics(
+        self, sites: Mapping[str, Site], standing: frozenset[str], effect: Effect, seed: int, *, progress: bool
+    ) -> Statistics:
+        """Gather them in a few calls for all layers at once."""
+        for name, site in sites.items():
+            _checks.matrix(site.matrix, (site.matrix.shape[0], site.matrix.shape[1]), f"the weight of layer {name!r}")
+        gradients = gradient_moments(
+            self.model, self.batches, sites, effect=effect, store=self.store, seed=seed, progress=progress
+        )
+        data = some_of(self.batches, VECTORS)
+        spectra = find_spectra(self.model, data, sites, gradients, standing, progress=progress)
+        return Statistics(gradients, spectra, {name: sites[name] for name in standing})
 
 
 @dataclass(frozen=True)
@@ -43,8 +125,7 @@ class Survey:
     """What is to be found out.
 
     Attributes:
-        model: The dense network.
-        batches: The calibration data.
+        network: The dense network, with the calibration data.
         sizes: The formats of each structure that each layer could have.
         method: The method of the fits.
         effect: What is measured at the output.
@@ -52,8 +133,7 @@ class Survey:
         store: Where fits and findings are kept; None for nowhere.
     """
 
-    model: nn.Module
-    batches: Sequence[Any]
+    network: Network
     sizes: Sequence[Mapping[str, list[Format]]]
     method: MethodChoice
     effect: Effect
@@ -85,12 +165,9 @@ class Survey:
         )
 
     def _sites(self) -> dict[str, Site]:
-        """The layers for which there is a choice; their weights are checked."""
+        """The layers for which there is a choice."""
         formats = {name: formats[0] for one in self.sizes for name, formats in one.items()}
-        sites = WorkList.of(self.model, formats, None).sites
-        for name, site in sites.items():
-            _checks.matrix(site.matrix, formats[name].shape, f"the weight of layer {name!r}")
-        return dict(sites)
+        return dict(WorkList.of(self.network.model, formats, None).sites)
 
     def _key(self, settings: str) -> str | None:
         """The hash of everything that the findings depend on; None where it cannot be told."""
@@ -99,28 +176,18 @@ class Survey:
         formats = [(name, format) for one in self.sizes for name, own in one.items() for format in own]
         methods = [repr(method_for(format, self.method or curve_method)) for _, format in formats]
         text = f"survey|{settings}|{self.effect}|{self.seed}|{formats}|{methods}"
-        return FitStore.digest(text, *tensors_in(self.batches), *self.model.state_dict().values())
+        return FitStore.digest(f"{text}|{self.network.key()}")
 
     def _found(self, sites: Mapping[str, Site], samples: int, each: bool, progress: bool) -> dict[str, Tensor]:
-        gradients = gradient_moments(
-            self.model,
-            self.batches,
-            sites,
-            effect=self.effect,
-            store=self.store,
-            seed=self.seed,
-            progress=progress,
-        )
         standing = stand_ins(sites, each)
-        data = some_of(self.batches, VECTORS)
         wanted = frozenset(standing.values())
-        spectra = find_spectra(self.model, data, sites, gradients, wanted, progress=progress)
-        curves = Curves(sites, spectra, gradients.moments, standing, self.method, self.store)
+        seen = self.network.statistics(sites, wanted, self.effect, self.seed, progress=progress)
+        curves = Curves(seen.standing, seen.spectra, seen.gradients.moments, standing, self.method, self.store)
         errors = curves.errors(self.sizes, samples, progress)
-        found = {"effect": torch.tensor(NAMES.index(gradients.effect))}
-        for name, one in spectra.items():
+        found = {"effect": torch.tensor(NAMES.index(seen.gradients.effect))}
+        for name, one in seen.spectra.items():
             own = [error for structure in errors for error in structure.get(name, [])]
             found[f"{name}.errors"] = torch.tensor(own, dtype=torch.float64)
-            effect = 0.5 * gradients.vectors.get(name, 0.0) * one.energy
+            effect = 0.5 * seen.gradients.vectors.get(name, 0.0) * one.energy
             found[f"{name}.sensitivity"] = torch.tensor(effect, dtype=torch.float64)
         return found

@@ -148,14 +148,13 @@ def _remove(partial: Path) -> None:
     partial.rmdir()
 
 
-class OnDisk:
-    """The blocks of a checkpoint: each is read when its turn comes, and written when it is compressed.
+class DiskBlocks:
+    """The blocks of a checkpoint: each is read when its turn comes.
 
     Args:
         model: The model on the meta device; what lies outside its blocks gets its values here.
         work: The work list.
         files: The dense checkpoint.
-        output: The new one.
         batch: The inputs of a call, in which the blocks are to be a chain; None where the model is not called.
 
     Attributes:
@@ -165,10 +164,8 @@ class OnDisk:
         ValueError: If a planned layer lies outside the blocks, or these are no chain.
     """
 
-    def __init__(
-        self, model: Any, work: WorkList, files: CheckpointReader, output: CheckpointWriter, batch: Any = None
-    ) -> None:
-        self.model, self.work, self.files, self.output = model, work, files, output
+    def __init__(self, model: Any, work: WorkList, files: CheckpointReader, batch: Any = None) -> None:
+        self.model, self.work, self.files = model, work, files
         planned = {name: site.names for name, site in work.sites.items()}
         self.chain = Chain(tuple(list_of_blocks(model, planned)), False, ())
         if any(self.chain.outside(list(planned))):
@@ -235,6 +232,24 @@ class OnDisk:
         tensors = self.files.read(dict.fromkeys(stored.values()))
         block.load_state_dict({own: tensors[at] for own, at in stored.items() if at in tensors}, assign=True)
         return block
+
+
+class OnDisk(DiskBlocks):
+    """The blocks of a checkpoint that is compressed: each is written when that is done.
+
+    Args:
+        model: The model on the meta device, as for ``DiskBlocks``.
+        work: The work list.
+        files: The dense checkpoint.
+        output: The new one.
+        batch: The inputs of a call; None where the model is not called.
+    """
+
+    def __init__(
+        self, model: Any, work: WorkList, files: CheckpointReader, output: CheckpointWriter, batch: Any = None
+    ) -> None:
+        super().__init__(model, work, files, batch)
+        self.output = output
 
     def finish(self, name: str, compressed: nn.Module, fits: dict[str, Fit]) -> dict[str, Fit]:
         """Write a compressed block; the factors of the fits that are returned are on the meta device."""
