@@ -107,7 +107,7 @@ class AllocationSettings:
         exclude: Selectors of layers to leave alone.
         unit: What the budget counts.
         whole: Whether the budget is for all parameters of the model.
-        effort: To how many layers and sizes structures are fitted.
+        effort: The number of layers and sizes to which structures are fitted, as a word.
         effect: What is measured at the output.
         method: The method of the fits.
         seed: The seed of the labels that are drawn from the network.
