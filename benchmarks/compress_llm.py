@@ -32,6 +32,9 @@ from structmat.evaluate import perplexity
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "compress_llm"
+FITS = Path("structmat-bench") / "compress_llm"
+"""Where the finished fits of a cell are kept until it is done."""
+
 KEEPS = (0.9, 0.8, 0.65, 0.5)
 BLOCKS = 16
 MONARCH_BLOCKS = 4
@@ -39,9 +42,10 @@ REFINEMENT = sm.Refinement()
 CALIBRATIONS = ("stories", "wikitext")
 
 PLAIN, AT_ONCE, IN_SEQUENCE, REFINED = "plain", "at once", "in sequence", "refined"
-ALLOCATED, TWO_SIDED, BOTH = "allocated", "two-sided", "allocated, two-sided"
+ALLOCATED, TWO_SIDED, BOTH, ALL = "allocated", "two-sided", "allocated, two-sided", "allocated, two-sided, refined"
 """How a row uses data: not at all, statistics of the dense model, block by block (the default), with refinement, in
-sequence with one budget for the whole network in place of a uniform keep, or weighed by gradients, or both."""
+sequence with one budget for the whole network in place of a uniform keep, or weighed by gradients, or both, or with
+refinement too."""
 
 
 ROWS: dict[str, tuple[type[sm.Format], int | None, str]] = {
@@ -60,7 +64,9 @@ ROWS: dict[str, tuple[type[sm.Format], int | None, str]] = {
     "blast, refined": (sm.Blast, BLOCKS, REFINED),
     "blast, two-sided": (sm.Blast, BLOCKS, TWO_SIDED),
     "blast, allocated": (sm.Blast, BLOCKS, ALLOCATED),
+    "blast alone, allocated, two-sided": (sm.Blast, BLOCKS, BOTH),
     "blast, allocated, two-sided": (sm.Blast, BLOCKS, BOTH),
+    "blast, allocated, two-sided, refined": (sm.Blast, BLOCKS, ALL),
 }
 """What to compress with: structure, blocks, and how."""
 
@@ -119,14 +125,17 @@ class Bench:
         moments, spent = dense_moments(CALIBRATIONS.index(calibration), self) if how == AT_ONCE else (None, 0.0)
         batches = None if how in (PLAIN, AT_ONCE) else self.batches(calibration)
         start = time.perf_counter()
-        if how in (ALLOCATED, BOTH):
-            structures = (kind, sm.LowRank)
-            plan = sm.allocate(model, batches or [], keep=keep, structures=structures, blocks=blocks, layers=r".*_proj")
+        cache = None if how in (PLAIN, AT_ONCE) else FITS / path_of(row, keep, calibration).stem
+        if how in (ALLOCATED, BOTH, ALL):
+            structures = kind if "alone" in row else (kind, sm.LowRank)
+            shared = {"structures": structures, "blocks": blocks, "layers": r".*_proj", "cache": cache}
+            plan = sm.allocate(model, batches or [], keep=keep, **shared)
         else:
             plan = sm.make_plan(model, {r".*_proj": kind}, keep=keep, blocks=blocks)
-        refine = REFINEMENT if how == REFINED else None
-        weighed = how in (TWO_SIDED, BOTH)
-        fits = sm.compress_(model, plan, calibration=moments, batches=batches, refine=refine, two_sided=weighed)
+        allocated = time.perf_counter()
+        refine = REFINEMENT if how in (REFINED, ALL) else None
+        weighed = {"two_sided": how in (TWO_SIDED, BOTH, ALL), "cache": cache}
+        fits = sm.compress_(model, plan, calibration=moments, batches=batches, refine=refine, **weighed)
         seconds = time.perf_counter() - start + spent
         score = self.score(model)
         kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
@@ -137,6 +146,8 @@ class Bench:
             "blocks": blocks,
             "kept": kept,
             "seconds": seconds,
+            "allocating": allocated - start,
+            "formats": {name: str(format) for name, format in plan.items()},
             "perplexity": score["token"],
             "word_perplexity": score["word"],
             "ln": math.log(score["token"] / self.dense["token"]),
@@ -176,8 +187,9 @@ def table(dense: dict[str, float]) -> str:
         "brackets ln(perplexity / dense). BLAST has 16 x 16 blocks, Monarch 4 x 4. *Activation-aware* and *whitened*: "
         "statistics of the dense model, all at once. *In sequence*: block by block on what the compressed blocks give, "
         "the default with data. *Refined*: `--refine`. *Allocated*: in sequence, the same share of all parameters "
-        "spread over the layers by `allocate`, in place of the same keep in each (each cell's JSON has its hardware). "
-        "No row is retrained.",
+        "spread over the layers by `allocate`, in place of the same keep in each, and layers may be low-rank too unless "
+        "the row says *alone*. *Two-sided*: errors are weighed by gradients too. Each cell's JSON has its hardware. No "
+        "row is retrained.",
     ]
     for calibration, title in (("stories", "1,500 stories"), ("wikitext", "WikiText-2, as many tokens")):
         lines += ["", f"## Calibrated on {title}", "", "| structure | " + " | ".join(f"keep {k}" for k in KEEPS) + " |"]
