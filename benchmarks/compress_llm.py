@@ -187,7 +187,7 @@ def table(dense: dict[str, float]) -> str:
         "brackets ln(perplexity / dense). BLAST has 16 x 16 blocks, Monarch 4 x 4. *Activation-aware* and *whitened*: "
         "statistics of the dense model, all at once. *In sequence*: block by block on what the compressed blocks give, "
         "the default with data. *Refined*: `--refine`. *Allocated*: in sequence, the same share of all parameters "
-        "spread over the layers by `allocate`, in place of the same keep in each, and layers may be low-rank too unless "
+        "spread over the layers by `allocate`, in place of the same keep in each, and layers may be low-rank unless "
         "the row says *alone*. *Two-sided*: errors are weighed by gradients too. Each cell's JSON has its hardware. No "
         "row is retrained.",
     ]
