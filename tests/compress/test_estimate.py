@@ -32,7 +32,7 @@ def test_data_takes_time() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("aware", [False, True])
 def test_few_repetitions_tell_the_time_of_all(aware: bool) -> None:
-    method = Lee2024Blast(sweeps=30, metric_sweeps=20)
+    method = Lee2024Blast(sweeps=30, metric_iterations=20)
     expected = fit_seconds(method, SMALL, aware=aware, device="cpu")
     start = time.perf_counter()
     method(torch.randn(64, 64), SMALL, second_moment=torch.eye(64) + 0.5 if aware else None)

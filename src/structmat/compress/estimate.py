@@ -15,7 +15,10 @@ from structmat.compress.tasks import MethodChoice, method_for
 from structmat.fit import Method
 from structmat.formats import Format
 
-COUNTS = ("sweeps", "metric_sweeps", "steps", "rounds")
+AWARE = ("metric_iterations", "iterations")
+"""The settings that count what a fit repeats with a second moment alone."""
+
+COUNTS = ("sweeps", *AWARE, "steps", "rounds")
 """The settings of methods that count what a fit repeats."""
 
 MEASURED = 2
@@ -111,7 +114,7 @@ def fit_seconds(method: Method[Any], format: Format, *, aware: bool, device: tor
     counts = {
         field.name: getattr(method, field.name)
         for field in dataclasses.fields(method)
-        if field.name in COUNTS and (aware or field.name != "metric_sweeps")
+        if field.name in COUNTS and (aware or field.name not in AWARE)
     }
     counts = {name: number for name, number in counts.items() if isinstance(number, int) and number > 1}
     once: dict[str, Any] = dict.fromkeys(counts, 1)

@@ -17,6 +17,7 @@ model that is saved.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import re
 import warnings
@@ -36,8 +37,8 @@ from structmat import _checks
 from structmat.formats import Format
 from structmat.integrations.integrity import check_files, recording_digests
 from structmat.integrations.recorded import QUANT_METHOD, Recorded, is_ours, recorded, refuse_adapters, ties_of
-from structmat.integrations.transformers.signatures import signature_of
 from structmat.network.adapters import Adapter, register_adapter
+from structmat.network.signatures import Signature
 from structmat.network.sites import DENSE_KINDS, DenseKind, dense_weight
 from structmat.network.surgery import apply_plan_, check_layers, densify_
 from structmat.nn import ReadOnlyWeight, StructuredLinear, StructuredModule
@@ -309,6 +310,13 @@ ReadOnlyWeight._is_hf_initialized = True  # pyright: ignore - transformers is no
 PreTrainedModel.save_pretrained = _save_pretrained  # pyright: ignore - the record is to be of what is saved
 register_quantization_config(QUANT_METHOD)(StructmatConfig)
 register_quantizer(QUANT_METHOD)(StructmatQuantizer)
+
+
+def signature_of(model: nn.Module) -> Signature | None:
+    """The signature of a model for exporters; the module that tells it is imported when it is asked for."""
+    return importlib.import_module("structmat.integrations.transformers.signatures").signature_of(model)
+
+
 register_adapter(
     "transformers",
     Adapter(
