@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from networks import build
 from transformers import AutoModelForCausalLM
 
-from networks import build
 from structmat import allocate
 from structmat.compress.allocate import AllocationSettings
 from structmat.fit import Lee2024Blast
