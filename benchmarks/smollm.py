@@ -90,6 +90,9 @@ def run(arguments: argparse.Namespace, cell: Path) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     found = scores(model, tokenizer)
+    if arguments.save:
+        model.save_pretrained(arguments.save)
+        tokenizer.save_pretrained(arguments.save)
     kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
     return {
         "kept": kept,
@@ -109,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--save", default="", help="a folder for the compressed model")
     for flag in ("--uniform", "--one-sided", "--quick", "--refine"):
         parser.add_argument(flag, action="store_true")
     arguments = parser.parse_args()
