@@ -68,7 +68,7 @@ def scores(model: Any, tokenizer: Any) -> dict[str, float]:
 
 
 def dense_scores(model: Any, tokenizer: Any) -> dict[str, float]:
-    """Those of the dense model, which are kept for other cells."""
+    """The scores of the dense model, which are kept for other cells."""
     path = CELLS / "dense.json"
     if not path.is_file():
         path.write_text(json.dumps(scores(model, tokenizer), indent=1) + "\n")

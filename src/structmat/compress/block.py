@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from structmat.compress.replay import Replay
 from structmat.compress.states import Block
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar, WorkList, fit_tasks, with_bias
@@ -50,6 +51,7 @@ class BlockFits:
         self.full = {block.own_name(name): name for name in planned}
         self.sites = sites_in(block.dense, self.full)
         self.fits: dict[str, Fit] = {}
+        block.replay = Replay([one for site in self.sites.values() for one in site.names])
         self.vectors: dict[str, int] = {}  # that each layer saw, by full name
         states = block.states
         self.leaders, self.once = shared_inputs(
@@ -72,6 +74,7 @@ class BlockFits:
             self._say(self.full[leader])
             moments = self._moments(leader, kept.pop(leader, None))
             self._fit([name for name in self.leaders if self.leaders[name] == leader], moments)
+        self.block.replay.keeping = False
         return outputs
 
     def by_full_name(self) -> dict[str, Fit]:
@@ -161,6 +164,7 @@ class BlockFits:
         self.bar.advance(sum(self.overhead[self.full[name]] for name in names))
         new = {name: with_bias(fitted[self.full[name]], self.sites[name], moments) for name in names}
         put_fits_(self.block.working, new)
+        self.block.replay.complete([one for name in new for one in self.sites[name].names])
         self.fits |= new
 
 

@@ -225,6 +225,7 @@ class SequentialRun:
             fits = refined(block, run.fits, outputs, self.refinement, self.store, bar, cost)
             run.fits = {name: with_error(fit, run.sites[name].matrix) for name, fit in fits.items()}
             put_fits_(block.working, run.fits)
+            block.replay.clear()
         bar.advance(cost)
         return run.by_full_name(), outputs
 
