@@ -80,7 +80,7 @@ def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys:
 
 def test_with_data_layers_share_the_budget(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10", "--batch-size", "4"]
-    assert compress(folder, tmp_path / "out", *words, "--two-sided") == 0
+    assert compress(folder, tmp_path / "out", *words) == 0
     assert "layers share the budget by their effect on the output" in capsys.readouterr().err
     found = plan_of(load_pretrained(tmp_path / "out"))
 
@@ -100,6 +100,18 @@ def test_with_data_layers_share_the_budget(folder: Path, tmp_path: Path, capsys:
     assert record["keep"] <= costs[0] / costs[1]
 
 
+@pytest.mark.parametrize("words", [["--uniform"], ["--uniform", "--two-sided"], ["--one-sided"]])
+def test_what_errors_are_weighed_by_is_chosen(words: list[str], folder: Path, tmp_path: Path) -> None:
+    data = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10", "--batch-size", "4"]
+    assert compress(folder, tmp_path / "out", *data, *words) == 0
+    state = load_pretrained(tmp_path / "out").state_dict()
+    model = load_pretrained(folder / "dense")
+    rows = sorted(token_rows(tiny.tokenizer(), tiny.sentences(24), length=10, most=12), key=len)
+    batches = row_batches(tiny.tokenizer(), rows, 4)
+    compress_(model, plan_of(load_pretrained(tmp_path / "out")), batches=batches, two_sided="--two-sided" in words)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_a_budget_below_every_size_is_the_same_for_all(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,7 +122,7 @@ def test_a_budget_below_every_size_is_the_same_for_all(
 
 def test_streaming_gives_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10", "--batch-size", "4"]
-    assert compress(folder, tmp_path / "one", *words) == 0
+    assert compress(folder, tmp_path / "one", *words, "--one-sided") == 0
     assert compress(folder, tmp_path / "two", *words, "--stream") == 0
     assert capsys.readouterr().err.count("layers share the budget by their effect on the output") == 2
     one, two = load_pretrained(tmp_path / "one"), load_pretrained(tmp_path / "two")

@@ -55,7 +55,7 @@ class FitOptions(Options):
         learn: Whether layers that learn their structure stay so.
         stream: Whether to go from file to file.
         uniform: Whether every layer keeps the same share, also where there is data to share the budget by.
-        two_sided: Whether errors are weighed by gradients at the outputs too.
+        two_sided: Whether errors are weighed by gradients at the outputs too; None for where layers share the budget.
     """
 
     method: Annotated[
@@ -86,18 +86,18 @@ class FitOptions(Options):
         ),
     ] = False
     two_sided: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--two-sided",
-            help="Weigh errors by the gradients at the outputs of layers too: better on text like that of --calibrate, "
-            "and at times a little worse on other text.",
+            "--two-sided/--one-sided",
+            help="Weigh errors by the gradients at the outputs of layers too, or not; the first where layers share the "
+            "budget, without --stream.",
         ),
-    ] = False
+    ] = None
 
     def record(self) -> dict[str, Any]:
         """What the fits depend on, as JSON-compatible data."""
-        flags = ("learn", "uniform", "two_sided")
-        return {name: value for name, value in super().record().items() if name not in flags or value}
+        unsaid = {"learn": False, "uniform": False, "two_sided": None}
+        return {name: value for name, value in super().record().items() if name not in unsaid or value != unsaid[name]}
 
     def check(self, made: Plan, placement: Placement, *, data: bool) -> bool:
         """Check that the options go with the plan and with each other.
@@ -218,8 +218,8 @@ class Compression:
         else:
             loaded = models.load(self.model, self.placement)
             if data is not None:
-                how["two_sided"] = self.fit.two_sided
-                made = self._allocated(made, loaded, data, how["cache"])
+                uniform, made = made, self._allocated(made, loaded, data, how["cache"])
+                how["two_sided"] = made is not uniform if self.fit.two_sided is None else self.fit.two_sided
             self._say_time(made, data, loaded)
             facts = held_in_memory(loaded, folder, made, how, data, hardens)
         for processor in processors.values():
