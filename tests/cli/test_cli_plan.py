@@ -117,6 +117,11 @@ def test_block_counts_and_formats() -> None:
         read_blocks("8x")
 
 
+def test_a_misspelt_folder_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(folder.with_name("dens"))]) == 1
+    assert f"got {str(folder.with_name('dens'))!r}; did you mean {str(folder)!r}?" in capsys.readouterr().err
+
+
 def test_the_plan_is_shown_and_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     assert (
