@@ -1,6 +1,7 @@
 """How long a compression is expected to take."""
 
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -78,13 +79,26 @@ def test_sharing_the_budget_takes_time() -> None:
     assert Estimate(1.0, 2.0, 4.0, 8.0).seconds == 15
 
 
-def test_all_repetitions_are_counted() -> None:
-    """A fit of one repetition is quick, so that an estimate takes little time, whatever is repeated."""
-    quick, long = (
-        fit_seconds(Lee2024Blast(sweeps=2, metric_iterations=count), SMALL, aware=True, device="cpu")
-        for count in (20, 2000)
-    )
-    assert long > 10 * quick
+@dataclass(frozen=True)
+class Descending(Lee2024Blast):
+    """A fit that takes 2 s, 3 s for each sweep, and 5 s for each iteration, if there are enough sweeps before those."""
+
+    def seconds(self) -> float:
+        return 2.0 + 3 * self.sweeps + 5 * self.metric_iterations * (self.sweeps >= 4)
+
+
+def test_a_descent_is_timed_behind_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descent from factors that fit nothing ends at once, so that its time would be taken for nothing."""
+    timed: list[float] = []
+
+    def note(method: Descending, *_: object) -> float:
+        timed.append(method.seconds())
+        return timed[-1]
+
+    monkeypatch.setattr("structmat.compress.estimate._time", note)
+    found = fit_seconds(Descending(sweeps=50, metric_iterations=100), SMALL, aware=True, device="cpu")
+    assert found == pytest.approx(5 + 49 * 3 + 99 * 5)
+    assert sum(timed) < 2 * found
 
 
 @pytest.mark.slow

@@ -39,7 +39,13 @@ MOST_COST = 2e10
 """The most multiplications of a fit of one repetition that is measured; larger layers are measured smaller."""
 
 SHORT = 0.2
-"""The seconds below which a fit is measured with more repetitions, since a difference of a few would be noise."""
+"""The least seconds that repetitions have to add; a smaller difference would be noise, so that more are measured."""
+
+FEW = 8
+"""The repetitions of one kind that precede those of another, at least: a descent has to begin near to a fit."""
+
+LONG = 1.0
+"""About how many seconds the repetitions take that precede those of another kind, where there are as many."""
 
 VECTORS = 1024
 """The number of vectors in the product that is timed for the passes through the network."""
@@ -208,12 +214,17 @@ def fit_seconds(method: Method[Any], format: Format, *, aware: bool, device: tor
     weight = torch.randn(smaller.shape, device=device, generator=_generator(device))
     moment = torch.eye(smaller.N, device=device, dtype=torch.float64) + 0.5 if aware else None
     _time(single, smaller, weight, moment)  # the first one prepares libraries
-    first = _time(single, smaller, weight, moment)
+    first = min(_time(single, smaller, weight, moment) for _ in range(2))
     total = first
     for name, number in counts.items():
-        extra = 2 if first > SHORT else min(number - 1, 20)
-        more = _time(replace(method, **{**once, name: 1 + extra}), smaller, weight, moment)
-        total += (number - 1) * max(0.0, more - first) / extra
+        extra, more = 0, first
+        while extra < number - 1 and more - first < max(SHORT, first / 2):
+            extra = min(number - 1, max(2, 3 * extra))
+            more = _time(replace(method, **{**once, name: 1 + extra}), smaller, weight, moment)
+        each = max(1e-9, more - first) / extra
+        total += (number - 1) * each
+        once[name] = min(number, max(FEW, int(LONG / each)))  # what comes next begins where these end
+        first = _time(replace(method, **once), smaller, weight, moment) if name != list(counts)[-1] else first
     return total * scale
 
 
