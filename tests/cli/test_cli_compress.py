@@ -286,6 +286,33 @@ def test_calibration_data(folder: Path) -> None:
         read_calibration(CalibrationOptions(texts), {}, config)
 
 
+def test_short_rows_count_by_their_tokens(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default one gets as many tokens from short documents as from one long text."""
+    monkeypatch.setattr("structmat.cli.calibration.SAMPLES", 4)
+    config, tokenizer = tiny.llama().config, {"tokenizer": tiny.tokenizer()}
+    short, long = tmp_path / "short.jsonl", tmp_path / "long.txt"
+    words = [" ".join(tiny.sentences(1, seed=k)) for k in range(40)]
+    short.write_text("".join(json.dumps({"text": one}) + "\n" for one in words))
+    long.write_text(" ".join(words))
+    lengths = [1 + len(tiny.tokenizer()(one)["input_ids"]) for one in words]
+    budget = 4 * 2 * max(lengths)
+    expected = 0
+    while sum(lengths[: expected + 1]) <= budget:
+        expected += 1
+    few, many = (
+        read_calibration(CalibrationOptions(str(one), length=2 * max(lengths)), tokenizer, config)
+        for one in (short, long)
+    )
+    assert many.rows == 4
+    assert few.rows == expected > 4
+    assert few.tokens is not None
+    assert budget - max(lengths) < few.tokens <= budget
+    assert few.size == f"{few.rows} rows, {few.tokens} of at most {budget} tokens"
+    assert few.warnings(1) == []
+    sparse = read_calibration(CalibrationOptions(f"{short}[:3]", length=2 * max(lengths)), tokenizer, config)
+    assert f"less than half of the {budget} tokens that are used by default" in sparse.warnings(1)[0]
+
+
 def test_one_long_text_is_used_to_its_end(folder: Path, tmp_path: Path) -> None:
     """The rows hold every token of a text without separators, and are those of the text, one after the other."""
     words = " ".join(tiny.sentences(24))

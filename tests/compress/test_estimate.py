@@ -1,13 +1,15 @@
 """How long a compression is expected to take."""
 
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from structmat import Blast, Dense, LowRank, compress_
-from structmat.compress.estimate import duration, estimate, fit_seconds, product_seconds
+from structmat import Blast, Dense, LowRank, allocate, compress_
+from structmat.compress.estimate import DataSize, Estimate, duration, estimate, fit_seconds, product_seconds
+from structmat.compress.flow import Flow, Read, measure_flow, unit_count
 from structmat.fit import GradientFit, Lee2024Blast, TruncatedSvd
 
 SMALL = Blast.for_budget(64, 64, keep=0.6, blocks=4)
@@ -23,9 +25,9 @@ def test_layers_alike_take_as_many_times_as_long() -> None:
 
 def test_data_takes_time() -> None:
     plan = {"0": LowRank(64, 64, 8)}
-    few, many = (estimate(plan, tokens=tokens) for tokens in (1000, 1_000_000))
+    few, many = (estimate(plan, data=DataSize(tokens)) for tokens in (1000, 1_000_000))
     assert many.passes > 50 * few.passes > 0
-    refined = estimate(plan, tokens=1_000_000, refined=40.0)
+    refined = estimate(plan, data=DataSize(1_000_000), refined=40.0)
     assert refined.passes > 2 * many.passes
 
 
@@ -55,16 +57,74 @@ def test_every_kind_of_method(format: LowRank | Blast, method: TruncatedSvd | Gr
     assert 0 < product_seconds(format, "cpu") < 1e-6
 
 
+def test_the_flow_tells_the_time_of_the_passes() -> None:
+    plan = {f"b.{k}.up": LowRank(64, 64, 8) for k in range(2)}
+    flow = Flow(2.0, 1.0, ("b.0", "b.1"), (Read(0.5, 1.0, (0.25, 0.75), ("up",)),))
+    found = estimate(plan, data=DataSize(80, 100, flow, held_out=10))
+    # the first block: dense, compressed, a moment; the second one: dense, compressed, half of it again, a moment
+    assert found.passes == pytest.approx(100 * ((2 * 2 + 0.25) + (2 * 2 + 0.5 * 2 + 0.75)) + 2 * 10 * 5)
+    assert found.sharing == 0
+
+
+def test_sharing_the_budget_takes_time() -> None:
+    plan = {f"b.{k}.up": SMALL for k in range(2)}
+    flow = Flow(2e-3, 1e-3, ("b.0", "b.1"), (Read(0.5, 1.0, (1e-4, 3e-4), ("up",)),))
+    alone = estimate(plan, data=DataSize(4096, 4096, flow))
+    shared = estimate(plan, data=DataSize(4096, 4096, flow), shared=True)
+    # gradients take 2.5 passes through the whole network and moments one, on all tokens since there are few
+    gathered = 4096 * (2.5 * 5e-3 + 5e-3 + 2 * 1e-4)
+    assert alone.sharing == 0
+    assert gathered < shared.sharing < gathered + 60
+    assert shared.passes == alone.passes
+    assert Estimate(1.0, 2.0, 4.0, 8.0).seconds == 15
+
+
+@dataclass(frozen=True)
+class Descending(Lee2024Blast):
+    """A fit that takes 2 s, 3 s for each sweep, and 5 s for each iteration, if there are enough sweeps before those."""
+
+    def seconds(self) -> float:
+        return 2.0 + 3 * self.sweeps + 5 * self.metric_iterations * (self.sweeps >= 4)
+
+
+def test_a_descent_is_timed_behind_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descent from factors that fit nothing ends at once, so that its time would be taken for nothing."""
+    timed: list[float] = []
+
+    def note(method: Descending, *_: object) -> float:
+        timed.append(method.seconds())
+        return timed[-1]
+
+    monkeypatch.setattr("structmat.compress.estimate._time", note)
+    found = fit_seconds(Descending(sweeps=50, metric_iterations=100), SMALL, aware=True, device="cpu")
+    assert found == pytest.approx(5 + 49 * 3 + 99 * 5)
+    assert sum(timed) < 2 * found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [False, True])
 def test_the_time_of_a_compression(data: bool) -> None:
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
     plan = {str(k): Blast.for_budget(256, 256, keep=0.6, blocks=8) for k in range(4)}
-    expected = estimate(plan, tokens=4096 if data else 0)
+    expected = estimate(plan, data=DataSize(4096) if data else None)
     start = time.perf_counter()
     compress_(model, plan, batches=[torch.randn(1024, 256) for _ in range(4)] if data else None, progress=False)
     took = time.perf_counter() - start
     assert took / 4 < expected.seconds < 4 * took
+
+
+@pytest.mark.slow
+def test_the_time_of_an_allocation() -> None:
+    blocks = [nn.Sequential(nn.Linear(256, 256), nn.ReLU()) for _ in range(4)]
+    model, batches = nn.Sequential(nn.Sequential(*blocks), nn.Linear(256, 8)), list(torch.randn(16, 1024, 256))
+    plan = {f"0.{k}.0": Blast.for_budget(256, 256, keep=0.6, blocks=8) for k in range(4)}
+    units = sum(map(unit_count, batches))
+    flow = measure_flow(model, list(plan), batches[0])
+    expected = estimate(plan, data=DataSize(units, units, flow), shared=True)
+    start = time.perf_counter()
+    allocate(model, batches, keep=0.6, blocks=8, layers=list(plan), progress=False)
+    took = time.perf_counter() - start
+    assert took / 4 < expected.sharing < 4 * took
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,18 @@ def test_blocks_without_planned_layers_are_passed() -> None:
     assert_same(model, compress_(model, plan, batches=batches, progress=False), expected)
 
 
+def test_no_data_flows_behind_the_last_planned_block() -> None:
+    model, batches, called = Stack(depth=4), masked(5), list[int]()
+    reference = copy.deepcopy(model)
+    plan = {"blocks.1.up": LowRank(48, 24, 4)}
+    for k, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, k=k: called.append(k))
+    fits = compress_(model, plan, batches=batches, progress=False)
+    assert called.count(0) >= called.count(3) + len(batches)  # to find the chain, all blocks are called
+    assert called.count(2) == called.count(3) < len(batches)
+    assert_same(model, fits, naive(reference, plan, batches))
+
+
 @pytest.mark.parametrize("kept", [0, 10**12], ids=["computed again", "kept"])
 def test_memory_does_not_change_the_result(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = Stack(depth=2), masked(5)

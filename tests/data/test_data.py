@@ -288,6 +288,9 @@ def test_rows_are_cut_and_begin_with_bos() -> None:
     rows = [[1, 10, 11, 12], [1, 10, 11, 12], [1, 13, 14, 15]]
     assert token_rows(Letters(), ["abc", "abcdef"], length=4) == rows
     assert token_rows(Letters(), ["abc", "abcdef", "x"], length=4, most=2) == rows[:2]
+    assert token_rows(Letters(), ["abc", "abcdef", "x"], length=4, tokens=4) == rows[:1]
+    assert token_rows(Letters(), ["abc", "abcdef", "x"], length=4, tokens=5) == rows[:2]
+    assert token_rows(Letters(), ["abc", "abcdef", "x"], length=4, tokens=5, most=1) == rows[:1]
     assert token_rows(Letters(bos=None), ["abcdefg"], length=3) == [[10, 11], [12, 13], [14, 15, 16]]
     assert token_rows(Letters(), ["ab"], length=1) == [[1], [10], [11]]
     assert token_rows(Letters(adds=True), ["", "b"], length=4) == [[1], [1, 11]]
@@ -299,6 +302,7 @@ def test_packed_rows_hold_everything_in_order() -> None:
     rows = token_rows(Letters(), ["abc", "de", "f"], length=4, packed=True)
     assert rows == [[1, 10, 11, 12], [2, 1, 13, 14], [2, 1, 15, 2]]
     assert token_rows(Letters(), ["abc", "de", "f"], length=4, packed=True, most=1) == rows[:1]
+    assert token_rows(Letters(), ["abc", "de", "f"], length=4, packed=True, tokens=4) == rows[:1]
     assert token_rows(Letters(bos=2), ["abc", "de"], length=7, packed=True) == [[2, 10, 11, 12, 2, 13, 14]]
 
 

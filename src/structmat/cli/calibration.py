@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,6 +19,12 @@ from structmat.compress.refinement import Refinement
 from structmat.data import read_images, token_rows
 from structmat.data.sources import Source
 from structmat.data.tokens import row_batches
+
+SAMPLES = 512
+"""The number of rows or images to use by default."""
+
+SHORTER = 4
+"""How many times as many rows are used at most where they are shorter."""
 
 HELD_OUT_IMAGES = 64
 HELD_OUT_TOKENS = 8192
@@ -38,7 +45,7 @@ class CalibrationOptions(Reading):
 
     Attributes:
         calibrate: The data, as in ``read_texts`` or ``read_images``; None for no calibration.
-        samples: The largest number of rows or images to use.
+        samples: The largest number of rows or images to use; None for 512, or more where rows are short.
         length: The largest number of tokens in a row; None for 512, or as many as the model takes.
         batch_size: The number of rows or images in a batch.
         packed: Whether rows are cut from all documents joined together.
@@ -55,8 +62,13 @@ class CalibrationOptions(Reading):
         ),
     ] = None
     samples: Annotated[
-        int, typer.Option(help="The largest number of rows or images to use.", rich_help_panel=PANEL)
-    ] = 512
+        int | None,
+        typer.Option(
+            help="The largest number of rows or images to use; by default 512, or of rows that are shorter than "
+            f"--length, as many as have the same tokens, up to {SHORTER * SAMPLES:,}.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
     length: Annotated[
         int | None,
         typer.Option(
@@ -80,12 +92,18 @@ class CalibrationOptions(Reading):
     ] = None
 
     def __post_init__(self) -> None:
-        _checks.positive_int(self.samples, "--samples")
+        if self.samples is not None:
+            _checks.positive_int(self.samples, "--samples")
         _checks.positive_int(self.batch_size, "--batch-size")
         if self.length is not None:
             _checks.positive_int(self.length, "--length")
         if self.calibrate is not None:
             Source.parse(self.calibrate)  # a misspelt path fails before anything is loaded
+
+    @property
+    def rows(self) -> int:
+        """The number of rows or images to use, where rows are full."""
+        return SAMPLES if self.samples is None else self.samples
 
     def record(self) -> dict[str, Any]:
         """What the data depends on, as JSON-compatible data."""
@@ -147,7 +165,8 @@ class CalibrationData:
         size: How much data that is of how much was asked for, as text.
         rows: The number of rows or images in the batches.
         tokens: The number of tokens in the batches; None for images.
-        asked: The number of rows or images that were asked for.
+        asked: How much was asked for, as text.
+        share: The share of that which there is.
     """
 
     batches: list[dict[str, Any]]
@@ -155,7 +174,8 @@ class CalibrationData:
     size: str
     rows: int
     tokens: int | None
-    asked: int
+    asked: str
+    share: float
 
     def vectors(self, config: Any) -> int:
         """About how many vectors the layers of a model of this configuration see."""
@@ -171,8 +191,8 @@ class CalibrationData:
             Sentences; none where there is enough.
         """
         found = []
-        if self.rows < self.asked / 2:
-            found.append(f"the data gives less than half of the {count(self.asked)} rows that --samples asks for")
+        if self.share < 0.5:
+            found.append(f"the data gives less than half of the {self.asked}")
         if self.tokens is not None and self.tokens < PER_INPUT * inputs:
             found.append(
                 f"{count(self.tokens)} tokens are fewer than {PER_INPUT} for each of the {count(inputs)} inputs of a "
@@ -218,36 +238,51 @@ def wanted_beside(samples: int, most: int) -> int:
 
 def _of_texts(options: CalibrationOptions, tokenizer: Any, length: int) -> CalibrationData:
     texts = options.texts(str(options.calibrate), split=options.split, tokenizer=tokenizer)
-    wanted = wanted_beside(options.samples, HELD_OUT_TOKENS // length)
-    rows = token_rows(tokenizer, texts, length=length, packed=options.packed, most=options.samples + wanted)
-    held = held_out_count(len(rows), options.samples, wanted)
-    chosen = sorted(rows[: len(rows) - held][: options.samples], key=len)  # little padding
+    wanted = wanted_beside(options.rows, HELD_OUT_TOKENS // length)
+    most = options.samples or SHORTER * SAMPLES
+    budget = options.rows * length
+    rows = token_rows(
+        tokenizer,
+        texts,
+        length=length,
+        packed=options.packed,
+        most=most + wanted,
+        tokens=None if options.samples else budget + wanted * length,
+    )
+    within = sum(total <= budget for total in itertools.accumulate(map(len, rows)))
+    samples = min(within, most)
+    held = held_out_count(len(rows), samples, wanted)
+    chosen = sorted(rows[: len(rows) - held][:samples], key=len)  # little padding
     tokens = sum(map(len, chosen))
+    asked = f"{count(options.samples)} rows that --samples asks for" if options.samples else f"{count(budget)} tokens"
+    of_rows = f"{count(len(chosen))} of {count(options.samples)}" if options.samples else count(len(chosen))
     return CalibrationData(
         row_batches(tokenizer, chosen, options.batch_size),
         row_batches(tokenizer, rows[len(rows) - held :], options.batch_size),
-        f"{count(len(chosen))} of {count(options.samples)} rows, {count(tokens)} of at most "
-        f"{count(options.samples * length)} tokens",
+        f"{of_rows} rows, {count(tokens)} of at most {count(budget)} tokens",
         len(chosen),
         tokens,
-        options.samples,
+        asked if options.samples else f"{asked} that are used by default",
+        len(chosen) / options.samples if options.samples else tokens / budget,
     )
 
 
 def _of_images(options: CalibrationOptions, processor: Any) -> CalibrationData:
     examples = read_images(str(options.calibrate), processor, split=options.split)
-    wanted = wanted_beside(options.samples, HELD_OUT_IMAGES)
-    total = min(options.samples + wanted, len(examples))
+    samples = options.rows
+    wanted = wanted_beside(samples, HELD_OUT_IMAGES)
+    total = min(samples + wanted, len(examples))
     numbers = [k * len(examples) // total for k in range(total)]  # over all classes of a sorted folder
-    held = held_out_count(total, options.samples, wanted)
+    held = held_out_count(total, samples, wanted)
     apart = {numbers[(2 * k + 1) * total // (2 * held)] for k in range(held)}
-    chosen = [k for k in numbers if k not in apart][: options.samples]
+    chosen = [k for k in numbers if k not in apart][:samples]
     size = options.batch_size
     batches = [_image_batch(examples, chosen[k : k + size], labels=False) for k in range(0, len(chosen), size)]
     others = sorted(apart)
     held_out = [_image_batch(examples, others[k : k + size], labels=True) for k in range(0, held, size)]
-    size_text = f"{count(len(chosen))} of {count(options.samples)} images"
-    return CalibrationData(batches, held_out, size_text, len(chosen), None, options.samples)
+    size_text = f"{count(len(chosen))} of {count(samples)} images"
+    asked = f"{count(samples)} images that --samples asks for"
+    return CalibrationData(batches, held_out, size_text, len(chosen), None, asked, len(chosen) / samples)
 
 
 def _image_batch(examples: Any, numbers: Sequence[int], *, labels: bool) -> dict[str, Any]:

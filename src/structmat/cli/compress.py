@@ -17,11 +17,12 @@ from structmat import _checks
 from structmat._names import alike
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationData, CalibrationOptions, RefinementOptions, told
+from structmat.cli.estimates import size_of
 from structmat.cli.formats import read_blocks, read_format
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options, Target, recorded
 from structmat.cli.output import Output, fingerprint, read_record
-from structmat.cli.plan import weigh
+from structmat.cli.plan import LEAST_SHARED, kept, weigh
 from structmat.cli.results import budget_lines, held_out_of, measured_after, measured_before, result_lines, results
 from structmat.cli.selection import PlanOrFile
 from structmat.cli.show import say
@@ -38,9 +39,6 @@ def published(format: Format) -> Method[Any]:
     """The algorithm of the format's paper."""
     return default_method(format).published()
 
-
-LEAST_SHARED = 0.2
-"""The least share of the budget that layers share out; below it, hardly any size is smaller."""
 
 METHODS = {"default": None, "published": published}
 """What ``compress_`` takes as its method, by the name on the command line."""
@@ -217,23 +215,26 @@ class Compression:
             facts = streamed(self.model, skeleton, folder, made, how)
         else:
             loaded = models.load(self.model, self.placement)
+            self._say_time(made, data, loaded)
             if data is not None:
                 uniform, made = made, self._allocated(made, loaded, data, how["cache"])
                 how["two_sided"] = made is not uniform if self.fit.two_sided is None else self.fit.two_sided
-            self._say_time(made, data, loaded)
             facts = held_in_memory(loaded, folder, made, how, data, hardens)
         for processor in processors.values():
             processor.save_pretrained(folder)
         return facts
 
+    def _shares(self, made: Plan) -> bool:
+        """Whether layers share the budget of the plan, where there is data."""
+        chosen_otherwise = self.fit.learn or self.fit.method != "default" or self.plan.plan is not None
+        return not (self.fit.uniform or chosen_otherwise or self.plan.rules) and kept(made) < 1
+
     def _allocated(self, made: Plan, model: Any, data: CalibrationData, cache: Path) -> Plan:
         """The plan in which layers share its budget by what they do to the output, where that is wanted."""
-        before, after = weigh(made)
-        keep = after / before if before else 1.0
-        chosen_otherwise = self.fit.learn or self.fit.method != "default" or self.plan.plan is not None
-        if self.fit.uniform or chosen_otherwise or self.plan.rules:
+        keep = kept(made)
+        if not self._shares(made):
             return made
-        if not LEAST_SHARED <= keep < 1:
+        if keep < LEAST_SHARED:
             say(f"every layer keeps the same share: a budget of {keep:.3f} leaves no choice")
             return made
         chosen = read_format(self.plan.format, "--format")
@@ -246,9 +247,15 @@ class Compression:
 
     def _say_time(self, made: Plan, data: CalibrationData | None, model: Any) -> None:
         """Tell the user how long all of it takes."""
-        tokens = 0 if data is None else data.vectors(model.config)
         passes = 3 * self.refinement.refine_steps / len(data.batches) if data and self.refinement.refine else 0.0
-        expected = estimate(made, method=METHODS[self.fit.method], tokens=tokens, refined=passes, device=model.device)
+        expected = estimate(
+            made,
+            method=METHODS[self.fit.method],
+            data=None if data is None else size_of(data, model, made, model.device),
+            refined=passes,
+            shared=self._shares(made) and kept(made) >= LEAST_SHARED,
+            device=model.device,
+        )
         say(f"compressing takes about {expected} from the start")
 
 

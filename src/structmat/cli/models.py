@@ -16,6 +16,7 @@ import typer
 from structmat import _checks
 from structmat.cli.errors import door
 from structmat.cli.options import Options
+from structmat.data.sources import neighbour
 from structmat.integrations.hub import load_pretrained
 from structmat.integrations.integrity import read_configuration
 
@@ -91,7 +92,9 @@ def check_name(model: str) -> str:
         or len(path.parts) > 2
         or os.sep == model[-1:]
     ):
-        raise FileNotFoundError(f"expected a folder with a model, or its name on the Hub, got {model!r}")
+        near = None if path.exists() else neighbour(model)
+        hint = "" if near is None else f"; did you mean {near!r}?"
+        raise FileNotFoundError(f"expected a folder with a model, or its name on the Hub, got {model!r}{hint}")
     return model
 
 

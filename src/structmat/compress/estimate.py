@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from structmat.compress import gradients, survey
+from structmat.compress.curves import curve_method, kind_of
+from structmat.compress.flow import Flow
 from structmat.compress.sequential import FORWARD_COST
+from structmat.compress.spectra import spectrum
 from structmat.compress.tasks import MethodChoice, method_for
 from structmat.fit import Method
-from structmat.formats import Format
+from structmat.fit.moments import Moments
+from structmat.formats import Format, LowRank
+from structmat.network.sites import find_sites
 
 AWARE = ("metric_iterations", "iterations")
 """The settings that count what a fit repeats with a second moment alone."""
 
 COUNTS = ("sweeps", *AWARE, "steps", "rounds")
 """The settings of methods that count what a fit repeats."""
+
+BACKWARD_COST = 2.5
+"""About how many forward passes it takes to gather gradients: one forward, and one back to the outputs of layers."""
+
+TYPICAL_SHARES = (0.2, 0.55, 0.9)
+"""About which shares of the parameters an allocation fits structures with."""
 
 MEASURED = 2
 """How many kinds of layers are measured, the most costly ones; the times of others follow from their costs."""
@@ -28,7 +42,13 @@ MOST_COST = 2e10
 """The most multiplications of a fit of one repetition that is measured; larger layers are measured smaller."""
 
 SHORT = 0.2
-"""The seconds below which a fit is measured with more repetitions, since a difference of a few would be noise."""
+"""The least seconds that repetitions have to add; a smaller difference would be noise, so that more are measured."""
+
+FEW = 8
+"""The repetitions of one kind that precede those of another, at least: a descent has to begin near to a fit."""
+
+LONG = 1.0
+"""About how many seconds the repetitions take that precede those of another kind, where there are as many."""
 
 VECTORS = 1024
 """The number of vectors in the product that is timed for the passes through the network."""
@@ -41,26 +61,48 @@ class Estimate:
     Attributes:
         fits: The seconds of all fits.
         passes: The seconds of all passes of data through the network; 0 without data.
+        sharing: The seconds that it takes to share the budget among the layers; 0 where that is not done.
+        beside: The seconds of everything else, such as loading the model.
     """
 
     fits: float
     passes: float
+    sharing: float = 0.0
+    beside: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The seconds of both."""
-        return self.fits + self.passes
+        """The seconds of everything."""
+        return self.fits + self.passes + self.sharing + self.beside
 
     def __str__(self) -> str:
         return duration(self.seconds)
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """How much calibration data there is, and how fast it flows through the network.
+
+    Attributes:
+        tokens: The number of tokens (or of vectors that layers see) without padding.
+        units: The number of tokens with padding, or of other examples.
+        flow: The seconds that one of these takes; None where that is not known.
+        held_out: The number of units on which the network is measured before and after.
+    """
+
+    tokens: int
+    units: int = 0
+    flow: Flow | None = None
+    held_out: int = 0
 
 
 def estimate(
     plan: Mapping[str, Format],
     *,
     method: MethodChoice = None,
-    tokens: int = 0,
+    data: DataSize | None = None,
     refined: float = 0.0,
+    shared: bool = False,
     device: torch.device | str = "cpu",
 ) -> Estimate:
     """Estimate how long ``compress_`` takes.
@@ -71,32 +113,81 @@ def estimate(
     Args:
         plan: The format of each layer by name.
         method: The method of the fits, as for ``compress_``.
-        tokens: The number of tokens of calibration data; 0 for none.
+        data: The calibration data; None for none.
         refined: The number of passes over the data of a refinement, backward ones included.
+        shared: Whether ``allocate`` shares the budget among the layers before.
         device: The device that computes.
 
     Returns:
         The estimate.
     """
-    kinds: dict[Format, int] = {}
-    for format in plan.values():
-        if format.replaces:
-            kinds[format] = kinds.get(format, 0) + 1
-    if not kinds:
+    planned = {name: format for name, format in plan.items() if format.replaces}
+    if not planned:
         return Estimate(0.0, 0.0)
-    methods = {format: method_for(format, method) for format in kinds}
-    costs = {format: methods[format].cost(format, aware=tokens > 0) for format in kinds}
-    ranked = sorted(kinds, key=lambda format: -costs[format] * kinds[format])
-    known = {f: fit_seconds(methods[f], f, aware=tokens > 0, device=device) for f in ranked[:MEASURED]}
-    fits = 0.0
-    for format, number in kinds.items():
+    fits = _all_fits(Counter(planned.values()), method, aware=data is not None, device=device)
+    if data is None:
+        return Estimate(fits, 0.0)
+    sharing = _sharing(planned, data, device) if shared else 0.0
+    if data.flow is not None:
+        passes = data.units * data.flow.in_sequence(list(planned), refined) + 2 * data.held_out * data.flow.forward
+        return Estimate(fits, passes, sharing)
+    largest = max(planned.values(), key=lambda format: format.M * format.N)
+    work = sum((FORWARD_COST + refined) * format.M * format.N + 2 * format.N**2 for format in planned.values())
+    return Estimate(fits, data.tokens * work * product_seconds(largest, device), sharing)
+
+
+def _all_fits(formats: Mapping[Format, int], choice: MethodChoice, *, aware: bool, device: torch.device | str) -> float:
+    """The seconds of fits of these formats, each as often as its number says."""
+    methods = {format: method_for(format, choice) for format in formats}
+    costs = {format: methods[format].cost(format, aware=aware) for format in formats}
+    ranked = sorted(formats, key=lambda format: -costs[format] * formats[format])
+    known = {f: fit_seconds(methods[f], f, aware=aware, device=device) for f in ranked[:MEASURED]}
+    total = 0.0
+    for format, number in formats.items():
         alike = min(known, key=lambda other: (type(other) is not type(format), abs(costs[other] - costs[format])))
-        fits += number * known[alike] * costs[format] / costs[alike]
-    work = sum(
-        number * tokens * ((FORWARD_COST + refined) * format.M * format.N + 2 * format.N**2)
-        for format, number in kinds.items()
+        total += number * known[alike] * costs[format] / costs[alike]
+    return total
+
+
+def _sharing(planned: Mapping[str, Format], data: DataSize, device: torch.device | str) -> float:
+    """The seconds in which an allocation gathers gradients and moments, decomposes weights, and fits stand-ins."""
+    kinds = {kind_of(name, format.shape): format for name, format in planned.items()}
+    sized = (_sized(format, keep) for format in kinds.values() for keep in TYPICAL_SHARES)
+    formats = Counter(format for format in sized if format is not None and not isinstance(format, LowRank))
+    fits = _all_fits(formats, curve_method, aware=True, device=device) if formats else 0.0
+    largest = max(planned.values(), key=lambda format: format.M * format.N)
+    decomposed = sum(_spectrum_cost(*format.shape) for format in planned.values()) * _spectrum_seconds(largest, device)
+    with_gradients, with_moments = (
+        min(1.0, one.VECTORS / max(data.tokens, 1)) * data.units for one in (gradients, survey)
     )
-    return Estimate(fits, work * product_seconds(ranked[0], device) if work else 0.0)
+    outer = sum(format.M**2 for format in planned.values()) * product_seconds(largest, device)
+    gathered = with_gradients * outer
+    if data.flow is not None:
+        forward = data.flow.forward
+        gathered += with_gradients * BACKWARD_COST * forward
+        gathered += with_moments * (forward + data.flow.moments(list(planned)))
+    return fits + decomposed + gathered
+
+
+def _spectrum_cost(M: int, N: int) -> float:
+    """About how many multiplications the decomposition of a weight takes, those of an eigensolver counting tenfold."""
+    return N**3 + M * N * (M + N) + 10 * min(M, N) ** 3
+
+
+def _spectrum_seconds(format: Format, device: torch.device | str) -> float:
+    """The seconds of one multiplication in the decomposition of a weight, which is measured smaller if it is large."""
+    M, N = format.shape
+    while _spectrum_cost(M, N) > MOST_COST / 4:
+        M, N = (M + 1) // 2, (N + 1) // 2
+    site = next(iter(find_sites(nn.Sequential(nn.Linear(N, M, bias=False, device=device))).values()))
+    moment = torch.eye(N, dtype=torch.float64, device=device) + 0.5
+    moments = Moments(N, moment, moment.new_zeros(N))
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        spectrum(site, moments, None)
+        times.append(time.perf_counter() - start)
+    return min(times) / _spectrum_cost(M, N)
 
 
 def fit_seconds(method: Method[Any], format: Format, *, aware: bool, device: torch.device | str) -> float:
@@ -126,21 +217,31 @@ def fit_seconds(method: Method[Any], format: Format, *, aware: bool, device: tor
     weight = torch.randn(smaller.shape, device=device, generator=_generator(device))
     moment = torch.eye(smaller.N, device=device, dtype=torch.float64) + 0.5 if aware else None
     _time(single, smaller, weight, moment)  # the first one prepares libraries
-    first = _time(single, smaller, weight, moment)
+    first = min(_time(single, smaller, weight, moment) for _ in range(2))
     total = first
     for name, number in counts.items():
-        extra = 2 if first > SHORT else min(number - 1, 20)
-        more = _time(replace(method, **{**once, name: 1 + extra}), smaller, weight, moment)
-        total += (number - 1) * max(0.0, more - first) / extra
+        extra, more = 0, first
+        while extra < number - 1 and more - first < max(SHORT, first / 2):
+            extra = min(number - 1, max(2, 3 * extra))
+            more = _time(replace(method, **{**once, name: 1 + extra}), smaller, weight, moment)
+        each = max(1e-9, more - first) / extra
+        total += (number - 1) * each
+        once[name] = min(number, max(FEW, int(LONG / each)))  # what comes next begins where these end
+        first = _time(replace(method, **once), smaller, weight, moment) if name != list(counts)[-1] else first
     return total * scale
 
 
 def _half(format: Format) -> Format | None:
     """The format of a layer half as large in both directions, with the same share; None where there is none."""
+    return _sized(format, format.keep, (format.M // 2, format.N // 2))
+
+
+def _sized(format: Format, keep: float, shape: tuple[int, int] | None = None) -> Format | None:
+    """A format like another one, with a share of the parameters, perhaps of another shape; None where there is none."""
     blocks = getattr(format, "blocks", None)
     options = {"blocks": blocks} if isinstance(blocks, tuple) and all(isinstance(one, int) for one in blocks) else {}
     try:
-        return type(format).for_budget(format.M // 2, format.N // 2, keep=format.keep, **options)
+        return type(format).for_budget(*(shape or format.shape), keep=keep, **options)
     except (TypeError, ValueError):
         return None
 

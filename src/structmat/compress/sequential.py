@@ -162,12 +162,20 @@ class SequentialRun:
         if before:
             with with_fits(self.model, fits):
                 states.compressed = chain.enter(self.model, self.batches)[0]
+        last = len(chain.names) - 1 if after else self._last_planned(chain)
         for k, name in enumerate(chain.names):
             with self.blocks.block(name) as dense:
-                fits |= self._pass_block(self._block(name, dense, states, _block_call(extras[k])), bar)
+                block = self._block(name, dense, states, _block_call(extras[k]))
+                fits |= self._pass_block(block, bar) if k <= last else self.blocks.finish(name, dense, {})
         if after:
             fits |= self._fit_outside(chain, after, states, bar, deliver=True)
         return fits
+
+    def _last_planned(self, chain: Chain) -> int:
+        """The number of the last block with planned layers, behind which no data needs to flow."""
+        planned = self.work.sites
+        homes = (k for k, one in enumerate(chain.names) if any(name.startswith(f"{one}.") for name in planned))
+        return max(homes, default=-1)
 
     def _inputs(self) -> States:
         """The network's own inputs as states."""

@@ -18,7 +18,13 @@ Tokenizer = Any
 
 
 def token_rows(
-    tokenizer: Tokenizer, texts: Iterable[str], *, length: int, packed: bool = False, most: int | None = None
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    length: int,
+    packed: bool = False,
+    most: int | None = None,
+    tokens: int | None = None,
 ) -> list[list[int]]:
     """Tokenize documents into rows, in which all of their tokens are.
 
@@ -34,6 +40,7 @@ def token_rows(
             from all documents one after the other with an EOS token behind each; a last row that is not full is
             dropped.
         most: The most rows, after which no further document is tokenized; None for all.
+        tokens: The number of tokens with which there are enough rows; None for all.
 
     Returns:
         The ids of each row.
@@ -54,9 +61,22 @@ def token_rows(
         raise ValueError("expected at least one document, got none")
     documents = itertools.chain([first], documents)
     if packed:
-        return _packed_rows(tokenizer, documents, length, most)
+        enough = None if tokens is None else math.ceil(tokens / length)
+        limits = [limit for limit in (most, enough) if limit is not None]
+        return _packed_rows(tokenizer, documents, length, min(limits, default=None))
     bos = getattr(tokenizer, "bos_token_id", None)
-    return list(itertools.islice((row for ids in documents for row in _rows_of(ids, length, bos)), most))
+    rows = itertools.islice((row for ids in documents for row in _rows_of(ids, length, bos)), most)
+    return list(rows if tokens is None else _until(rows, tokens))
+
+
+def _until(rows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
+    """The first rows, as many as it takes to have a number of tokens."""
+    found = 0
+    for row in rows:
+        yield row
+        found += len(row)
+        if found >= tokens:
+            return
 
 
 def _rows_of(ids: list[int], length: int, bos: int | None) -> Iterator[list[int]]:
