@@ -61,7 +61,7 @@ def test_the_flow_tells_the_time_of_the_passes() -> None:
     plan = {f"b.{k}.up": LowRank(64, 64, 8) for k in range(2)}
     flow = Flow(2.0, 1.0, ("b.0", "b.1"), (Read(0.5, 1.0, (0.25, 0.75), ("up",)),))
     found = estimate(plan, data=DataSize(80, 100, flow, held_out=10))
-    # the first block: dense, a moment, and compressed but for a part that is known already; the second one: dense, up to
+    # the first block: dense, a moment, and compressed but for a part that is known; the second one: dense, up to
     # the layer, a moment, and compressed like the first
     assert found.passes == pytest.approx(100 * ((2 + 0.25 + 1.5) + (2 + 0.5 * 2 + 0.75 + 1.5)) + 2 * 10 * 5)
     assert found.sharing == 0
