@@ -236,12 +236,13 @@ def fit_seconds(method: Method[Any], format: Format, *, aware: bool, device: tor
     scale = method.cost(format, aware=aware) / method.cost(smaller, aware=aware)
     weight = torch.randn(smaller.shape, device=device, generator=_generator(device))
     moment = torch.eye(smaller.N, device=device, dtype=torch.float64) + 0.5 if aware else None
-    _time(single, smaller, weight, moment)  # the first one prepares libraries
-    first = min(_time(single, smaller, weight, moment) for _ in range(2))
+    first = _time(single, smaller, weight, moment)
+    if first < LONG:  # of which some prepares libraries
+        first = min(_time(single, smaller, weight, moment) for _ in range(2))
     total = first
     for name, number in counts.items():
         extra, more = 0, first
-        while extra < number - 1 and more - first < max(SHORT, first / 2):
+        while extra < number - 1 and more - first < max(SHORT, first / 4):
             extra = min(number - 1, max(2, 3 * extra))
             more = _time(replace(method, **{**once, name: 1 + extra}), smaller, weight, moment)
         each = max(1e-9, more - first) / extra
