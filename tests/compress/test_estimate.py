@@ -79,6 +79,13 @@ def test_sharing_the_budget_takes_time() -> None:
     assert Estimate(1.0, 2.0, 4.0, 8.0).seconds == 15
 
 
+def test_an_allocation_takes_whole_batches() -> None:
+    data = DataSize(tokens=12000, units=15000, batches=3)
+    assert data.about(4000) == 5000
+    assert data.about(4001) == data.about(8000) == 10000
+    assert data.about(10**6) == 15000
+
+
 @dataclass(frozen=True)
 class Descending(Lee2024Blast):
     """A fit that takes 2 s, 3 s for each sweep, and 5 s for each iteration, if there are enough sweeps before those."""

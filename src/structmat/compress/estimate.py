@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -85,12 +86,19 @@ class DataSize:
         units: The number of tokens with padding, or of other examples.
         flow: The seconds that one of these takes; None where that is not known.
         held_out: The number of units on which the network is measured before and after.
+        batches: The number of batches, of which an allocation takes whole ones.
     """
 
     tokens: int
     units: int = 0
     flow: Flow | None = None
     held_out: int = 0
+    batches: int = 1
+
+    def about(self, tokens: int) -> float:
+        """The number of units in as many whole batches as have a number of tokens."""
+        each = max(1.0, self.tokens / self.batches)
+        return min(self.batches, math.ceil(tokens / each)) / self.batches * self.units
 
 
 def estimate(
@@ -177,9 +185,7 @@ def _sharing(
     fits = sum(_scaled(timed, format, curve_method, True) for format in fitted)
     largest = max(planned.values(), key=lambda format: format.M * format.N)
     decomposed = sum(_spectrum_cost(*format.shape) for format in planned.values()) * _spectrum_seconds(largest, device)
-    with_gradients, with_moments = (
-        min(1.0, one.VECTORS / max(data.tokens, 1)) * data.units for one in (gradients, survey)
-    )
+    with_gradients, with_moments = data.about(gradients.VECTORS), data.about(survey.VECTORS)
     outer = sum(format.M**2 for format in planned.values()) * product_seconds(largest, device)
     gathered = with_gradients * outer
     if data.flow is not None:
