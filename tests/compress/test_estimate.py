@@ -60,9 +60,9 @@ def test_every_kind_of_method(format: LowRank | Blast, method: TruncatedSvd | Gr
 def test_the_flow_tells_the_time_of_the_passes() -> None:
     plan = {f"b.{k}.up": LowRank(64, 64, 8) for k in range(2)}
     flow = Flow(2.0, 1.0, ("b.0", "b.1"), (Read(0.5, 1.0, (0.25, 0.75), ("up",)),))
-    found = estimate(plan, data=DataSize(80, 100, flow, held_out=10))
+    found = estimate(plan, data=DataSize(80, 100, flow, held_out=10, batches=5))
     # the first block: dense, compressed, a moment; the second one: dense, compressed, half of it again, a moment
-    assert found.passes == pytest.approx(100 * ((2 * 2 + 0.25) + (2 * 2 + 0.5 * 2 + 0.75)) + 2 * 10 * 5)
+    assert found.passes == pytest.approx(100 * ((2 * 2 + 0.25) + (2 * 2 + 0.5 * 2 + 0.75)) + 5 * (2 * 10 + 2 * 20))
     assert found.sharing == 0
 
 

@@ -27,6 +27,9 @@ from structmat.network.sites import find_sites
 COUNTS = ("sweeps", "metric_iterations", "steps", "rounds")
 """The settings of methods that count what a fit repeats."""
 
+FINDING_COST = 2
+"""About how many calls of the whole network on one batch it takes to find its blocks."""
+
 BACKWARD_COST = 2.5
 """About how many forward passes it takes to gather gradients: one forward, and one back to the outputs of layers."""
 
@@ -136,7 +139,8 @@ def estimate(
         return Estimate(fits, 0.0)
     sharing = _sharing(planned, data, timed, device) if shared else 0.0
     if data.flow is not None:
-        passes = data.units * data.flow.in_sequence(list(planned), refined) + 2 * data.held_out * data.flow.forward
+        beside = 2 * data.held_out + FINDING_COST * data.units / data.batches
+        passes = data.units * data.flow.in_sequence(list(planned), refined) + beside * data.flow.forward
         return Estimate(fits, passes, sharing)
     largest = max(planned.values(), key=lambda format: format.M * format.N)
     work = sum((FORWARD_COST + refined) * format.M * format.N + 2 * format.N**2 for format in planned.values())
