@@ -126,7 +126,7 @@ def test_records_are_those_of_earlier_versions(tmp_path: Path) -> None:
     data = CalibrationOptions(str(tmp_path / "texts.txt[:3]")).record()
     assert len(data.pop("data_files")) == 16
     assert data == {
-        "calibrate": str(tmp_path / "texts.txt[:3]"), "samples": 512, "length": None, "batch_size": 8, "packed": False,
+        "calibrate": str(tmp_path / "texts.txt[:3]"), "samples": None, "length": None, "batch_size": 8, "packed": False,
         "split": None,
     }  # fmt: skip
     assert RefinementOptions(True, 3).record() == {"refine": True, "refine_steps": 3, "refine_rate": 2e-3}

@@ -60,10 +60,10 @@ def test_every_kind_of_method(format: LowRank | Blast, method: TruncatedSvd | Gr
 def test_the_flow_tells_the_time_of_the_passes() -> None:
     plan = {f"b.{k}.up": LowRank(64, 64, 8) for k in range(2)}
     flow = Flow(2.0, 1.0, ("b.0", "b.1"), (Read(0.5, 1.0, (0.25, 0.75), ("up",)),))
-    found = estimate(plan, data=DataSize(80, 100, flow, held_out=10))
+    found = estimate(plan, data=DataSize(80, 100, flow, held_out=10, batches=5))
     # the first block: dense, a moment, and compressed but for a part that is known; the second one: dense, up to
     # the layer, a moment, and compressed like the first
-    assert found.passes == pytest.approx(100 * ((2 + 0.25 + 1.5) + (2 + 0.5 * 2 + 0.75 + 1.5)) + 2 * 10 * 5)
+    assert found.passes == pytest.approx(100 * ((2 + 0.25 + 1.5) + (2 + 0.5 * 2 + 0.75 + 1.5)) + 5 * (2 * 10 + 2 * 20))
     assert found.sharing == 0
 
 
@@ -78,6 +78,13 @@ def test_sharing_the_budget_takes_time() -> None:
     assert gathered < shared.sharing < gathered + 60
     assert shared.passes == alone.passes
     assert Estimate(1.0, 2.0, 4.0, 8.0).seconds == 15
+
+
+def test_an_allocation_takes_whole_batches() -> None:
+    data = DataSize(tokens=12000, units=15000, batches=3)
+    assert data.about(4000) == 5000
+    assert data.about(4001) == data.about(8000) == 10000
+    assert data.about(10**6) == 15000
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def size_of(data: CalibrationData, model: Any, plan: Mapping[str, Format], devic
     held_out = sum(map(unit_count, data.held_out))
     units = sum(map(unit_count, data.batches))
     flow = measure_flow(model, _planned(plan), middle, device)
-    return DataSize(data.vectors(model.config), units, flow, held_out)
+    return DataSize(data.vectors(model.config), units, flow, held_out, len(data.batches))
 
 
 def usual_size(options: CalibrationOptions, model: Any, plan: Mapping[str, Format], device: torch.device) -> DataSize:
@@ -54,7 +55,7 @@ def usual_size(options: CalibrationOptions, model: Any, plan: Mapping[str, Forma
         tokens = units = rows * length
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     flow = None if batch is None else measure_flow(model, _planned(plan), batch, device)
-    return DataSize(tokens, units, flow)
+    return DataSize(tokens, units, flow, batches=math.ceil(rows / options.batch_size))
 
 
 def _planned(plan: Mapping[str, Format]) -> list[str]:

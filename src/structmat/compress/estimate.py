@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,9 @@ AWARE = ("metric_iterations", "iterations")
 
 COUNTS = ("sweeps", *AWARE, "steps", "rounds")
 """The settings of methods that count what a fit repeats."""
+
+FINDING_COST = 2
+"""About how many calls of the whole network on one batch it takes to find its blocks."""
 
 BACKWARD_COST = 2.5
 """About how many forward passes it takes to gather gradients: one forward, and one back to the outputs of layers."""
@@ -88,12 +92,19 @@ class DataSize:
         units: The number of tokens with padding, or of other examples.
         flow: The seconds that one of these takes; None where that is not known.
         held_out: The number of units on which the network is measured before and after.
+        batches: The number of batches, of which an allocation takes whole ones.
     """
 
     tokens: int
     units: int = 0
     flow: Flow | None = None
     held_out: int = 0
+    batches: int = 1
+
+    def about(self, tokens: int) -> float:
+        """The number of units in as many whole batches as have a number of tokens."""
+        each = max(1.0, self.tokens / self.batches)
+        return min(self.batches, math.ceil(tokens / each)) / self.batches * self.units
 
 
 def estimate(
@@ -124,42 +135,64 @@ def estimate(
     planned = {name: format for name, format in plan.items() if format.replaces}
     if not planned:
         return Estimate(0.0, 0.0)
-    fits = _all_fits(Counter(planned.values()), method, aware=data is not None, device=device)
+    formats, aware = Counter(planned.values()), data is not None
+    timed = _timed(formats, method, aware, device)
+    fits = sum(number * _scaled(timed, format, method, aware) for format, number in formats.items())
     if data is None:
         return Estimate(fits, 0.0)
-    sharing = _sharing(planned, data, device) if shared else 0.0
+    sharing = _sharing(planned, data, timed, device) if shared else 0.0
     if data.flow is not None:
-        passes = data.units * data.flow.in_sequence(list(planned), refined) + 2 * data.held_out * data.flow.forward
+        beside = 2 * data.held_out + FINDING_COST * data.units / data.batches
+        passes = data.units * data.flow.in_sequence(list(planned), refined) + beside * data.flow.forward
         return Estimate(fits, passes, sharing)
     largest = max(planned.values(), key=lambda format: format.M * format.N)
     work = sum((FORWARD_COST + refined) * format.M * format.N + 2 * format.N**2 for format in planned.values())
     return Estimate(fits, data.tokens * work * product_seconds(largest, device), sharing)
 
 
-def _all_fits(formats: Mapping[Format, int], choice: MethodChoice, *, aware: bool, device: torch.device | str) -> float:
-    """The seconds of fits of these formats, each as often as its number says."""
+@dataclass(frozen=True)
+class Timed:
+    """Fits of one format whose time was measured.
+
+    Attributes:
+        format: The format.
+        seconds: The seconds of one fit.
+        cost: Its cost in the cost model.
+    """
+
+    format: Format
+    seconds: float
+    cost: float
+
+
+def _timed(formats: Mapping[Format, int], choice: MethodChoice, aware: bool, device: torch.device | str) -> list[Timed]:
+    """Time fits of the formats that cost most, each of which is needed as often as its number says."""
     methods = {format: method_for(format, choice) for format in formats}
     costs = {format: methods[format].cost(format, aware=aware) for format in formats}
     ranked = sorted(formats, key=lambda format: -costs[format] * formats[format])
-    known = {f: fit_seconds(methods[f], f, aware=aware, device=device) for f in ranked[:MEASURED]}
-    total = 0.0
-    for format, number in formats.items():
-        alike = min(known, key=lambda other: (type(other) is not type(format), abs(costs[other] - costs[format])))
-        total += number * known[alike] * costs[format] / costs[alike]
-    return total
+    return [
+        Timed(one, fit_seconds(methods[one], one, aware=aware, device=device), costs[one]) for one in ranked[:MEASURED]
+    ]
 
 
-def _sharing(planned: Mapping[str, Format], data: DataSize, device: torch.device | str) -> float:
+def _scaled(timed: Sequence[Timed], format: Format, choice: MethodChoice, aware: bool) -> float:
+    """The seconds of a fit, from those of the fit that was timed and is most like it."""
+    cost = method_for(format, choice).cost(format, aware=aware)
+    alike = min(timed, key=lambda one: (type(one.format) is not type(format), abs(one.cost - cost)))
+    return alike.seconds * cost / alike.cost
+
+
+def _sharing(
+    planned: Mapping[str, Format], data: DataSize, timed: Sequence[Timed], device: torch.device | str
+) -> float:
     """The seconds in which an allocation gathers gradients and moments, decomposes weights, and fits stand-ins."""
     kinds = {kind_of(name, format.shape): format for name, format in planned.items()}
     sized = (_sized(format, keep) for format in kinds.values() for keep in TYPICAL_SHARES)
-    formats = Counter(format for format in sized if format is not None and not isinstance(format, LowRank))
-    fits = _all_fits(formats, curve_method, aware=True, device=device) if formats else 0.0
+    fitted = [format for format in sized if format is not None and not isinstance(format, LowRank)]
+    fits = sum(_scaled(timed, format, curve_method, True) for format in fitted)
     largest = max(planned.values(), key=lambda format: format.M * format.N)
     decomposed = sum(_spectrum_cost(*format.shape) for format in planned.values()) * _spectrum_seconds(largest, device)
-    with_gradients, with_moments = (
-        min(1.0, one.VECTORS / max(data.tokens, 1)) * data.units for one in (gradients, survey)
-    )
+    with_gradients, with_moments = data.about(gradients.VECTORS), data.about(survey.VECTORS)
     outer = sum(format.M**2 for format in planned.values()) * product_seconds(largest, device)
     gathered = with_gradients * outer
     if data.flow is not None:
@@ -216,12 +249,13 @@ def fit_seconds(method: Method[Any], format: Format, *, aware: bool, device: tor
     scale = method.cost(format, aware=aware) / method.cost(smaller, aware=aware)
     weight = torch.randn(smaller.shape, device=device, generator=_generator(device))
     moment = torch.eye(smaller.N, device=device, dtype=torch.float64) + 0.5 if aware else None
-    _time(single, smaller, weight, moment)  # the first one prepares libraries
-    first = min(_time(single, smaller, weight, moment) for _ in range(2))
+    first = _time(single, smaller, weight, moment)
+    if first < LONG:  # of which some prepares libraries
+        first = min(_time(single, smaller, weight, moment) for _ in range(2))
     total = first
     for name, number in counts.items():
         extra, more = 0, first
-        while extra < number - 1 and more - first < max(SHORT, first / 2):
+        while extra < number - 1 and more - first < max(SHORT, first / 4):
             extra = min(number - 1, max(2, 3 * extra))
             more = _time(replace(method, **{**once, name: 1 + extra}), smaller, weight, moment)
         each = max(1e-9, more - first) / extra

@@ -232,10 +232,10 @@ def _measured(
     watch.run(one)  # the first call prepares libraries
     rows = max(1, int(LONG / max(watch.run(one), 1e-6)))
     given = moved(_rows(batch, rows), device)
-    runs = [(watch.run(given), watch.spans, watch.seen) for _ in range(3)]
-    seconds, watch.spans, watch.seen = min(runs, key=lambda run: run[0])
+    calls = [(watch.run(given), watch.spans, watch.seen) for _ in range(3)]
+    seconds, spans, watch.seen = min(calls, key=lambda one: one[0])
     units = max(unit_count(given), 1)
-    blocks = [watch.spans[f"block {name}"] for name in own]
+    blocks = [spans[f"block {name}"] for name in own]
     inside = sum(end - start for start, end in blocks)
     start, end = blocks[0]
     reads = [
