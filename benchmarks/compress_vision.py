@@ -62,6 +62,11 @@ class ResidualBlock(nn.Module):
         return F.relu(shortcut + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
 
 
+def stage(before: int, after: int) -> nn.Sequential:
+    """Three residual blocks."""
+    return nn.Sequential(*(ResidualBlock(before if i == 0 else after, after) for i in range(3)))
+
+
 class ResNet20(nn.Module):
     """The residual network of depth 20 for images of 32 x 32 (He et al. 2016, section 4.2)."""
 
@@ -69,10 +74,7 @@ class ResNet20(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        widths = (16, 16, 32, 64)
-        for k, (before, after) in enumerate(itertools.pairwise(widths)):
-            blocks = [ResidualBlock(before if i == 0 else after, after) for i in range(3)]
-            self.add_module(f"layer{k + 1}", nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = (stage(*widths) for widths in ((16, 16), (16, 32), (32, 64)))
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
