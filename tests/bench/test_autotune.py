@@ -179,7 +179,7 @@ def test_a_choice_holds_for_its_power_of_two_alone(monkeypatch: pytest.MonkeyPat
 
 def test_calls_count_as_often_as_they_are_made(monkeypatch: pytest.MonkeyPatch):
     seconds = {1: {"automatic": 1.0, "dense": 2.0}, 128: {"automatic": 10.0, "dense": 5.0}}
-    monkeypatch.setattr(autotune, "_measure", lambda layer, count, dtype, rounds: seconds[bucket(count)])
+    monkeypatch.setattr(autotune, "measured_ways", lambda layer, count, dtype, rounds: seconds[bucket(count)])
 
     class Often(nn.Module):
         def __init__(self) -> None:

@@ -76,6 +76,7 @@ def test_the_budget_can_be_seconds(folder: Path, tmp_path: Path, capsys: pytest.
         (["--effort", "much"], "expected --effort to be one of"),
         (["--unit", "hours"], "expected --unit to be one of"),
         (["--unit", "seconds", "--tokens", "0"], "expected tokens to be"),
+        (["--tokens", "8"], "expected --unit seconds with --tokens"),
         (["--keep", "0.001"], "expected a budget of at least"),
         (["--layers", "nothing"], "expected --layers 'nothing' to pick"),
         (["--exclude", ".*"], "expected dense linear layers to compress, found none"),

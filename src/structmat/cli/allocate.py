@@ -104,6 +104,8 @@ def allocate_plan(
         raise ValueError("expected --calibrate: what a layer does to the output is measured on data")
     _checks.one_of(options.effort, SAMPLES, "--effort")
     _checks.one_of(options.unit, (*UNITS, "seconds"), "--unit")
+    if options.tokens != (1,) and options.unit != "seconds":
+        raise ValueError(f"expected --unit seconds with --tokens, got --unit {options.unit}")
     keep, blocks = _checks.fraction(options.keep, "--keep"), read_blocks(options.blocks)
     structures = [read_format(text, "--format") for text in options.format]
     layers = [checked_pattern(pattern, "--layers") for pattern in options.layers]
