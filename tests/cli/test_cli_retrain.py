@@ -63,6 +63,18 @@ def test_the_model_and_its_figures(folder: Path, tmp_path: Path, capsys: pytest.
     assert "is finished, with the same options" in capsys.readouterr().err
 
 
+def test_a_log_is_plain_lines(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--steps", "5", "--set", "logging_steps=1", "--set", "disable_tqdm=false"]
+    assert retrain(folder, tmp_path / "out", *words) == 0
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert [line for line in lines if line.startswith("training: 100% (5 of 5), ") and ", loss " in line]
+    held_out = [line for line in lines if re.fullmatch(r"after \d of 5 steps, held out: loss [\d.]+", line)]
+    assert [line.split()[1] for line in held_out] == ["1", "2", "3", "4", "5"]
+    assert "{" not in printed.err + printed.out
+    assert "preparation" not in printed.out
+
+
 def test_an_interrupted_run_goes_on_from_its_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

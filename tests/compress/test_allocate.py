@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from small_networks import Stack, mlp, padding, sequences, snapshot
 from structmat import LowRank, Plan, Rule, allocate, compress_, make_plan
+from structmat.compress import gradients
 from structmat.compress.candidates import Candidate
 from structmat.compress.curves import interpolated
 from structmat.compress.effects import OutputEffect
 from structmat.compress.gradients import gradient_moments
 from structmat.compress.search import Search
+from structmat.compress.store import FitStore
 from structmat.fit import Dao2022Monarch
 from structmat.formats import Dense
 from structmat.network.sites import find_sites
@@ -249,6 +251,20 @@ def test_gradient_moments_leave_the_network_as_before() -> None:
     assert not model.blocks[0].up.weight.requires_grad
     assert model.blocks[0].down.weight.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_of_more_layers_serve_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, store = Stack(depth=2), FitStore(tmp_path)
+    sites = {name: site for name, site in find_sites(model).items() if name.startswith("blocks")}
+    some = dict(list(sites.items())[1:3])
+    few = gradient_moments(model, sequences(2), some, store=store, progress=False)
+    every = gradient_moments(model, sequences(2), sites, store=store, progress=False)
+    assert set(every.moments) == set(sites)
+    monkeypatch.setattr(gradients, "_gathered", None)  # no more data flows
+    again = gradient_moments(model, sequences(2), some, store=store, progress=False)
+    assert again.vectors == few.vectors
+    assert set(again.moments) == set(some)
+    assert all(torch.equal(few.moments[name], again.moments[name]) for name in some)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.45, 0.8, 0.95])

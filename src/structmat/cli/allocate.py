@@ -11,8 +11,8 @@ import typer
 from structmat import _checks
 from structmat.bench import Seconds
 from structmat.cli import models
-from structmat.cli.calibration import CalibrationOptions
-from structmat.cli.compress import batches_of, shared_budget
+from structmat.cli.calibration import CalibrationOptions, batches_of
+from structmat.cli.compress import shared_budget
 from structmat.cli.formats import HINT, NAMES, read_blocks, read_format
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options

@@ -310,3 +310,20 @@ def told(options: CalibrationOptions, processors: dict[str, Any], config: Any, i
     for text in data.warnings(inputs):
         warn(text)
     return data
+
+
+def batches_of(
+    calibration: CalibrationOptions, processors: dict[str, Any], config: Any, inputs: int = 0
+) -> list[dict[str, Any]] | None:
+    """Read the batches of calibration data, of which the user is told.
+
+    Args:
+        calibration: Which data, and how much of it.
+        processors: The model's tokenizer or image processor.
+        config: The model's configuration.
+        inputs: The largest number of inputs of a planned layer; 0 where it is not known.
+
+    Returns:
+        The batches; None where there is to be no data.
+    """
+    return None if calibration.calibrate is None else told(calibration, processors, config, inputs).batches

@@ -29,6 +29,7 @@ from structmat.cli.show import say
 from structmat.compress.allocate import Allocation, AllocationSettings, allocate
 from structmat.compress.api import compress_
 from structmat.compress.estimate import estimate
+from structmat.export.quantize import KINDS, quantize_
 from structmat.fit import Method, default_method
 from structmat.formats import Blast, Format
 from structmat.network.surgery import harden_
@@ -54,6 +55,7 @@ class FitOptions(Options):
         stream: Whether to go from file to file.
         uniform: Whether every layer keeps the same share, also where there is data to share the budget by.
         two_sided: Whether errors are weighed by gradients at the outputs too; None for where layers share the budget.
+        quantize: The kind of integers that weights are stored in; None for floating point.
     """
 
     method: Annotated[
@@ -91,10 +93,14 @@ class FitOptions(Options):
             "budget, without --stream.",
         ),
     ] = None
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Store the weights of all linear layers in integers, int8 or int4, once they are fitted."),
+    ] = None
 
     def record(self) -> dict[str, Any]:
         """What the fits depend on, as JSON-compatible data."""
-        unsaid = {"learn": False, "uniform": False, "two_sided": None}
+        unsaid = {"learn": False, "uniform": False, "two_sided": None, "quantize": None}
         return {name: value for name, value in super().record().items() if name not in unsaid or value != unsaid[name]}
 
     def check(self, made: Plan, placement: Placement, *, data: bool) -> bool:
@@ -120,6 +126,10 @@ class FitOptions(Options):
             raise ValueError(
                 "expected neither --dtype nor --device with --stream, which keeps the files' own and the CPU"
             )
+        if self.quantize is not None:
+            _checks.one_of(self.quantize, KINDS, "--quantize")
+            if self.stream or self.learn:
+                raise ValueError("expected --quantize without --stream and --learn; run structmat quantize afterwards")
         learning = sorted({format.name for format in made.values() if format.learns})
         if self.learn and not learning:
             raise ValueError(
@@ -219,7 +229,7 @@ class Compression:
             if data is not None:
                 uniform, made = made, self._allocated(made, loaded, data, how["cache"])
                 how["two_sided"] = made is not uniform if self.fit.two_sided is None else self.fit.two_sided
-            facts = held_in_memory(loaded, folder, made, how, data, hardens)
+            facts = held_in_memory(loaded, folder, made, how, data, hardens, self.fit.quantize)
         for processor in processors.values():
             processor.save_pretrained(folder)
         return facts
@@ -296,7 +306,13 @@ def compress(
 
 
 def held_in_memory(
-    model: Any, folder: Path, made: Plan, how: Mapping[str, Any], data: CalibrationData | None, hardens: bool
+    model: Any,
+    folder: Path,
+    made: Plan,
+    how: Mapping[str, Any],
+    data: CalibrationData | None,
+    hardens: bool,
+    integers: str | None,
 ) -> dict[str, Any]:
     """Compress a model in memory, measure it before and after, and write it.
 
@@ -307,6 +323,7 @@ def held_in_memory(
         how: The further arguments of ``compress_``.
         data: The calibration data; None for none.
         hardens: Whether layers are hardened once they are fitted.
+        integers: The kind of integers that weights are stored in; None for floating point.
 
     Returns:
         What came out, for the record.
@@ -316,17 +333,12 @@ def held_in_memory(
     fits = compress_(model, made, **how)
     if hardens:
         harden_(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rounded = {} if integers is None else quantize_(model, integers, batches=how["batches"])
     measured |= measured_after(held_out, model)
     model.save_pretrained(folder)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {**results(parameters, made, fits), **measured, "device": str(model.device)}
-
-
-def batches_of(
-    calibration: CalibrationOptions, processors: dict[str, Any], config: Any, inputs: int = 0
-) -> list[dict[str, Any]] | None:
-    """The calibration data, of which the user is told; None where there is to be none."""
-    return None if calibration.calibrate is None else told(calibration, processors, config, inputs).batches
+    facts = {**results(parameters, made, fits), **measured, "device": str(model.device)}
+    return facts if integers is None else {**facts, "integers": integers, "rounding_errors": rounded}
 
 
 def streamed(model: str, skeleton: Any, folder: Path, made: Plan, how: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import importlib
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -179,7 +178,7 @@ class Training:
         Returns:
             A ``StructuredTrainingArguments``.
         """
-        places: dict[str, Any] = {"output_dir": str(folder), "disable_tqdm": not sys.stderr.isatty()}
+        places: dict[str, Any] = {"output_dir": str(folder), "disable_tqdm": False}
         places["resume_from_checkpoint"] = None if checkpoint is None else str(checkpoint)
         with door("transformers", "options of the training, --set included, that transformers takes"):
             return arguments_class()(**{**places, **self.settings})

@@ -12,6 +12,7 @@ import typer
 
 from structmat import _checks
 from structmat.cli import models
+from structmat.cli.calibration import CalibrationOptions, batches_of
 from structmat.cli.models import DtypeOption, Placement
 from structmat.cli.options import Model, Options, Target, recorded
 from structmat.cli.output import Output, fingerprint
@@ -122,17 +123,21 @@ class Integers(Options):
         _checks.one_of(self.to, KINDS, "--to")
 
 
-def quantize(model: Model, target: Target, integers: Integers, weights: Weights) -> None:
+def quantize(
+    model: Model, target: Target, integers: Integers, calibration: CalibrationOptions, weights: Weights
+) -> None:
     """Run ``structmat quantize``."""
     record = {"model": model, **recorded(weights), **recorded(integers)}
+    if calibration.calibrate is not None:
+        record |= recorded(calibration)
     record["model_files"] = fingerprint(models.check_name(model))
     output = Output(target.out, "quantize", record, overwrite=target.overwrite)
     if output.said_finished():
         return
     with output:
-        loaded = models.load(model, weights.placement)
-        errors = quantize_(loaded, integers.to)
-        save(loaded, models.processors(model), output, {"layers": errors})
+        loaded, processors = models.load(model, weights.placement), models.processors(model)
+        errors = quantize_(loaded, integers.to, batches=batches_of(calibration, processors, loaded.config))
+        save(loaded, processors, output, {"layers": errors})
     say(f"{len(errors)} layers are in {integers.to} now; their matrices changed by {max(errors.values()):.1e} at most")
 
 

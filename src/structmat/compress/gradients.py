@@ -78,11 +78,9 @@ def gradient_moments(
         The gradients; a layer that no gradient reaches is missing.
     """
     given = some_of(batches, VECTORS)
-    key = FitStore.digest(
-        f"gradients|{seed}|{effect}|{sorted(sites)}", *tensors_in(given), *model.state_dict().values()
-    )
+    key = FitStore.digest(f"gradients|{seed}|{effect}", *tensors_in(given), *model.state_dict().values())
     kept = None if store is None or callable(effect) else store.read_tensors(key)
-    if kept is None:
+    if kept is None or any(f"{name}.vectors" not in kept for name in sites):  # those of more layers serve as well
         kept = _gathered(model, given, sites, effect, seed, progress)
         if store is not None and not callable(effect):
             store.write_tensors(key, kept)
@@ -125,8 +123,8 @@ def _gathered(
     gradients = sums.gradients(output.name)
     found = {"effect": torch.tensor(NAMES.index(output.name))}
     found |= {f"{name}.moment": moment for name, moment in gradients.moments.items()}
-    for name, vectors in gradients.vectors.items():
-        found[f"{name}.vectors"] = torch.tensor(vectors, dtype=torch.float64)
+    for name in sites:
+        found[f"{name}.vectors"] = torch.tensor(gradients.vectors.get(name, 0.0), dtype=torch.float64)
     return found
 
 

@@ -73,7 +73,7 @@ def find_spectra(
         The spectrum of each layer by name.
     """
     found: dict[str, Spectrum] = {}
-    for part in _parts(model, batches, sites):
+    for part in memory_parts(model, batches, sites):
         shapes = {name: sites[name].matrix.shape for name in part}
         calibration = calibrate(
             model, batches, {n: LowRank(M, N, 1) for n, (M, N) in shapes.items()}, progress=progress
@@ -87,8 +87,17 @@ def find_spectra(
     return {name: found[name] for name in sites}
 
 
-def _parts(model: nn.Module, batches: Sequence[Any], sites: Mapping[str, Site]) -> Iterator[list[str]]:
-    """The layers in parts whose moments fit into memory; layers that read the same input are in one part."""
+def memory_parts(model: nn.Module, batches: Sequence[Any], sites: Mapping[str, Site]) -> Iterator[list[str]]:
+    """Divide layers into parts whose moments fit into memory; layers that read the same input are in one part.
+
+    Args:
+        model: The dense network.
+        batches: The calibration data.
+        sites: The layers by name.
+
+    Yields:
+        The names of the layers of each part.
+    """
     device = device_of(model)
     with undisturbed(), evaluating(model):
         leaders = shared_inputs(sites, (functools.partial(call, model, moved(batch, device)) for batch in batches))[0]

@@ -67,15 +67,22 @@ class Quantized(Format):
     def rounded_factors(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the factors that are integers here, by their names in the other format.
 
-        Coefficients (``no_decay``), such as the couplings of BLAST, stay: they are few, and components that cancel each
-        other make the matrix depend on them most.
+        Coefficients (``no_decay``), such as the couplings of BLAST, become bfloat16: they are few, and components that
+        cancel each other make the matrix depend on them most.
         """
         specs = {name: spec for name, spec in self.base.factor_specs().items() if name not in self.base.no_decay}
         learned = {name: spec.shape for name, spec in specs.items() if spec.trainable and spec.dtype is None}
         return {name: shape for name, shape in learned.items() if 0 not in shape}
 
-    def _groups(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The number of groups of a row, and their length; the last one is padded."""
+    def groups(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The number of groups of a row of a factor, and their length; the last one is padded.
+
+        Args:
+            shape: The shape of the factor.
+
+        Returns:
+            The number and the length.
+        """
         length = min(self.group or shape[-1], shape[-1])
         length += length % 2 if self.bits == 4 else 0
         return -(-shape[-1] // length), length
@@ -84,14 +91,18 @@ class Quantized(Format):
         """The scales and integers of each factor, and the factors that stay."""
         specs: dict[str, FactorSpec] = {}
         for name, shape in self.rounded_factors.items():
-            count, length = self._groups(shape)
+            count, length = self.groups(shape)
             per_byte = 8 // self.bits
             kind = torch.int8 if self.bits == 8 else torch.uint8
             width = shape[-1] if self.bits == 8 else count * length // per_byte
             specs[f"{name}_scale"] = FactorSpec((*shape[:-1], count), trainable=False)
             specs[f"{name}_integers"] = FactorSpec((*shape[:-1], width), trainable=False, dtype=kind)
         kept = {n: s for n, s in self.base.factor_specs().items() if n not in self.rounded_factors}
-        return specs | {name: FactorSpec(spec.shape, False, spec.dtype) for name, spec in kept.items()}
+        return specs | {name: FactorSpec(spec.shape, False, self._stays(name, spec)) for name, spec in kept.items()}
+
+    def _stays(self, name: str, spec: FactorSpec) -> torch.dtype | None:
+        """The dtype of a factor that is not rounded to integers."""
+        return torch.bfloat16 if name in self.base.no_decay and spec.trainable and spec.dtype is None else spec.dtype
 
     def rounded(self, factors: Factors) -> dict[str, Tensor]:
         """Round factors to integers.
@@ -104,28 +115,57 @@ class Quantized(Format):
         """
         found: dict[str, Tensor] = {}
         for name, shape in self.rounded_factors.items():
-            count, length = self._groups(shape)
+            count, length = self.groups(shape)
             grouped = nn.functional.pad(factors[name].float(), (0, count * length - shape[-1]))
-            scale, integers = _rounded(grouped.unflatten(-1, (count, length)), self.bits, factors[name].dtype)
-            integers = integers.flatten(-2)
-            found[f"{name}_scale"] = scale
-            found[f"{name}_integers"] = integers[..., : shape[-1]].contiguous() if self.bits == 8 else _packed(integers)
-        return found | {name: factor for name, factor in factors.items() if name not in self.rounded_factors}
+            scale, integers = round_group(grouped.unflatten(-1, (count, length)), self.bits, factors[name].dtype)
+            found |= self.stored(name, scale, integers.flatten(-2))
+        specs = self.factor_specs()
+        kept = {name: factor for name, factor in factors.items() if name not in self.rounded_factors}
+        return found | {name: factor.to(specs[name].dtype or factor.dtype) for name, factor in kept.items()}
+
+    def stored(self, name: str, scale: Tensor, integers: Tensor) -> dict[str, Tensor]:
+        """The factors of this format that hold one factor of the other.
+
+        Args:
+            name: The name of the factor in the other format.
+            scale: The scale of each group.
+            integers: The integers, int8, of padded rows; leading dimensions may be split.
+
+        Returns:
+            Scale and integers in their layout here.
+        """
+        shape = self.rounded_factors[name]
+        integers = integers.reshape(*shape[:-1], -1)
+        integers = integers[..., : shape[-1]].contiguous() if self.bits == 8 else _packed(integers)
+        return {f"{name}_scale": scale.reshape(*shape[:-1], -1), f"{name}_integers": integers}
 
     def opened(self, factors: Factors) -> dict[str, Tensor]:
         """The factors of the other format in floating point, in the dtype of the scales."""
-        found: dict[str, Tensor] = {}
-        for name, shape in self.rounded_factors.items():
-            scale, integers = factors[f"{name}_scale"], factors[f"{name}_integers"]
-            count, length = self._groups(shape)
-            values = (integers if self.bits == 8 else _unpacked(integers)).to(scale.dtype)
-            if count == 1:
-                found[name] = (values * scale)[..., : shape[-1]]
-                continue
-            values = nn.functional.pad(values, (0, count * length - values.shape[-1]))
-            opened = values.unflatten(-1, (count, length)) * scale.unsqueeze(-1)
-            found[name] = opened.flatten(-2)[..., : shape[-1]].contiguous()
-        return found | {name: factors[name] for name in self.base.factor_specs() if name not in found}
+        found = {name: self.open_factor(name, factors) for name in self.rounded_factors}
+        dtype = next((one.dtype for one in found.values()), None)
+        specs = self.base.factor_specs()
+        kept = {name: factors[name] for name in specs if name not in found}
+        return found | {name: factor.to(specs[name].dtype or dtype) for name, factor in kept.items()}
+
+    def open_factor(self, name: str, factors: Factors) -> Tensor:
+        """One factor of the other format in floating point.
+
+        Args:
+            name: Its name there.
+            factors: The factors of this format, of which its scales and integers are used.
+
+        Returns:
+            The factor, in the dtype of the scales.
+        """
+        shape = self.rounded_factors[name]
+        scale, integers = factors[f"{name}_scale"], factors[f"{name}_integers"]
+        count, length = self.groups(shape)
+        values = (integers if self.bits == 8 else _unpacked(integers)).to(scale.dtype)
+        if count == 1:
+            return (values * scale)[..., : shape[-1]]
+        values = nn.functional.pad(values, (0, count * length - values.shape[-1]))
+        opened = values.unflatten(-1, (count, length)) * scale.unsqueeze(-1)
+        return opened.flatten(-2)[..., : shape[-1]].contiguous()
 
     def to_dense(self, factors: Factors) -> Tensor:
         """The matrix of the rounded factors."""
@@ -149,8 +189,11 @@ class Quantized(Format):
 
     def scaled(self, factors: Factors, scale: float | Tensor) -> dict[str, Tensor]:
         """Factors of ``scale * W``: the scales take all of it."""
-        powers = self.base.scale_exponents.items()
-        exponents = {f"{name}_scale" if name in self.rounded_factors else name: power for name, power in powers}
+        rounded, coefficients = self.rounded_factors, self.base.no_decay
+        exponents = {f"{n}_scale" if n in rounded else n: power for n, power in self.base.scale_exponents.items()}
+        first = next((name for name in exponents if name.endswith("_scale")), None)
+        if first is not None:  # what coefficients would take goes there: they have few digits
+            exponents[first] += sum(exponents.pop(name) for name in coefficients if name in exponents)
         if not isinstance(scale, Tensor):
             return {n: f * scale ** exponents[n] if n in exponents else f for n, f in factors.items()}
         axes = {name: len(spec.shape) for name, spec in self.factor_specs().items()}
@@ -178,8 +221,17 @@ class Quantized(Format):
         }
 
 
-def _rounded(values: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The scales ``(...)`` and integers ``(..., length)`` of groups ``(..., length)``, of the best clip of each."""
+def round_group(values: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round groups of numbers to integers, with the best clip of each group.
+
+    Args:
+        values: Groups ``(..., length)``, float32.
+        bits: 8 or 4.
+        dtype: The dtype of the scales.
+
+    Returns:
+        The scales ``(...)`` and the integers ``(..., length)``, int8.
+    """
     most = 2 ** (bits - 1) - 1
     largest = values.abs().amax(-1)
     best = torch.full_like(largest, torch.inf)

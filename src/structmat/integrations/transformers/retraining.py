@@ -24,6 +24,7 @@ from structmat.integrations.transformers.keeping import (
     spread,
     train_and_keep_the_best,
 )
+from structmat.integrations.transformers.progress import Progress
 from structmat.integrations.transformers.tasks import task_of
 from structmat.integrations.transformers.trainer import StructuredTrainer
 
@@ -102,6 +103,7 @@ def retrain(
         processing_class=processor,
         compute_metrics=None if task == "causal-lm" else _accuracy,
     )
+    Progress.into(trainer)
     texts = texts_of(evaluation, None) if task == "causal-lm" and evaluation is not None else None
     measure = _measure(trainer, processor, texts, held_out, length)
     figures = train_and_keep_the_best(trainer, args.resume_from_checkpoint, measure)
@@ -224,6 +226,7 @@ def _measure(
 def _evaluated(trainer: StructuredTrainer, examples: Any) -> dict[str, float]:
     """The loss on examples, with the accuracy of a classifier, or the perplexity of a language model."""
     figures = trainer.evaluate(examples)
+    figures.pop("eval_model_preparation_time", None)  # the trainer tells it once, with its first evaluation
     if trainer.compute_metrics is None:
         figures["eval_perplexity"] = math.exp(min(figures["eval_loss"], 700))
     return figures
