@@ -12,12 +12,14 @@ excerpts of C4 and 48 short stories. Each run is kept as JSON; a second call res
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import lzma
 import math
 import os
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -89,17 +91,48 @@ def dense_scores(model: Any, tokenizer: Any) -> dict[str, float]:
     return json.loads(path.read_text())
 
 
+def bytes_of(model: Any, names: list[str]) -> int:
+    """The bytes of the weights of layers."""
+    layers = [model.get_submodule(name) for name in names]
+    return sum(tensor.nbytes for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
+
+
+def in_integers(model: Any, tokenizer: Any, batches: list[Any], names: list[str]) -> dict[str, Any]:
+    """Perplexity and bytes of the planned layers, in float16 and in integers."""
+    found = {"float32": {"bytes": bytes_of(model, names), "perplexity": window_perplexity(model, tokenizer)}}
+    for kind in ("float16", "int8", "int4"):
+        for data in (None,) if kind == "float16" else (None, batches):
+            start, rounded = time.perf_counter(), copy.deepcopy(model)
+            if kind == "float16":
+                rounded.half().float()
+            else:
+                sm.quantize_(rounded, kind, names, batches=data)
+            name = kind if data is None else f"{kind}, with data"
+            size = bytes_of(rounded, names) // (2 if kind == "float16" else 1)
+            seconds = time.perf_counter() - start
+            found[name] = {"bytes": size, "perplexity": window_perplexity(rounded, tokenizer), "seconds": seconds}
+            print(name, found[name], flush=True)
+    return found
+
+
+def plan_for(model: Any, arguments: argparse.Namespace, batches: list[Any], cache: Path) -> sm.Plan:
+    """The format of each layer; none for the dense model."""
+    if arguments.keep == 1:
+        return sm.Plan({})
+    if arguments.uniform:
+        return sm.make_plan(model, {LAYERS: sm.Blast}, keep=arguments.keep, blocks=16)
+    return sm.allocate(model, batches, keep=arguments.keep, blocks=16, layers=LAYERS, cache=cache)
+
+
 def run(arguments: argparse.Namespace, cell: Path) -> dict[str, Any]:
     """One cell: compress, and measure before and after."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     dense = dense_scores(model, tokenizer)
     batches, cache = calibration(tokenizer), cell.with_suffix(".fits")
+    names = [name for name, _ in model.named_modules() if re.fullmatch(LAYERS, name)]
     start = time.perf_counter()
-    if arguments.uniform:
-        plan: sm.Plan = sm.make_plan(model, {LAYERS: sm.Blast}, keep=arguments.keep, blocks=16)
-    else:
-        plan = sm.allocate(model, batches, keep=arguments.keep, blocks=16, layers=LAYERS, cache=cache)
+    plan = plan_for(model, arguments, batches, cache)
     allocated = time.perf_counter()
     fits = sm.compress_(
         model,
@@ -112,10 +145,12 @@ def run(arguments: argparse.Namespace, cell: Path) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     found = scores(model, tokenizer)
+    integers = in_integers(model, tokenizer, batches, names) if arguments.quantize else {}
     if arguments.save:
         model.save_pretrained(arguments.save)
         tokenizer.save_pretrained(arguments.save)
-    kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
+    size = sum(model.get_submodule(name).in_features * model.get_submodule(name).out_features for name in names)
+    kept = 1 - sum(f.M * f.N - f.num_parameters() for f in plan.values()) / size
     return {
         "kept": kept,
         "dense": dense,
@@ -123,6 +158,7 @@ def run(arguments: argparse.Namespace, cell: Path) -> dict[str, Any]:
         "ln": {name: math.log(value / dense[name]) for name, value in found.items()},
         "seconds": {"allocate": allocated - start, "all": seconds},
         "formats": {name: str(format) for name, format in plan.items()},
+        "integers": integers,
         "mean_output_error": sum(fit.output_error or 0.0 for fit in fits.values()) / max(len(fits), 1),
         "hardware": hardware(),
         "transformers": transformers.__version__,
@@ -137,6 +173,19 @@ PEERS = {
     "KFAC-SVD with LEMS allocation": (47.1, 148.8),
 }
 """The perplexity that the official code of other methods gave in the same protocol, at keep 0.8 and 0.6."""
+
+
+def integer_lines(cells: dict[str, Any]) -> list[str]:
+    """The table of weights in integers."""
+    lines = ["", "The planned layers in fewer bits, WikiText-2:", ""]
+    lines += ["| what | weights | bytes of the planned layers | perplexity | over float32 |", "|---|---|---|---|---|"]
+    for name, cell in cells.items():
+        for kind, one in cell.get("integers", {}).items():
+            change = one["perplexity"] / cell["integers"]["float32"]["perplexity"] - 1
+            what = f"keep {name.split('-')[0]}" if cell["kept"] < 1 else "dense"
+            size = one["bytes"] / 2**20
+            lines.append(f"| {what} | {kind} | {size:.1f} MiB | {one['perplexity']:.2f} | {change:+.1%} |")
+    return lines
 
 
 def table() -> str:
@@ -161,12 +210,15 @@ def table() -> str:
         "| dense | 1 | " + " | ".join(f"{dense[name]:.2f}" for name in TEXTS) + " | |",
     ]
     for name, cell in cells.items():
+        if cell["kept"] == 1:
+            continue
         keep, *flags = name.split("-", 1)
         words = " ".join(flags).replace("-", " ").replace("one sided", "one-sided")
         how = words if "uniform" in words else f"allocated {words}".strip()
         values = [f"{cell['perplexity'][text]:.2f} ({cell['ln'][text]:.3f})" for text in TEXTS]
         minutes = cell["seconds"]["all"] / 60
         lines.append(f"| keep {keep}, {how} | {cell['kept']:.3f} | " + " | ".join(values) + f" | {minutes:.0f} |")
+    lines += integer_lines(cells)
     lines += ["", "Others' official code, WikiText-2 in the same protocol (measured earlier, elsewhere):", ""]
     lines += ["| method | keep 0.8 | keep 0.6 |", "|---|---|---|"]
     for name, values in PEERS.items():
@@ -181,10 +233,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--save", default="", help="a folder for the compressed model")
-    for flag in ("--uniform", "--one-sided", "--quick", "--refine"):
+    for flag in ("--uniform", "--one-sided", "--quick", "--refine", "--quantize"):
         parser.add_argument(flag, action="store_true")
     arguments = parser.parse_args()
-    flags = [flag for flag in ("uniform", "one_sided", "quick", "refine") if getattr(arguments, flag)]
+    flags = [flag for flag in ("uniform", "one_sided", "quick", "refine", "quantize") if getattr(arguments, flag)]
     cell = CELLS / f"{'-'.join([f'{arguments.keep:g}', *flags])}.json"
     cell.parent.mkdir(parents=True, exist_ok=True)
     if not cell.is_file():

@@ -112,6 +112,22 @@ def test_what_errors_are_weighed_by_is_chosen(words: list[str], folder: Path, tm
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("data", [False, True])
+def test_weights_can_be_stored_in_integers(data: bool, folder: Path, tmp_path: Path) -> None:
+    given = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10"] if data else []
+    for name, words in (("float", []), ("integers", ["--quantize", "int8"])):
+        assert compress(folder, tmp_path / name, *given, "--uniform", *words) == 0
+    assert main(["quantize", str(tmp_path / "float"), "-o", str(tmp_path / "afterwards"), *given]) == 0
+    state, expected = (load_pretrained(tmp_path / name).state_dict() for name in ("integers", "afterwards"))
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    record, plain = (json.loads((tmp_path / n / "structmat.json").read_text()) for n in ("integers", "float"))
+    assert record["integers"] == "int8"
+    assert set(record["rounding_errors"]) > set(record["layers"])
+    assert {name: record[name] for name in ("parameters", "layers")}.keys() <= plain.keys()
+    assert record["parameters"] == plain["parameters"]
+    assert (record.get("measured_after") == plain.get("measured_after")) is not data
+
+
 def test_a_budget_below_every_size_is_the_same_for_all(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,6 +402,8 @@ def test_images(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (["--method", "best"], "expected --method to be one of 'default', 'published', got 'best'"),
         (["--refine"], "expected --calibrate with --refine, which tunes on data"),
+        (["--quantize", "int3"], "expected --quantize to be one of 'int8', 'int4', got 'int3'"),
+        (["--quantize", "int4", "--stream"], "expected --quantize without --stream and --learn; .*"),
         (["--two-sided"], "expected --two-sided with --calibrate and without --stream: .*"),
         (["--refine", "--refine-steps", "0"], "expected --refine-steps to be an integer of at least 1, got 0"),
         (["--calibrate", "x", "--samples", "0"], "expected --samples to be an integer of at least 1, got 0"),

@@ -1,5 +1,6 @@
 """``quantize_``: integers in the layers, in the files, and after loading."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from structmat import (
     GaudiGblr,
     LowRank,
     apply_plan_,
+    compress_,
     densify_,
     load_model,
     load_pretrained,
@@ -24,6 +26,7 @@ from structmat import (
     save_model,
 )
 from structmat.cli import main
+from structmat.compress import spectra
 from structmat.formats import FORMATS, Quantized, format_from_json
 from training import tiny
 
@@ -125,6 +128,24 @@ def test_balancing_hurts_less_than_rounding_alone() -> None:
     alone = Quantized(64, 64, base)
     unbalanced = (alone.to_dense(alone.rounded(factors)) - dense).norm() / dense.norm()
     assert quantize_(model)["0"] < unbalanced / 10
+
+
+@pytest.mark.parametrize("most", [2**31, 1])
+def test_data_decides_what_errors_count(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "MOMENT_BYTES", most)  # all layers in one part, or each in its own
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 96)).eval().requires_grad_(False)
+    fits = compress_(model, {"0": Blast(96, 96, (8, 8), 32)}, progress=False)
+    assert fits["0"].format.name == "blast"
+    mixing = torch.randn(96, 96) * torch.logspace(0, -2, 96)
+    batches = [torch.randn(200, 96) @ mixing.mT for _ in range(4)]
+    x = torch.randn(500, 96) @ mixing.mT
+    wanted, errors = model(x), []
+    for given in (None, batches):
+        other = copy.deepcopy(model)
+        assert set(quantize_(other, "int4", batches=given, progress=False)) == {"0", "2"}
+        errors.append(float((other(x) - wanted).norm() / wanted.norm()))
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_models_of_transformers_load_as_usual(tmp_path: Path) -> None:

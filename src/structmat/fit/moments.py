@@ -25,6 +25,9 @@ FOLDS = 5
 DEFAULT_RIDGE = 1e-2
 """The ridge where there is only one batch, so that nothing can be held out."""
 
+QUIETEST = 1e-2
+"""The least energy, relative to the median, that an input has in its ridge: what is quieter tells little of others."""
+
 ROUNDING = 1e-12
 """The share of the second moment below which a variance is an error of rounding and the input counts as constant."""
 
@@ -117,7 +120,7 @@ class Moments:
 def _ridge(second: Tensor, ridge: float) -> Tensor:
     """The diagonal matrix that a ridge adds; an input that is always zero counts as a very quiet one."""
     diagonal = second.diagonal().clamp_min(0)
-    return torch.diag(ridge * torch.maximum(diagonal, 1e-6 * quiet(diagonal)))
+    return torch.diag(ridge * torch.maximum(diagonal, QUIETEST * quiet(diagonal)))
 
 
 class MomentSums:
@@ -239,7 +242,7 @@ def _ridge_of_few(pairs: list[tuple[Tensor, Tensor]]) -> float:
     group = torch.arange(len(pairs)).repeat_interleave(torch.tensor(lengths)) if len(pairs) > 1 else torch.arange(T)
     fold = group.to(x.device) % FOLDS
     energy = x.square().mean(0)
-    scale = torch.maximum(energy, 1e-6 * quiet(energy)).rsqrt()
+    scale = torch.maximum(energy, QUIETEST * quiet(energy)).rsqrt()
     same = all(a is b for a, b in pairs)
     read, wanted = (x * scale, (t - x) * scale) if not same else ((x * scale)[:, ::2], (x * scale)[:, 1::2])
     errors = torch.stack([_held_out_errors(read, wanted, fold == k) for k in fold.unique().tolist()]).sum(0)
