@@ -131,6 +131,7 @@ def run(arguments: argparse.Namespace, cell: Path) -> dict[str, Any]:
     dense = dense_scores(model, tokenizer)
     batches, cache = calibration(tokenizer), cell.with_suffix(".fits")
     names = [name for name, _ in model.named_modules() if re.fullmatch(LAYERS, name)]
+    size = sum(weight.numel() for name in names for weight in model.get_submodule(name).parameters())
     start = time.perf_counter()
     plan = plan_for(model, arguments, batches, cache)
     allocated = time.perf_counter()
@@ -149,7 +150,6 @@ def run(arguments: argparse.Namespace, cell: Path) -> dict[str, Any]:
     if arguments.save:
         model.save_pretrained(arguments.save)
         tokenizer.save_pretrained(arguments.save)
-    size = sum(model.get_submodule(name).in_features * model.get_submodule(name).out_features for name in names)
     kept = 1 - sum(f.M * f.N - f.num_parameters() for f in plan.values()) / size
     return {
         "kept": kept,

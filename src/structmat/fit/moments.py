@@ -26,7 +26,10 @@ DEFAULT_RIDGE = 1e-2
 """The ridge where there is only one batch, so that nothing can be held out."""
 
 QUIETEST = 1e-2
-"""The least energy, relative to the median, that an input has in its ridge: what is quieter tells little of others."""
+"""The least energy, relative to the median, that a ridge takes an input to have: what is quieter tells little."""
+
+LEAST_ENERGY = 1e-4
+"""The energy, relative to the median, that every input has with its ridge; else weights of it could be enormous."""
 
 ROUNDING = 1e-12
 """The share of the second moment below which a variance is an error of rounding and the input counts as constant."""
@@ -120,7 +123,9 @@ class Moments:
 def _ridge(second: Tensor, ridge: float) -> Tensor:
     """The diagonal matrix that a ridge adds; an input that is always zero counts as a very quiet one."""
     diagonal = second.diagonal().clamp_min(0)
-    return torch.diag(ridge * torch.maximum(diagonal, QUIETEST * quiet(diagonal)))
+    typical = quiet(diagonal)
+    share = ridge * torch.maximum(diagonal, QUIETEST * typical)
+    return torch.diag(torch.maximum(share, LEAST_ENERGY * typical - diagonal))
 
 
 class MomentSums:
