@@ -124,7 +124,7 @@ def cell(network: str, structures: str, keep: float, sharing: str, seed: int, fo
         plan = sm.allocate(
             model, batches, keep=keep, structures=formats, blocks=BLOCKS, layers=layers, effect="kl", progress=False
         )
-    sm.compress_(model, plan, batches=batches, progress=False)
+    sm.compress_(model, plan, batches=batches, two_sided=True, progress=False)
     kept = sum(f.num_parameters() for f in plan.values()) / sum(f.M * f.N for f in plan.values())
     return {
         "network": network,
@@ -148,9 +148,9 @@ def table(found: list[dict[str, Any]]) -> str:
         f"Made by `benchmarks/compress_vision.py` on: {hardware_line(found[0]['hardware'])}.",
         "",
         "Test accuracy in percent, the mean over three sets of calibration images (1,024 for the ViT and 256 for "
-        "ResNet-20) and in brackets the least and the largest; in sequence. *Uniform*: every layer keeps the same "
-        "share. *Allocated*: `allocate` with the KL divergence of the logits. BLAST has 4 x 4 blocks; where a row has "
-        "two structures, uniform is BLAST.",
+        "ResNet-20) and in brackets the least and the largest; in sequence, with errors weighed by gradients. "
+        "*Uniform*: every layer keeps the same share. *Allocated*: `allocate` with the KL divergence of the logits. "
+        "BLAST has 4 x 4 blocks; where a row has two structures, uniform is BLAST.",
         "",
         "| network | structure | keep | uniform | allocated |",
         "|---|---|---|---|---|",

@@ -201,11 +201,12 @@ def table() -> str:
         "Calibrated on 64 packed rows of 512 tokens of WikiText-2's training text. Token perplexity, in brackets "
         "ln(perplexity / dense), on 12 windows of 1,024 tokens of WikiText-2's raw test text, on 48 excerpts of C4 "
         "and on 48 short stories. *Kept* is the share of the planned weights' parameters. BLAST has 16 x 16 "
-        "blocks; *allocated*: layers may be low-rank too, and errors are weighed by gradients. *Quick*: 25 + 40 "
-        "steps of a fit in place of 50 + 100. *Refined*: `--refine`. Each cell's JSON has its hardware, its plan "
-        "and its commit.",
+        "blocks; *uniform*: the same keep in every layer; *allocated*: one budget, and layers may be low-rank too. "
+        "Errors are weighed by gradients but where a row says one-sided. *Quick*: 25 + 40 steps of a fit in place of "
+        "50 + 100. *Refined*: `--refine`. Runs with one thread shared the machine with others. Each cell's JSON has "
+        "its hardware, its plan and its commit.",
         "",
-        "| what | kept | WikiText-2 | C4 | stories | minutes |",
+        "| what | kept | WikiText-2 | C4 | stories | minutes (threads) |",
         "|---|---|---|---|---|---|",
         "| dense | 1 | " + " | ".join(f"{dense[name]:.2f}" for name in TEXTS) + " | |",
     ]
@@ -216,8 +217,9 @@ def table() -> str:
         words = " ".join(flags).replace("-", " ").replace("one sided", "one-sided")
         how = words if "uniform" in words else f"allocated {words}".strip()
         values = [f"{cell['perplexity'][text]:.2f} ({cell['ln'][text]:.3f})" for text in TEXTS]
-        minutes = cell["seconds"]["all"] / 60
-        lines.append(f"| keep {keep}, {how} | {cell['kept']:.3f} | " + " | ".join(values) + f" | {minutes:.0f} |")
+        threads = cell["hardware"]["threads"]
+        minutes = f"{cell['seconds']['all'] / 60:.0f} ({threads})"
+        lines.append(f"| keep {keep}, {how} | {cell['kept']:.3f} | " + " | ".join(values) + f" | {minutes} |")
     lines += integer_lines(cells)
     lines += ["", "Others' official code, WikiText-2 in the same protocol (measured earlier, elsewhere):", ""]
     lines += ["| method | keep 0.8 | keep 0.6 |", "|---|---|---|"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from structmat.compress.allocate import Allocation
 from structmat.compress.calibration import Calibration
 from structmat.compress.gradients import gradient_moments
 from structmat.compress.refinement import Refinement
@@ -29,7 +30,7 @@ def compress_(
     calibration: Calibration | None = None,
     batches: Iterable[Any] | None = None,
     refine: Refinement | None = None,
-    two_sided: bool = False,
+    two_sided: bool | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Fit]:
@@ -56,7 +57,7 @@ def compress_(
             arguments, whose ``attention_mask`` says which tokens count.
         refine: How to tune the factors of each block, which needs ``batches``; None for not at all.
         two_sided: Whether to weigh errors by gradients too, which needs ``batches``; layers that no gradient reaches
-            are fitted without.
+            are fitted without. None for what the plan was made for: a plan of ``allocate`` expects such errors.
         cache: The folder for finished fits; None for none.
         progress: Whether to show a progress bar, with a time estimate.
 
@@ -74,6 +75,8 @@ def compress_(
             "expected calibration or batches, got both; a calibration is of all layers at once, batches in sequence"
         )
     given = checked_batches(batches, refine)
+    if two_sided is None:
+        two_sided = given is not None and isinstance(plan, Allocation)
     if two_sided and given is None:
         raise ValueError("expected batches to be two-sided on, got none; pass batches=, a list of the network's inputs")
     with undisturbed():
