@@ -136,10 +136,12 @@ class Plan(Mapping[str, Format]):
     Attributes:
         layers: The format of each layer by name.
         skipped: The reason why a layer that a selector picked has no format, by name.
+        two_sided: Whether fits are meant to weigh errors by gradients too, as those of ``allocate`` are.
     """
 
     layers: Mapping[str, Format]
     skipped: Mapping[str, str] = field(default_factory=dict)
+    two_sided: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         wrong = [name for name, format in self.layers.items() if not isinstance(format, Format)]
@@ -166,7 +168,8 @@ class Plan(Mapping[str, Format]):
     def to_json(self) -> str:
         """The plan as JSON text."""
         layers = {name: format.to_json() for name, format in self.layers.items()}
-        return json.dumps({"schema": SCHEMA_VERSION, "layers": layers, "skipped": dict(self.skipped)}, indent=1)
+        facts = {"schema": SCHEMA_VERSION, "layers": layers, "skipped": dict(self.skipped)}
+        return json.dumps(facts | ({"two_sided": True} if self.two_sided else {}), indent=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a JSON file, in one step.
@@ -216,7 +219,9 @@ class Plan(Mapping[str, Format]):
         found = _checks.fields(data, {"schema": int, "layers": dict, "skipped": dict}, "the JSON of a plan")
         if found["schema"] != SCHEMA_VERSION:
             raise ValueError(f"expected a plan of schema {SCHEMA_VERSION}, got {found['schema']}; update structmat")
-        return cls(formats_from_json(found["layers"]), _checks.values(found["skipped"], str, "'skipped' of the plan"))
+        skipped = _checks.values(found["skipped"], str, "'skipped' of the plan")
+        two_sided = _checks.typed(data.get("two_sided", False), bool, "'two_sided' of the plan")
+        return cls(formats_from_json(found["layers"]), skipped, two_sided)
 
 
 def make_plan(

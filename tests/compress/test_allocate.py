@@ -209,12 +209,14 @@ def test_two_sided_fits_harm_the_output_less() -> None:
     assert effects[1] < 0.8 * effects[0]
 
 
-def test_a_plan_that_was_allocated_gets_the_errors_it_was_made_for() -> None:
+def test_a_plan_that_was_allocated_gets_the_errors_it_was_made_for(tmp_path: Path) -> None:
     model, batches = mlp().eval(), [randn(64, 24, seed=k) for k in range(5)]
     plan = allocated(model, batches, keep=0.6)
+    plan.save(tmp_path / "plan.json")
     found: dict[str, dict[str, Tensor]] = {}
     for name, given, how in (
         ("default", plan, None),
+        ("from a file", Plan.load(tmp_path / "plan.json"), None),
         ("two-sided", plan, True),
         ("one-sided", plan, False),
         ("plain plan", Plan(dict(plan)), None),
@@ -222,7 +224,7 @@ def test_a_plan_that_was_allocated_gets_the_errors_it_was_made_for() -> None:
         other = copy.deepcopy(model)
         compress_(other, given, batches=batches, two_sided=how, progress=False)
         found[name] = other.state_dict()
-    for one, same in (("default", "two-sided"), ("one-sided", "plain plan")):
+    for one, same in (("default", "two-sided"), ("from a file", "two-sided"), ("one-sided", "plain plan")):
         assert all(torch.equal(found[one][name], tensor) for name, tensor in found[same].items())
     assert any(not torch.equal(found["default"][name], tensor) for name, tensor in found["one-sided"].items())
     compress_(copy.deepcopy(model), plan, progress=False)  # without data there is nothing to weigh

@@ -54,7 +54,8 @@ class FitOptions(Options):
         learn: Whether layers that learn their structure stay so.
         stream: Whether to go from file to file.
         uniform: Whether every layer keeps the same share, also where there is data to share the budget by.
-        two_sided: Whether errors are weighed by gradients at the outputs too; None for where layers share the budget.
+        two_sided: Whether errors are weighed by gradients at the outputs too; None for what the plan
+            is made for: where layers share the budget.
         quantize: The kind of integers that weights are stored in; None for floating point.
     """
 
@@ -90,7 +91,7 @@ class FitOptions(Options):
         typer.Option(
             "--two-sided/--one-sided",
             help="Weigh errors by the gradients at the outputs of layers too, or not; the first where layers share the "
-            "budget, without --stream.",
+            "budget, or in a plan of structmat allocate, without --stream.",
         ),
     ] = None
     quantize: Annotated[
@@ -227,8 +228,8 @@ class Compression:
             loaded = models.load(self.model, self.placement)
             self._say_time(made, data, loaded)
             if data is not None:
-                uniform, made = made, self._allocated(made, loaded, data, how["cache"])
-                how["two_sided"] = made is not uniform if self.fit.two_sided is None else self.fit.two_sided
+                made = self._allocated(made, loaded, data, how["cache"])
+                how["two_sided"] = self.fit.two_sided
             facts = held_in_memory(loaded, folder, made, how, data, hardens, self.fit.quantize)
         for processor in processors.values():
             processor.save_pretrained(folder)
@@ -253,7 +254,7 @@ class Compression:
         plan = shared_budget(self.model, model, data.batches, settings, [re.escape(name) for name in made], cache)
         dense = sum(not format.replaces for format in plan.values())
         say(f"layers share the budget by their effect on the output: {plan.kept:.3f} kept, {dense} layers stay dense")
-        return Plan(dict(plan), made.skipped)
+        return Plan(dict(plan), made.skipped, plan.two_sided)
 
     def _say_time(self, made: Plan, data: CalibrationData | None, model: Any) -> None:
         """Tell the user how long all of it takes."""

@@ -302,6 +302,7 @@ def _allocation(search: Search, picks: Picks, skipped: Mapping[str, str], unit: 
     return Allocation(
         {name: search.library[name][pick].format for name, pick in picks.items()},
         skipped,
+        two_sided=True,
         choices=choices,
         unit=unit,
         effect=effect,

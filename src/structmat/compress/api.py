@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from structmat.compress.allocate import Allocation
 from structmat.compress.calibration import Calibration
 from structmat.compress.gradients import gradient_moments
 from structmat.compress.refinement import Refinement
@@ -20,6 +19,7 @@ from structmat.fit import Fit
 from structmat.formats import Format
 from structmat.network.calls import undisturbed
 from structmat.network.surgery import put_fits_
+from structmat.plan import Plan
 
 
 def compress_(
@@ -76,7 +76,7 @@ def compress_(
         )
     given = checked_batches(batches, refine)
     if two_sided is None:
-        two_sided = given is not None and isinstance(plan, Allocation)
+        two_sided = given is not None and isinstance(plan, Plan) and plan.two_sided
     if two_sided and given is None:
         raise ValueError("expected batches to be two-sided on, got none; pass batches=, a list of the network's inputs")
     with undisturbed():
