@@ -28,8 +28,9 @@ class _Lines(tqdm):
         if total and facts["bar_format"] is None:  # a format of its own says that the numbers mean nothing to a reader
             parts[0] += f" ({done} of {total})"
         parts.append(f"{self.format_interval(elapsed)} so far")
-        if total and 0 < done < total:
-            parts.append(f"about {self.format_interval(elapsed / done * (total - done))} to go")
+        begun = facts["initial"]
+        if total and begun < done < total:
+            parts.append(f"about {self.format_interval(elapsed / (done - begun) * (total - done))} to go")
         if facts["postfix"]:
             parts.append(facts["postfix"])
         return f"{name.removesuffix(': ')}: {', '.join(parts)}" if name else ", ".join(parts)
@@ -42,6 +43,9 @@ class _Lines(tqdm):
             self._said, self._last = now, line
             self.fp.write(f"{line}\n")
             self.fp.flush()
+
+    def clear(self, *_: Any, **__: Any) -> None:
+        """Leave everything: lines stay."""
 
     def close(self) -> None:
         """Print the last state, unless the bar was to vanish."""

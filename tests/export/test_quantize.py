@@ -13,6 +13,7 @@ from small_networks import mlp
 from structmat import (
     Blast,
     GaudiGblr,
+    Gblr,
     LowRank,
     apply_plan_,
     compress_,
@@ -27,7 +28,8 @@ from structmat import (
 )
 from structmat.cli import main
 from structmat.compress import spectra
-from structmat.formats import FORMATS, Quantized, format_from_json
+from structmat.fit.rounding import round_factors
+from structmat.formats import FORMATS, Dense, Quantized, format_from_json
 from training import tiny
 
 BASES = {name: format for name, format in CASES.items() if format.name in FORMATS and not format.learns}
@@ -63,9 +65,9 @@ def test_every_format(case: str, bits: int, group: int) -> None:
 
 def test_integers_are_exact_where_the_values_are() -> None:
     base = LowRank(16, 16, 4)
-    whole = {name: torch.randint(-7, 8, f.shape, generator=seed()).float() for name, f in base.init().items()}
-    for factor in whole.values():
-        factor[:, 0] = 7.0  # so that a step is 1
+    signs = [[7.0 if row >> k & 1 else -7.0 for k in range(4)] for row in range(16)]
+    shifted = [torch.tensor([7.0, -3.0, 5.0, 2.0]).roll(k) for k in range(16)]
+    whole = {"left": torch.tensor(signs), "right": torch.stack(shifted, 1)}  # a step is 1; inputs have one size
     for bits in (4, 8):
         format = Quantized(16, 16, base, bits)
         opened = format.opened(format.rounded(whole))
@@ -128,6 +130,85 @@ def test_balancing_hurts_less_than_rounding_alone() -> None:
     alone = Quantized(64, 64, base)
     unbalanced = (alone.to_dense(alone.rounded(factors)) - dense).norm() / dense.norm()
     assert quantize_(model)["0"] < unbalanced / 10
+
+
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_large_weights_of_a_quiet_input_do_not_spoil_the_others(kind: str, data: bool) -> None:
+    torch.manual_seed(0)
+    quiet = torch.ones(96)
+    quiet[7] = 1e-4
+    batches = [torch.randn(100, 96) * quiet for _ in range(4)]
+    for base in (Blast(96, 96, (4, 4), 40), LowRank(96, 96, 40), None):
+        model = nn.Sequential(nn.Linear(96, 96, bias=False)).eval().requires_grad_(False)
+        if base is not None:
+            apply_plan_(model, {"0": base}, generator=seed())
+            densify_(model)
+        alike = copy.deepcopy(model)  # the same network of inputs of one size
+        model[0].weight[:, 7] *= 1e4
+        for network in (model, alike):
+            if base is not None:
+                compress_(network, {"0": base}, batches=batches if network is model else None, progress=False)
+        errors = []
+        for network, scale in ((model, quiet), (alike, torch.ones(96))):
+            x = torch.randn(200, 96, generator=seed()) * scale
+            wanted = network(x)
+            quantize_(network, kind, batches=batches if data and network is model else None, progress=False)
+            errors.append(float((network(x) - wanted).norm() / wanted.norm()))
+        assert errors[0] < 2 * errors[1]
+
+
+def test_layers_that_share_factors_come_along() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(16, 16, bias=False) for _ in range(3))
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(self.b(self.a(x)))
+
+    torch.manual_seed(0)
+    for batches in (None, [torch.randn(40, 16)]):
+        for tied in (True, False):
+            model = Shared().eval().requires_grad_(False)
+            apply_plan_(model, {name: LowRank(16, 16, 4) for name in ("a", "c")})
+            if tied:
+                model.b = model.a.with_factors(model.a.format, dict(model.a.factors))
+                for key in model.a.factors:
+                    setattr(model.b, key, getattr(model.a, key))
+            names = ["b", "c"] if tied else ["c"]
+            errors = quantize_(model, names=names, batches=batches, progress=False)
+            assert set(errors) == ({"a", "c"} if tied else {"c"})
+            assert isinstance(model.c.format, Quantized)
+            assert isinstance(model.b.format, Quantized) == tied  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_the_data_does_not_reach_is_rounded_without_it() -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Apart().eval()
+    with pytest.warns(UserWarning, match=r"the data never reaches \['unused'\], which are rounded without it"):
+        assert set(quantize_(model, batches=[torch.randn(40, 16)], progress=False)) == {"used", "unused"}
+
+
+def test_matrices_and_inputs_of_zeros() -> None:
+    for base in (Blast(16, 16, (2, 2), 4), LowRank(16, 16, 4), Dense(16, 16)):
+        some = base.init(generator=seed())
+        for given in (some, {n: f * (n != "right") for n, f in some.items()}, {n: 0 * f for n, f in some.items()}):
+            for moment in (None, torch.zeros(16, 16), 1e-20 * torch.eye(16)):
+                format = Quantized(16, 16, base)
+                found = format.to_dense(round_factors(format, given, moment))
+                torch.testing.assert_close(found, base.to_dense(given), rtol=0.05, atol=0.02)
+    empty = Gblr(16, 16, 0, (0, 0))
+    format = Quantized(16, 16, empty)
+    assert not format.to_dense(round_factors(format, empty.init())).any()
 
 
 @pytest.mark.parametrize("most", [2**31, 1])

@@ -81,7 +81,7 @@ def gradient_moments(
     key = FitStore.digest(f"gradients|{seed}|{effect}", *tensors_in(given), *model.state_dict().values())
     kept = None if store is None or callable(effect) else store.read_tensors(key)
     if kept is None or any(f"{name}.vectors" not in kept for name in sites):  # those of more layers serve as well
-        kept = _gathered(model, given, sites, effect, seed, progress)
+        kept = (kept or {}) | _gathered(model, given, sites, effect, seed, progress)
         if store is not None and not callable(effect):
             store.write_tensors(key, kept)
     names = [name for name in sites if f"{name}.moment" in kept]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from structmat.compress.calibration import calibrate
 from structmat.compress.spectra import memory_parts
 from structmat.fit.rounding import round_factors
 from structmat.formats import Dense, Format, Quantized
-from structmat.network.calls import undisturbed
-from structmat.network.sites import find_sites
+from structmat.network.calls import call, copied, device_of, evaluating, moved, undisturbed
+from structmat.network.sites import Site, find_sites
 from structmat.network.surgery import apply_plan_, convert_, densify_
+from structmat.network.ties import tied_layers
 from structmat.nn import StructuredModule
 from structmat.training.balancing import balance_factors_
 
@@ -46,9 +48,9 @@ def quantize_(
     Args:
         model: The network.
         kind: ``"int8"``, one scale for each row, or ``"int4"``, one for 32 entries.
-        names: Which layers; None for all, structured and dense ones.
+        names: Which layers; None for all, structured and dense ones. Layers that share their factors come along.
         batches: Calibration data, as for ``compress_``; None for none. With it a dense copy of the network is made for
-            a while.
+            a while. Layers that it does not reach are rounded without it.
         progress: Whether to show a progress bar while data runs through the network.
 
     Returns:
@@ -57,6 +59,9 @@ def quantize_(
     Raises:
         ValueError: If the kind is another, a name is not that of a layer that can be quantised, there is none, or a
             layer still learns its structure.
+
+    Warns:
+        UserWarning: If the data does not reach a layer.
     """
     _checks.one_of(kind, KINDS, "kind")
     structured, dense = _layers(model)
@@ -67,26 +72,33 @@ def quantize_(
             f"expected names of layers that can be quantised, got {unknown or 'none'}; there are: "
             f"{', '.join(structured + dense) or 'none'}"
         )
-    formats = {name: _quantized(name, format, kind) for name, format in _formats(model, wanted).items()}
-    rounding = _Rounding(formats, {})
-    if batches is None:
-        rounding.round_(model, list(formats))
-        return rounding.errors
-    twin = densify_(copy.deepcopy(model))
-    sites = {name: site for name, site in find_sites(twin).items() if name in wanted}
-    for part in memory_parts(twin, batches, sites):
-        found = calibrate(twin, batches, {name: formats[name] for name in part}, progress=progress)
-        rounding.moments = {name: found[name].second_moment for name in part}
-        rounding.round_(model, part)
-    return rounding.errors
+    factors = _factors(model, wanted)
+    formats = {name: _quantized(name, format, kind) for name, (format, _) in factors.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    if batches is not None:
+        twin = densify_(copied(model))
+        by_name = {name: site for site in find_sites(twin).values() for name in site.names}
+        sites = _reached(twin, batches, {name: by_name[name] for name in formats})
+        for part in memory_parts(twin, batches, sites):
+            moments = calibrate(twin, batches, {name: formats[name] for name in part}, progress=progress)
+            found |= {n: _rounded(formats[n], factors[n][1], moments[n].with_ridge()) for n in part}
+    found |= {n: _rounded(formats[n], own, None) for n, (_, own) in factors.items() if n not in found}
+    errors = {name: _error(formats[name], factors[name][1], found[name]) for name in formats}
+    _put(model, formats, found, set(dense))
+    return errors
 
 
-def _formats(model: nn.Module, wanted: set[str]) -> dict[str, Format]:
-    """The formats of layers by name, dense ones included."""
-    sites = find_sites(model)
-    found: dict[str, Format] = {name: Dense(*site.matrix.shape) for name, site in sites.items() if name in wanted}
-    modules = model.named_modules()
-    return found | {n: module.format for n, module in modules if n in wanted and isinstance(module, StructuredModule)}
+def _factors(model: nn.Module, wanted: set[str]) -> dict[str, tuple[Format, dict[str, Tensor]]]:
+    """The format and the factors of layers by name, dense ones included, and once where layers share them."""
+    found: dict[str, tuple[Format, dict[str, Tensor]]] = {}
+    for layers in tied_layers(model):
+        if any(name in wanted for name in layers):
+            first = next(iter(layers))
+            found[first] = layers[first].format, dict(layers[first].factors)
+    for name, site in find_sites(model).items():
+        if name in wanted:
+            found[name] = Dense(*site.matrix.shape), {"weight": site.matrix}
+    return found
 
 
 def _quantized(name: str, format: Format, kind: str) -> Quantized:
@@ -96,43 +108,47 @@ def _quantized(name: str, format: Format, kind: str) -> Quantized:
         raise ValueError(f"layer {name!r}: {error}") from error
 
 
-class _Rounding:
-    """The rounding of layers of a network.
+def _reached(model: nn.Module, batches: Sequence[Any], sites: Mapping[str, Site]) -> dict[str, Site]:
+    """The layers that the data reaches; the user is warned of others."""
+    called: set[nn.Module] = set()
+    with ExitStack() as stack, evaluating(model):
+        for site in sites.values():
+            hook = site.module.register_forward_pre_hook(lambda module, _: called.add(module))
+            stack.callback(hook.remove)
+        for batch in batches:
+            call(model, moved(batch, device_of(model)))
+            if all(site.module in called for site in sites.values()):
+                return dict(sites)
+    missing = [name for name, site in sites.items() if site.module not in called]
+    warnings.warn(f"the data never reaches {missing}, which are rounded without it", stacklevel=3)
+    return {name: site for name, site in sites.items() if name not in missing}
 
-    Args:
-        formats: The format that each layer gets.
-        moments: The second moments of the inputs of layers, where they are known.
-    """
 
-    def __init__(self, formats: Mapping[str, Quantized], moments: Mapping[str, Tensor]) -> None:
-        self.formats, self.moments = formats, moments
-        self.errors: dict[str, float] = {}
+def _rounded(format: Quantized, factors: Mapping[str, Tensor], second_moment: Tensor | None) -> dict[str, Tensor]:
+    """The factors of a quantised format."""
+    own = {key: factor.detach().clone() for key, factor in factors.items()}
+    balance_factors_(format.base, own)
+    return round_factors(format, own, second_moment)
 
-    def round_(self, model: nn.Module, names: Sequence[str]) -> None:
-        """Round these layers of the network, in place."""
-        structured = [name for name in names if not isinstance(self.formats[name].base, Dense)]
-        if structured:
-            convert_(
-                model,
-                structured,
-                "structured layers",
-                _is_float,
-                lambda name, layer: self._rounded(name, layer.factors),
-            )
-        sites = find_sites(model)
-        matrices = {name: sites[name].matrix for name in names if name not in structured}
-        plain = {name: self._rounded(name, {"weight": matrix})[1] for name, matrix in matrices.items()}
-        apply_plan_(model, {name: self.formats[name] for name in plain}, factors=plain)
 
-    def _rounded(self, name: str, factors: Mapping[str, Tensor]) -> tuple[Format, dict[str, Tensor]]:
-        """The quantised format and factors of a layer; the error of its matrix is kept."""
-        new = self.formats[name]
-        own = {key: factor.detach().clone() for key, factor in factors.items()}
-        balance_factors_(new.base, own)
-        found = round_factors(new, own, self.moments.get(name))
-        before, after = (one.double() for one in (new.base.to_dense(factors), new.to_dense(found)))
-        self.errors[name] = float((before - after).norm() / before.norm().clamp_min(1e-300))
-        return new, found
+def _error(format: Quantized, factors: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> float:
+    """How far the matrix of rounded factors is from what it was."""
+    before, after = (one.double() for one in (format.base.to_dense(factors), format.to_dense(rounded)))
+    return float((before - after).norm() / before.norm().clamp_min(1e-300))
+
+
+def _put(
+    model: nn.Module, formats: Mapping[str, Quantized], factors: Mapping[str, Mapping[str, Tensor]], dense: set[str]
+) -> None:
+    """Give layers of a network their quantised formats and factors."""
+    structured = [name for name in formats if name not in dense]
+    if structured:
+        names = {
+            name: first for layers in tied_layers(model) for first in layers for name in layers if first in formats
+        }
+        convert_(model, structured, "structured layers", _is_float, lambda n, _: (formats[names[n]], factors[names[n]]))
+    plain = {name: format for name, format in formats.items() if name in dense}
+    apply_plan_(model, plain, factors={name: factors[name] for name in plain})
 
 
 def _is_float(format: Format) -> bool:

@@ -25,12 +25,6 @@ FOLDS = 5
 DEFAULT_RIDGE = 1e-2
 """The ridge where there is only one batch, so that nothing can be held out."""
 
-QUIETEST = 1e-2
-"""The least energy, relative to the median, that a ridge takes an input to have: what is quieter tells little."""
-
-LEAST_ENERGY = 1e-4
-"""The energy, relative to the median, that every input has with its ridge; else weights of it could be enormous."""
-
 ROUNDING = 1e-12
 """The share of the second moment below which a variance is an error of rounding and the input counts as constant."""
 
@@ -92,6 +86,10 @@ class Moments:
         target = torch.cholesky_solve((weight.double() @ (cross + added)).mT, factor).mT
         return target.to(weight.dtype), second
 
+    def with_ridge(self) -> Tensor:
+        """The second moment ``(N, N)`` of the inputs with the ridge, which is positive definite."""
+        return self.second_moment + _ridge(self.second_moment, self.ridge)
+
     def bias(self, bias: Tensor, weight: Tensor, approximation: Tensor) -> Tensor:
         """The bias that makes the mean of the output right: ``b + W E[t] - W_hat E[x]``.
 
@@ -123,9 +121,7 @@ class Moments:
 def _ridge(second: Tensor, ridge: float) -> Tensor:
     """The diagonal matrix that a ridge adds; an input that is always zero counts as a very quiet one."""
     diagonal = second.diagonal().clamp_min(0)
-    typical = quiet(diagonal)
-    share = ridge * torch.maximum(diagonal, QUIETEST * typical)
-    return torch.diag(torch.maximum(share, LEAST_ENERGY * typical - diagonal))
+    return torch.diag(ridge * torch.maximum(diagonal, 1e-6 * quiet(diagonal)))
 
 
 class MomentSums:
@@ -247,7 +243,7 @@ def _ridge_of_few(pairs: list[tuple[Tensor, Tensor]]) -> float:
     group = torch.arange(len(pairs)).repeat_interleave(torch.tensor(lengths)) if len(pairs) > 1 else torch.arange(T)
     fold = group.to(x.device) % FOLDS
     energy = x.square().mean(0)
-    scale = torch.maximum(energy, QUIETEST * quiet(energy)).rsqrt()
+    scale = torch.maximum(energy, 1e-6 * quiet(energy)).rsqrt()
     same = all(a is b for a, b in pairs)
     read, wanted = (x * scale, (t - x) * scale) if not same else ((x * scale)[:, ::2], (x * scale)[:, 1::2])
     errors = torch.stack([_held_out_errors(read, wanted, fold == k) for k in fold.unique().tolist()]).sum(0)

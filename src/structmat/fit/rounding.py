@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from structmat.fit import blast_systems as systems
 from structmat.fit.linalg import damped_inverse, factorize
-from structmat.formats import Blast, Dense, Factors, LowRank, Quantized
+from structmat.formats import Blast, Dense, Factors, Quantized
 from structmat.formats.quantized import round_group
 
 DAMPING = 1e-6
 """The damping of the quadratic forms, relative to their mean diagonal."""
+
+TINY = 1e-12
+"""The share of the largest energy up to which a column counts as 0."""
 
 TOGETHER = 32
 """The number of columns after whose rounding the columns behind them are changed, all at once."""
@@ -33,34 +36,49 @@ def round_factors(format: Quantized, factors: Factors, second_moment: Tensor | N
         format: The quantised format. Roundings are made up for in BLAST and low-rank matrices, and in dense ones where
             there is a second moment; those of others are rounded number by number.
         factors: The factors of its base.
-        second_moment: The second moment ``E[x x^T] (N, N)`` of the inputs; None for the Frobenius norm.
+        second_moment: The second moment ``E[x x^T] (N, N)`` of the inputs, with a ridge; None for the Frobenius norm.
 
     Returns:
         The factors of ``format``; those of plain rounding where these are better.
     """
     plain = format.rounded(factors)
     base = format.base
-    metric = None if second_moment is None else _with_floor(second_moment.double())
+    metric = None if second_moment is None else second_moment.double()
     values = {name: factor.double() for name, factor in factors.items()}
-    dtype = factors[next(iter(format.rounded_factors))].dtype
+    matrix = base.to_dense(values)
+    if not format.rounded_factors or not bool(matrix.any()) or (metric is not None and not bool(metric.any())):
+        return plain
+    name = format.input_factor
+    if name is None or (name == "weight" and metric is None):
+        return plain
+    dtype = factors[name].dtype
+    columns = format.columns_of(matrix, None if metric is None else metric.diagonal()).to(dtype)
+    values[name] = format.over_inputs(values[name], columns.double().reciprocal())
+    scaled = None if metric is None else columns.double()[:, None] * metric * columns.double()
+    found = _rounded(format, values, scaled, dtype) | {f"{name}_columns": columns}
+    differences = ((matrix - _opened(format, one)) / columns.double() for one in (plain, found))
+    errors = [_error(one, scaled) for one in differences]
+    return found if errors[1] < errors[0] else plain
+
+
+def _rounded(
+    format: Quantized, values: dict[str, Tensor], metric: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Scales and integers of the factors, and couplings, for inputs that are scaled already."""
+    base = format.base
     if isinstance(base, Dense) and metric is not None:
-        found = format.stored("weight", *_along(format, values["weight"][None], metric[None], base.shape, dtype))
-    elif isinstance(base, Blast):
+        return format.stored("weight", *_along(format, values["weight"][None], metric[None], base.shape, dtype))
+    rounding = _Bases(format, base.to_dense(values), metric, dtype)
+    if isinstance(base, Blast):
         left, diag, right = base.views(values)
         sizes = _sizes(left, diag, right, metric)
-        couplings = (diag / sizes).flatten(0, 1).to(plain["diag"].dtype)
-        rounding = _Bases(format, base.to_dense(values), metric, dtype)
-        found = {**rounding(left * sizes, couplings.view_as(diag).double(), right), "diag": couplings}
-    elif isinstance(base, LowRank):
-        left, right = (values[name][None] for name in ("left", "right"))
-        ones = left.new_ones(1, 1, base.rank)
-        sizes = _sizes(left, ones, right, metric)
-        found = _Bases(format, base.to_dense(values), metric, dtype)(left * sizes, ones, right / sizes.mT)
-    else:
-        return plain
-    matrix = base.to_dense(values)
-    errors = [_error(matrix - _opened(format, one), metric) for one in (plain, found)]
-    return plain if errors[0] <= errors[1] else found
+        specs = format.factor_specs()
+        couplings = (diag / sizes).flatten(0, 1).to(specs["diag"].dtype or dtype)
+        return {**rounding(left * sizes, couplings.view_as(diag).double(), right), "diag": couplings}
+    left, right = (values[name][None] for name in ("left", "right"))
+    ones = left.new_ones(1, 1, left.shape[-1])
+    sizes = _sizes(left, ones, right, metric)
+    return rounding(left * sizes, ones, right / sizes.mT)
 
 
 def _sizes(left: Tensor, diag: Tensor, right: Tensor, metric: Tensor | None) -> Tensor:
@@ -76,8 +94,10 @@ def _sizes(left: Tensor, diag: Tensor, right: Tensor, metric: Tensor | None) -> 
     energies = left.square().mean(1)
     forms = torch.stack([_form(couplings, right, metric)[1] for couplings in diag])
     sensitivity = damped_inverse(forms, DAMPING).diagonal(dim1=-2, dim2=-1).reciprocal()
-    sizes = (sensitivity / energies).pow(0.25)
-    return torch.where((energies > 0) & (sensitivity > 0), sizes, 1)[:, None]
+    alive = (energies > TINY * energies.max()) & (sensitivity > TINY * sensitivity.max())
+    sizes = torch.where(alive, sensitivity / energies, 1).pow(0.25)
+    typical = (sizes.log() * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(alive, sizes / typical.exp(), 1)[:, None]
 
 
 def _form(diag: Tensor, right: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -193,12 +213,6 @@ def compensate_(
             values[..., k] = rounded
             errors[..., k - start] = error
         values[..., stop:] -= errors @ upper[:, start:stop, stop:]
-
-
-def _with_floor(second_moment: Tensor) -> Tensor:
-    """A second moment with a little of its mean diagonal added, so that no direction is free."""
-    diagonal = second_moment.diagonal()
-    return second_moment + torch.diag(DAMPING * diagonal.mean() + 1e-3 * diagonal)
 
 
 def _error(difference: Tensor, metric: Tensor | None) -> float:

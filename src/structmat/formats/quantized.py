@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from structmat import _checks
 from structmat.formats.base import Factors, FactorSpec, Format
+from structmat.formats.blast import Blast
+from structmat.formats.dense import Dense
+from structmat.formats.low_rank import LowRank
 from structmat.formats.registry import format_from_json
 
 BITS = (4, 8)
@@ -25,8 +28,9 @@ class Quantized(Format):
     """A structured matrix whose factors are integers with one scale for each group of a row; made by ``quantize_``.
 
     Each factor ``f`` of the other format that holds a basis becomes ``f_scale`` in the dtype of the layer and
-    ``f_integers``, int8, or two numbers of 4 bits in each byte. A product makes the factors in floating point first.
-    The layer cannot be trained.
+    ``f_integers``, int8, or two numbers of 4 bits in each byte. The one that meets the inputs, where there is one, also
+    has ``f_columns``, a scale for each input, since the weights of a quiet input may be far larger than others. A
+    product makes the factors in floating point first. The layer cannot be trained.
 
     Attributes:
         M: The number of out features.
@@ -74,6 +78,45 @@ class Quantized(Format):
         learned = {name: spec.shape for name, spec in specs.items() if spec.trainable and spec.dtype is None}
         return {name: shape for name, shape in learned.items() if 0 not in shape}
 
+    @property
+    def input_factor(self) -> str | None:
+        """The name of the factor whose columns are inputs, for the formats in which there is just one."""
+        name = "weight" if isinstance(self.base, Dense) else "right"
+        return name if isinstance(self.base, (Dense, LowRank, Blast)) and name in self.rounded_factors else None
+
+    def over_inputs(self, factor: Tensor, columns: Tensor) -> Tensor:
+        """Multiply the columns of the input factor.
+
+        Args:
+            factor: The factor, ``(J R, Q)`` for ``N = J Q`` inputs.
+            columns: A number for each input, ``(N,)``.
+
+        Returns:
+            The factor in its shape.
+        """
+        width = factor.shape[-1]
+        parts = factor.reshape(self.N // width, -1, width) * columns.view(-1, 1, width)
+        return parts.reshape(factor.shape)
+
+    def columns_of(self, matrix: Tensor, energies: Tensor | None = None) -> Tensor:
+        """The scales of inputs with which the rows of the input factor lose least.
+
+        With the sizes ``w`` of columns and the energies ``c`` of inputs the product of a row's step and of what it does
+        to the output is least for ``s^4 = w^2 / c``; without data, inputs with large weights are taken to be quiet.
+
+        Args:
+            matrix: The matrix ``(M, N)``.
+            energies: The second moment of each input, ``(N,)``; None where it is not known.
+
+        Returns:
+            ``(N,)``, float64; 1 where a column is 0.
+        """
+        sizes = matrix.double().square().mean(0)  # w^2
+        wanted = sizes.sqrt() if energies is None else (sizes / energies.double()).pow(0.25)
+        alive = torch.isfinite(wanted) & (wanted > 0)
+        typical = wanted.where(alive, 1).log().sum() / alive.sum().clamp_min(1)
+        return (wanted / typical.exp()).where(alive, 1).clamp(1e-4, 1e4)
+
     def groups(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The number of groups of a row of a factor, and their length; the last one is padded.
 
@@ -97,6 +140,8 @@ class Quantized(Format):
             width = shape[-1] if self.bits == 8 else count * length // per_byte
             specs[f"{name}_scale"] = FactorSpec((*shape[:-1], count), trainable=False)
             specs[f"{name}_integers"] = FactorSpec((*shape[:-1], width), trainable=False, dtype=kind)
+        if self.input_factor is not None:
+            specs[f"{self.input_factor}_columns"] = FactorSpec((self.N,), trainable=False)
         kept = {n: s for n, s in self.base.factor_specs().items() if n not in self.rounded_factors}
         return specs | {name: FactorSpec(spec.shape, False, self._stays(name, spec)) for name, spec in kept.items()}
 
@@ -116,7 +161,12 @@ class Quantized(Format):
         found: dict[str, Tensor] = {}
         for name, shape in self.rounded_factors.items():
             count, length = self.groups(shape)
-            grouped = nn.functional.pad(factors[name].float(), (0, count * length - shape[-1]))
+            values = factors[name].float()
+            if name == self.input_factor:
+                columns = self.columns_of(self.base.to_dense(factors)).to(factors[name].dtype)
+                found[f"{name}_columns"] = columns
+                values = self.over_inputs(values, columns.float().reciprocal())
+            grouped = nn.functional.pad(values, (0, count * length - shape[-1]))
             scale, integers = round_group(grouped.unflatten(-1, (count, length)), self.bits, factors[name].dtype)
             found |= self.stored(name, scale, integers.flatten(-2))
         specs = self.factor_specs()
@@ -152,7 +202,8 @@ class Quantized(Format):
 
         Args:
             name: Its name there.
-            factors: The factors of this format, of which its scales and integers are used.
+            factors: The factors of this format, of which its scales and integers are used, and scales of inputs if
+                they are there.
 
         Returns:
             The factor, in the dtype of the scales.
@@ -161,11 +212,14 @@ class Quantized(Format):
         scale, integers = factors[f"{name}_scale"], factors[f"{name}_integers"]
         count, length = self.groups(shape)
         values = (integers if self.bits == 8 else _unpacked(integers)).to(scale.dtype)
-        if count == 1:
-            return (values * scale)[..., : shape[-1]]
-        values = nn.functional.pad(values, (0, count * length - values.shape[-1]))
-        opened = values.unflatten(-1, (count, length)) * scale.unsqueeze(-1)
-        return opened.flatten(-2)[..., : shape[-1]].contiguous()
+        if count > 1:
+            values = nn.functional.pad(values, (0, count * length - values.shape[-1]))
+            values = (values.unflatten(-1, (count, length)) * scale.unsqueeze(-1)).flatten(-2)
+        else:
+            values = values * scale
+        values = values[..., : shape[-1]]
+        columns = factors.get(f"{name}_columns")
+        return values.contiguous() if columns is None else self.over_inputs(values, columns)
 
     def to_dense(self, factors: Factors) -> Tensor:
         """The matrix of the rounded factors."""

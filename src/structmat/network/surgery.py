@@ -15,6 +15,7 @@ from structmat.formats import Format, hardening_gap
 from structmat.network.adapters import record
 from structmat.network.calls import undisturbed
 from structmat.network.sites import DENSE_KINDS, Site, find_sites, structured_layers
+from structmat.network.ties import layers_by_name, tie_of, with_ties
 from structmat.nn import StructuredModule
 
 LARGE_GAP = 0.05
@@ -228,17 +229,17 @@ def convert_(
     Raises:
         ValueError: If there is no such layer, or a name is not that of one.
     """
-    hung, layers = _structured_layers(model)
+    hung, layers = layers_by_name(model)
     found = {name: layer for name, layer in layers.items() if fits(layer.format)}
-    wanted = _with_ties(found, list(names) if names is not None else list(found), what)
+    wanted = with_ties(found, list(names) if names is not None else list(found), what)
     if not wanted:
         raise ValueError(f"expected a network with {what}, got none")
     converted: dict[tuple[int, ...], StructuredModule] = {}
     replacements: dict[str, StructuredModule] = {}
     for old in {id(found[name]): found[name] for name in wanted}.values():
-        first = converted.get(_tie(old))
+        first = converted.get(tie_of(old))
         if first is None:
-            new = converted[_tie(old)] = old.with_factors(*convert(hung[id(old)][0], old))
+            new = converted[tie_of(old)] = old.with_factors(*convert(hung[id(old)][0], old))
         else:
             new = old.with_factors(first.format, first.factors)
             for key in first.factors:
@@ -263,12 +264,12 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     Raises:
         ValueError: If a name is not that of a structured layer, or it is the whole model.
     """
-    hung, layers = _structured_layers(model)
-    wanted = _with_ties(layers, list(names) if names is not None else list(layers), "structured layers")
+    hung, layers = layers_by_name(model)
+    wanted = with_ties(layers, list(names) if names is not None else list(layers), "structured layers")
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     for old in {id(layers[name]): layers[name] for name in wanted}.values():
         new = old.dense_layer()
-        shared = _tie(old)
+        shared = tie_of(old)
         if shared not in weights:
             learns = any(factor.requires_grad for factor in old.factors.values())
             weight = old.in_dense_layout(old.to_dense().detach()).clone(memory_format=torch.contiguous_format)
@@ -280,33 +281,6 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
             put_module(model, name, new)
     record(model)
     return model
-
-
-def _structured_layers(model: nn.Module) -> tuple[dict[int, list[str]], dict[str, StructuredModule]]:
-    """The names under which each structured layer hangs, by its ``id``; and the layers by name."""
-    hung: dict[int, list[str]] = {}
-    layers: dict[str, StructuredModule] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StructuredModule):
-            hung.setdefault(id(module), []).append(name)
-            layers[name] = module
-    return hung, layers
-
-
-def _with_ties(layers: Mapping[str, StructuredModule], wanted: list[str], what: str) -> list[str]:
-    """The wanted layers and those that share their factors."""
-    unknown = [name for name in wanted if name not in layers]
-    if unknown:
-        raise ValueError(f"expected names of {what}, got {unknown}; there are: {', '.join(layers) or 'none'}")
-    if "" in wanted:
-        raise ValueError("expected layers inside the model, but it is one layer itself; convert its factors instead")
-    ties = {_tie(layers[name]) for name in wanted}
-    return [name for name, layer in layers.items() if _tie(layer) in ties]
-
-
-def _tie(layer: StructuredModule) -> tuple[int, ...]:
-    """What layers that share their factors have in common."""
-    return tuple(id(factor) for factor in layer.factors.values())
 
 
 def check_layers(model: nn.Module) -> None:

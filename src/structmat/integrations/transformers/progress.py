@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from structmat._progress import progress_bar
@@ -25,7 +26,7 @@ class Progress(TrainerCallback):
         Args:
             trainer: The trainer; with ``disable_tqdm`` nothing is printed.
         """
-        for other in (PrinterCallback, ProgressCallback):
+        for other in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
             trainer.remove_callback(other)
         if not trainer.args.disable_tqdm:
             trainer.add_callback(cls())
@@ -34,6 +35,8 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the bar; the steps that a resumed run has done already count as done."""
+        if self._bar is not None:  # the trainer starts again with smaller batches
+            self._bar.close()
         self._bar = progress_bar(
             show=state.is_world_process_zero, total=state.max_steps, initial=state.global_step, desc="training"
         )

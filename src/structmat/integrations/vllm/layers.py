@@ -111,6 +111,7 @@ class StructuredMethod(LinearMethodBase):
         self.prefix, self.names, self.given = prefix, names, formats
         self.formats: list[Format] = []
         self.places: dict[str, dict[int, tuple[int, tuple[int, ...]]]] = {}
+        self.dtypes: dict[tuple[str, int], torch.dtype] = {}
         self.missing: set[tuple[str, int]] = set()
 
     def create_weights(
@@ -155,7 +156,9 @@ class StructuredMethod(LinearMethodBase):
                 start = -(-sizes.get(name, 0) // ALIGNMENT) * ALIGNMENT
                 self.places.setdefault(name, {})[part] = start, spec.shape
                 sizes[name] = start + math.prod(spec.shape)
-                dtypes[name] = spec.dtype or params_dtype
+                dtype = spec.dtype or params_dtype
+                dtypes[name] = torch.promote_types(dtypes.get(name, dtype), dtype)  # parts may differ
+                self.dtypes[name, part] = dtype
                 self.missing.add((name, part))
         for name, size in sizes.items():
             parameter = nn.Parameter(torch.zeros(size, dtype=dtypes[name]), requires_grad=False)
@@ -187,7 +190,8 @@ class StructuredMethod(LinearMethodBase):
         for name, places in self.places.items():
             if part in places:
                 start, shape = places[part]
-                found[name] = getattr(layer, name)[start : start + math.prod(shape)].view(shape)
+                values = getattr(layer, name)[start : start + math.prod(shape)].view(shape)
+                found[name] = values.to(self.dtypes[name, part])
         return found
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
