@@ -113,10 +113,13 @@ def test_what_errors_are_weighed_by_is_chosen(words: list[str], folder: Path, tm
 
 
 @pytest.mark.parametrize("data", [False, True])
-def test_weights_can_be_stored_in_integers(data: bool, folder: Path, tmp_path: Path) -> None:
+def test_weights_can_be_stored_in_integers(
+    data: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["--calibrate", str(folder / "texts.txt"), "--samples", "12", "--length", "10"] if data else []
     for name, words in (("float", []), ("integers", ["--quantize", "int8"])):
         assert compress(folder, tmp_path / name, *given, "--uniform", *words) == 0
+    assert re.search(r"weights are in int8, which changed their matrices by \d\.\de-0\d", capsys.readouterr().err)
     assert main(["quantize", str(tmp_path / "float"), "-o", str(tmp_path / "afterwards"), *given]) == 0
     state, expected = (load_pretrained(tmp_path / name).state_dict() for name in ("integers", "afterwards"))
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

@@ -87,6 +87,9 @@ def result_lines(facts: Mapping[str, Any]) -> list[str]:
         f"{count(facts['parameters'])} parameters in all, {share(facts['parameters'], facts['dense_parameters'])} of "
         "the dense model's",
     ]
+    if facts.get("rounding_errors"):
+        worst = max(facts["rounding_errors"].values())
+        lines.append(f"weights are in {facts['integers']}, which changed their matrices by {worst:.1e} at most")
     if facts.get("measured") == UNITS[-1]:
         lines.append(f"{UNITS[-1]} of the whole model on what is held out: {facts['measured_after']:.4f}")
     elif "measured" in facts:
