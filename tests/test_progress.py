@@ -99,6 +99,17 @@ def test_without_a_total_the_line_says_how_much_is_done(started: Started, clock:
     assert file.getvalue().splitlines()[0] == "calibrate: 4 done, 00:10 so far, 3 MiB"
 
 
+def test_what_was_done_before_takes_no_time_and_a_message_is_a_line(started: Started, clock: Clock) -> None:
+    bar, file = started(total=2000, initial=1000, desc="training")
+    clock.now += 100
+    bar.update(10)
+    bar.write("after 1010 of 2000 steps, held out: loss 2", file)
+    assert file.getvalue().splitlines() == [
+        "training: 50% (1010 of 2000), 01:40 so far, about 2:45:00 to go",
+        "after 1010 of 2000 steps, held out: loss 2",
+    ]
+
+
 def test_numbers_that_mean_nothing_to_a_reader_are_left_out(started: Started, clock: Clock) -> None:
     bar, file = started(total=10**9, desc="compress", bar_format="{percentage:3.0f}%|{bar}|")
     clock.now += 10
