@@ -127,7 +127,7 @@ def test_the_time_of_an_allocation() -> None:
     model, batches = nn.Sequential(nn.Sequential(*blocks), nn.Linear(256, 8)), list(torch.randn(16, 1024, 256))
     plan = {f"0.{k}.0": Blast.for_budget(256, 256, keep=0.6, blocks=8) for k in range(4)}
     units = sum(map(unit_count, batches))
-    flow = measure_flow(model, list(plan), batches[0])
+    flow = measure_flow(model, plan, batches[0])
     expected = estimate(plan, data=DataSize(units, units, flow), shared=True)
     start = time.perf_counter()
     allocate(model, batches, keep=0.6, blocks=8, layers=list(plan), progress=False)

@@ -1,6 +1,7 @@
 """How long data takes to flow through a network."""
 
 import copy
+import dataclasses
 import time
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from small_networks import Stack, mlp, sequences, snapshot
 from structmat.compress.flow import Flow, Read, measure_flow, unit_count
+from structmat.formats import LowRank
 
-PLANNED = [f"blocks.{k}.{name}" for k in range(3) for name in ("query", "key", "value", "out", "up", "down")]
+SHAPES = dict.fromkeys(("query", "key", "value", "out"), (24, 24)) | {"up": (48, 24), "down": (24, 48)}
+PLANNED = {f"blocks.{k}.{name}": LowRank(*shape, 4) for k in range(3) for name, shape in SHAPES.items()}
 
 
 def test_passes_in_sequence() -> None:
@@ -27,6 +30,10 @@ def test_passes_in_sequence() -> None:
     assert flow.in_sequence(["b.0.query", "b.2.key"]) == pytest.approx(19.75 + 20 + 10 + 10 * 0.1 + 0.5 + 10 * 0.95)
     assert flow.in_sequence([]) == 0
     assert flow.moments(["b.0.query", "b.0.key", "b.3.down"]) == pytest.approx(0.25 + 2)
+    slower = dataclasses.replace(flow, compressed=20.0)
+    again = 20 * (0.5 - 0.1 / 2) + 20 * (1 - (0.1 + 0.5) / 2)
+    assert slower.in_sequence(["b.0.query", "b.0.key", "b.0.down"]) == pytest.approx(10 + 0.25 + 2 * 3 + again)
+    assert slower.in_sequence(["b.1.down"], refined=4) == pytest.approx(10 + (10 + 4 * 20) + 2 * 1 + 20 * 0.75)
 
 
 def test_units_are_tokens_with_padding_or_examples() -> None:
@@ -54,6 +61,8 @@ def test_two_blocks_are_measured(meta: bool, returns_tuple: bool) -> None:
     assert 0 < flow.reads[0].share < flow.reads[-1].share < 1
     assert flow.block > 0
     assert flow.rest > 0
+    assert flow.compressed is not None
+    assert flow.compressed > 0
     example = sequences(1)[0]
     assert {read.vectors for read in flow.reads} == {example.numel() / example.shape[-1] / len(example)}
 
@@ -62,12 +71,16 @@ def test_the_blocks_that_have_planned_layers_are_called() -> None:
     model, called = Stack(depth=4), list[int]()
     for k, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda *_, k=k: called.append(k))
-    measure_flow(model, ["blocks.1.up", "blocks.2.up"], sequences(1)[0])
+    measure_flow(model, {f"blocks.{k}.up": PLANNED["blocks.0.up"] for k in (1, 2)}, sequences(1)[0])
     assert set(called) == {1, 2}
 
 
 def test_a_network_without_blocks_is_one_block() -> None:
-    flow = measure_flow(mlp(), ["0", "2", "4"], torch.randn(8, 24))
+    flow = measure_flow(
+        mlp(),
+        {name: LowRank(*shape, 4) for name, shape in (("0", (32, 24)), ("2", (32, 32)), ("4", (24, 32)))},
+        torch.randn(8, 24),
+    )
     assert flow is not None
     assert flow.names == ("",)
     assert [read.layers for read in flow.reads] == [("0",), ("2",), ("4",)]
@@ -106,7 +119,9 @@ def test_the_time_of_a_call() -> None:
             return x
 
     model, batch = Wide(), torch.randn(4096, 512)
-    flow = measure_flow(copy.deepcopy(model).to("meta"), [f"blocks.{k}.0" for k in range(6)], batch)
+    flow = measure_flow(
+        copy.deepcopy(model).to("meta"), {f"blocks.{k}.0": LowRank(512, 512, 64) for k in range(6)}, batch
+    )
     assert flow is not None
     model(batch)
     start = time.perf_counter()

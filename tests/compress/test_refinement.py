@@ -55,7 +55,7 @@ class Case:
         return block(x)
 
     def refined(self, settings: Refinement = LIVELY, store: FitStore | None = None) -> dict[str, Fit]:
-        with torch.no_grad(), FitBar(1.0, show=False) as bar:
+        with torch.no_grad(), FitBar({"refinement": 1.0}, show=False) as bar:
             kept = [{} if mask is None else {"attention_mask": mask} for mask in self.masks]
             batch_masks = [BatchMasks(one, default=SHAPE_RULE) for one in kept]
             states = States(self.inputs, self.inputs, batch_masks)

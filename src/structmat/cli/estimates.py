@@ -58,9 +58,9 @@ def usual_size(options: CalibrationOptions, model: Any, plan: Mapping[str, Forma
     return DataSize(tokens, units, flow, batches=math.ceil(rows / options.batch_size))
 
 
-def _planned(plan: Mapping[str, Format]) -> list[str]:
-    """The names of the layers that are fitted."""
-    return [name for name, format in plan.items() if format.replaces]
+def _planned(plan: Mapping[str, Format]) -> dict[str, Format]:
+    """The formats of the layers that are fitted."""
+    return {name: format for name, format in plan.items() if format.replaces}
 
 
 def _images(config: Any, count: int, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:

@@ -92,7 +92,7 @@ def compress_(
             fits = _at_once(work, calibration, store, progress)
         else:
             run = SequentialRun(model, work, given, InMemory(model, work, given[0]), refinement=refine, store=store)
-            with FitBar(run.cost, progress) as bar:
+            with FitBar(run.costs, progress) as bar:
                 fits = run.run(bar)
         fits = {name: fits[name] for name in work.sites}
         put_fits_(model, fits)
@@ -134,7 +134,7 @@ def _at_once(work: WorkList, calibration: Calibration | None, store: FitStore | 
             )
     moments = {name: None if calibration is None else calibration[name] for name in work.sites}
     tasks = [work.task(name, moments=moments[name]) for name in work.sites]
-    with FitBar(sum(task.cost for task in tasks), progress) as bar:
+    with FitBar({"fits": sum(task.cost for task in tasks)}, progress) as bar:
         fits = fit_tasks(tasks, bar, store)
     return {
         name: fit if (own := moments[name]) is None else with_bias(fit, work.sites[name], own)

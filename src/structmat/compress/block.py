@@ -70,16 +70,23 @@ class BlockFits:
         reads = dict.fromkeys(self.leaders.values())
         self._say(next(iter(self.full.values())))
         kept, outputs = self._dense_pass({leader: self.sites[leader] for leader in reads}, keep_outputs)
+        self._count_passes(list(self.full))
         for leader in reads:
             self._say(self.full[leader])
             moments = self._moments(leader, kept.pop(leader, None))
-            self._fit([name for name in self.leaders if self.leaders[name] == leader], moments)
+            names = [name for name in self.leaders if self.leaders[name] == leader]
+            self._count_passes(names)
+            self._fit(names, moments)
         self.block.replay.keeping = False
         return outputs
 
     def by_full_name(self) -> dict[str, Fit]:
         """The fits by the layers' full names."""
         return {self.full[name]: fit for name, fit in self.fits.items()}
+
+    def _count_passes(self, names: list[str]) -> None:
+        """Count half of the passes for layers: those of the dense block, or those of the compressed one."""
+        self.bar.advance(sum(self.overhead[self.full[name]] for name in names) / 2, "passes")
 
     def _say(self, name: str) -> None:
         self.bar.say(f"{name}, calibrating, states {self.block.states.nbytes / 2**20:.0f} MiB")
@@ -161,7 +168,6 @@ class BlockFits:
         self.vectors |= {self.full[name]: moments.tokens for name in names}
         tasks = [self.work.task(self.full[name], self.sites[name], moments) for name in names]
         fitted = fit_tasks(tasks, self.bar, self.store)
-        self.bar.advance(sum(self.overhead[self.full[name]] for name in names))
         new = {name: with_bias(fitted[self.full[name]], self.sites[name], moments) for name in names}
         put_fits_(self.block.working, new)
         self.block.replay.complete([one for name in new for one in self.sites[name].names])

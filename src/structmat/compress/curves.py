@@ -107,7 +107,7 @@ class Curves:
             if not isinstance(format, LowRank)
         ]
         found: dict[tuple[int, str], list[tuple[float, float]]] = {}
-        with FitBar(sum(task.cost for _, task in tasks), progress) as bar:
+        with FitBar({"fits": sum(task.cost for _, task in tasks)}, progress) as bar:
             for number, task in tasks:
                 fit = fit_tasks([task], bar, self.store)[task.name]
                 error = (fit.loss_error or 0.0) ** 2

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from structmat.fit.moments import MomentSums
-from structmat.network.calls import HOST, call, evaluating, moved, undisturbed
+from structmat.formats import Format
+from structmat.network.calls import HOST, call, copied, evaluating, moved, undisturbed
 from structmat.network.capture import hooked
 from structmat.network.chain import list_of_blocks
-from structmat.network.surgery import put_module
+from structmat.network.surgery import apply_plan_, put_module
 
 SHOWN = 2
 """How many blocks of a network are called."""
@@ -61,12 +62,14 @@ class Flow:
         rest: Through all that is outside the blocks.
         names: The names of all blocks; one that is empty where the network is no list of blocks.
         reads: What the planned layers of a block read, in the order of the calls.
+        compressed: Through one compressed block; None for as long as through a dense one.
     """
 
     block: float
     rest: float
     names: tuple[str, ...]
     reads: tuple[Read, ...] = field(default=())
+    compressed: float | None = None
 
     @property
     def forward(self) -> float:
@@ -86,15 +89,16 @@ class Flow:
         homes = [[name for name in planned if name.startswith(f"{block}.") or not block] for block in self.names]
         last = max((k for k, home in enumerate(homes) if home), default=-1)
         total, crossed = 0.0, False
+        changed = self.block if self.compressed is None else self.compressed
         for home, block in zip(homes[: last + 1], self.names, strict=False):
             own = {name.removeprefix(f"{block}.") for name in home}
-            total += self.block * ((1 + crossed) if not home else 1 + refined)
+            total += self.block * (1 + crossed) if not home else self.block + refined * changed
             done: list[float] = []
             for read in (read for read in self.reads if own.intersection(read.layers)):
-                total += self.block * _repeated(done, read.share) * crossed + read.vectors * read.seconds[crossed]
+                total += changed * _repeated(done, read.share) * crossed + read.vectors * read.seconds[crossed]
                 done.append(read.share)
                 crossed = True
-            total += self.block * _repeated(done, 1.0) * bool(home)
+            total += changed * _repeated(done, 1.0) * bool(home)
         return total
 
     def moments(self, planned: Sequence[str]) -> float:
@@ -139,12 +143,14 @@ def _tensor_in(batch: Any) -> Tensor | None:
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 
-def measure_flow(model: nn.Module, planned: Sequence[str], batch: Any, device: torch.device = HOST) -> Flow | None:
+def measure_flow(
+    model: nn.Module, planned: Mapping[str, Format], batch: Any, device: torch.device = HOST
+) -> Flow | None:
     """Time calls of two blocks of a network, together with what is outside the blocks.
 
     Args:
         model: The network; where weights are on the meta device, others are made up for what is called.
-        planned: The names of the layers that are to be fitted.
+        planned: The formats of the layers that are to be fitted, by name.
         batch: The inputs of one call, of which some rows are used.
         device: The device that computes, where the weights are made up.
 
@@ -161,11 +167,11 @@ def measure_flow(model: nn.Module, planned: Sequence[str], batch: Any, device: t
             return None
         small = _with_weights(model, device) if missing else model
     own = [f"{home}.{k}" for k in range(len(shown))] if home else shown or [""]
-    layers = {one: _part(small, own[0], one) for one in dict.fromkeys(_within(name, names) for name in planned) if one}
-    layers = {name: layer for name, layer in layers.items() if layer is not None}
+    within = {_within(name, names): format for name, format in reversed(planned.items())}  # the first block decides
+    formats = {name: within[name] for name in reversed(within) if name and _part(small, own[0], name) is not None}
     with undisturbed(), _shortened(small, "" if missing else home, shown), evaluating(small):
         try:
-            return _measured(small, own, tuple(names) or ("",), layers, batch)
+            return _measured(small, own, tuple(names) or ("",), formats, batch)
         except Exception:  # whatever a network raises that never was to have two blocks; an estimate can do without
             return None
 
@@ -212,7 +218,7 @@ def _with_weights(model: nn.Module, device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def _measured(
-    model: nn.Module, own: Sequence[str], names: tuple[str, ...], layers: Mapping[str, nn.Module], batch: Any
+    model: nn.Module, own: Sequence[str], names: tuple[str, ...], formats: Mapping[str, Format], batch: Any
 ) -> Flow:
     """Time calls of a network.
 
@@ -220,13 +226,14 @@ def _measured(
         model: The network, with the blocks that are called.
         own: Their names in it.
         names: The names of all blocks of the whole network.
-        layers: The planned layers of the first block, by the name within it.
+        formats: The formats of the planned layers of the first block, by the name within it.
         batch: The inputs of one call.
 
     Returns:
         The seconds.
     """
     device = next(model.parameters()).device
+    layers = {name: model.get_submodule(f"{own[0]}.{name}" if own[0] else name) for name in formats}
     watch = _Watch(model, {f"block {name}": model.get_submodule(name) for name in own}, layers)
     one = moved(_rows(batch, 1), device)
     watch.run(one)  # the first call prepares libraries
@@ -242,7 +249,29 @@ def _measured(
         Read(min(1.0, max(0.0, at - start) / max(end - start, 1e-9)), vectors / units, _moment_seconds(read), names_of)
         for at, vectors, read, names_of in watch.reads()
     ]
-    return Flow(inside / len(own) / units, max(0.0, seconds - inside) / units, names, tuple(reads))
+    each, outside = inside / len(own), max(0.0, seconds - inside)
+    compressed = _compressed_seconds(model, own[0], formats, given)
+    return Flow(each / units, outside / units, names, tuple(reads), compressed / units)
+
+
+def _compressed_seconds(model: nn.Module, name: str, formats: Mapping[str, Format], batch: Any) -> float:
+    """The seconds of a call of one block whose planned layers have their formats, with random factors."""
+    block = model.get_submodule(name)
+    structured = copied(block)
+    apply_plan_(structured, formats)
+    whole = model if name else structured
+    if name:
+        put_module(model, name, structured)
+    try:
+        watch, times = _Watch(whole, {"block": structured}, {}), []
+        for _ in range(3):
+            watch.run(batch)
+            start, end = watch.spans["block"]
+            times.append(end - start)
+    finally:
+        if name:
+            put_module(model, name, block)
+    return min(times)
 
 
 def _rows(batch: Any, count: int) -> Any:

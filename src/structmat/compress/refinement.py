@@ -88,7 +88,7 @@ def refined(
         settings: How to tune.
         store: Where finished fits are kept; None for nowhere.
         bar: The progress bar.
-        cost: The multiplications that the bar will count for this once it is done.
+        cost: The multiplications that the bar counts for this.
 
     Returns:
         The fits, at least as good on the held-out batches; their errors are those that they had.
@@ -101,8 +101,10 @@ def refined(
         }
         kept = {name: fit for name, fit in found.items() if fit is not None}
         if len(kept) == len(fits):
+            bar.skip(cost, "refinement")
             return kept
     best = _Tuning(block, fits, targets, settings).run(bar, cost)
+    bar.advance(cost, "refinement")
     new = {name: fit if best is None else _updated(name, fit, best) for name, fit in fits.items()}
     if store:
         for name, fit in new.items():
@@ -159,7 +161,7 @@ class _Tuning:
                 error = self._held_out_error()
                 if error < least:
                     least, best = error, {name: tensor.detach().clone() for name, tensor in self.tuned.items()}
-            bar.advance_within(cost, step / settings.steps)
+            bar.advance_within(cost, step / settings.steps, "refinement")
             bar.say(f"refining, {step}/{settings.steps}, held-out error {start:.4f} -> {least:.4f}")
         return best
 

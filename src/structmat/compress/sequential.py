@@ -21,7 +21,7 @@ from structmat.network.masks import BatchMasks, find_masks
 from structmat.network.surgery import put_fits_, with_fits
 
 FORWARD_COST = 4
-"""About how many forward passes of a block its calibration takes: one dense, and parts of four compressed."""
+"""About how many forward passes of a block its calibration takes: two dense, and parts of four compressed."""
 
 
 class BlockReader(Protocol):
@@ -106,20 +106,30 @@ class SequentialRun:
         self.refinement, self.store = refinement, store
         self.masks: list[BatchMasks] = []
         self.vectors: dict[str, int] = {}
-        tokens = sum(count_tokens(batch) for batch in batches)
-        passes = 0 if refinement is None else 3 * refinement.steps / len(batches)
         self.overhead: dict[str, float] = {}
         self.refining: dict[str, float] = {}
-        for name, format in work.formats.items():
-            M, N = format.shape
-            self.overhead[name] = tokens * (FORWARD_COST * M * N + 2 * N * N)
-            self.refining[name] = tokens * passes * M * N
+        tokens = sum(count_tokens(batch) for batch in batches)
+        passes = 0 if refinement is None else 3 * refinement.steps / len(batches)
+        for block, names in self._homes().items():
+            entries = sum(parameter.numel() for parameter in model.get_submodule(block).parameters())
+            for name in names:
+                M, N = work.formats[name].shape
+                self.overhead[name] = tokens * (FORWARD_COST * entries / len(names) + 2 * N * N)
+                self.refining[name] = tokens * passes * M * N
+
+    def _homes(self) -> dict[str, list[str]]:
+        """The planned layers of each block, by its name; that of the whole network is empty."""
+        chain, homes = self.blocks.chain, dict[str, list[str]]()
+        for name in self.work.sites:
+            inside = (one for one in (chain.names if chain else ()) if name.startswith(f"{one}."))
+            homes.setdefault(next(inside, ""), []).append(name)
+        return homes
 
     @property
-    def cost(self) -> float:
-        """About how many multiplications the run takes."""
-        beside = (self.overhead[name] + self.refining[name] for name in self.work.sites)
-        return sum(self.work.cost(name, aware=True) for name in self.work.sites) + sum(beside)
+    def costs(self) -> dict[str, float]:
+        """About how many multiplications the run takes, by the kind of work."""
+        fits = sum(self.work.cost(name, aware=True) for name in self.work.sites)
+        return {"fits": fits, "passes": sum(self.overhead.values()), "refinement": sum(self.refining.values())}
 
     def run(self, bar: FitBar) -> dict[str, Fit]:
         """Fit everything.
@@ -234,7 +244,6 @@ class SequentialRun:
             run.fits = {name: with_error(fit, run.sites[name].matrix) for name, fit in fits.items()}
             put_fits_(block.working, run.fits)
             block.replay.clear()
-        bar.advance(cost)
         return run.by_full_name(), outputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,9 @@ BATCH_BYTES = 64 * 2**20
 
 BATCH_COST = 1e12
 """Fits of one batch, which are kept together once all are done, have this many multiplications: less than a minute."""
+
+KINDS = {"fits": 1.0, "passes": 0.5, "refinement": 0.5}
+"""The kinds of work, and about how long a multiplication of each takes beside the first; a bar soon knows better."""
 
 MethodChoice = Method[Any] | Callable[[Format], Method[Any] | None] | None
 """One method for all formats, or a function of the format; None, also from that function, for ``default_method``."""
@@ -147,22 +151,27 @@ def method_for(format: Format, method: MethodChoice) -> Method[Any]:
 
 
 class FitBar:
-    """A progress bar over the multiplications of all fits, so that its time estimate weighs large layers more.
+    """A progress bar over work of several kinds, whose time estimate learns how long each kind takes.
 
     Args:
-        total: The multiplications of everything.
+        totals: The multiplications of all work of each kind, one of ``KINDS``.
         show: Whether to draw it.
     """
 
-    def __init__(self, total: float, show: bool) -> None:
+    def __init__(self, totals: Mapping[str, float], show: bool) -> None:
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        self._bar = progress_bar(total=total, desc="compress", smoothing=0, bar_format=form, miniters=0, show=show)
-        self._done = 0.0
+        self._bar = progress_bar(total=1.0, desc="compress", smoothing=0, bar_format=form, miniters=0, show=show)
+        self._left = {kind: total for kind, total in totals.items() if total > 0}
+        self._done = dict.fromkeys(self._left, 0.0)
+        self._seconds = dict.fromkeys(self._left, 0.0)
+        self._clock = time.perf_counter()
 
     def __enter__(self) -> FitBar:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._bar.update(self._bar.total - self._bar.n)
         self._bar.close()
 
     def say(self, text: str) -> None:
@@ -170,14 +179,40 @@ class FitBar:
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(0)  # draws, at most ten times a second
 
-    def advance(self, cost: float) -> None:
-        """Count work as done."""
-        self._done += cost
-        self._bar.update(self._done - self._bar.n)
+    def advance(self, cost: float, kind: str = "fits") -> None:
+        """Count work of one kind as done, which is all that was done since the last time."""
+        now = time.perf_counter()
+        if kind in self._left:
+            self._done[kind] += cost
+            self._left[kind] = max(0.0, self._left[kind] - cost)
+            self._seconds[kind] += now - self._clock
+        self._clock = now
+        self._show(0.0)
 
-    def advance_within(self, cost: float, share: float) -> None:
+    def skip(self, cost: float, kind: str = "fits") -> None:
+        """Take work off the list that an earlier run has done."""
+        if kind in self._left:
+            self._left[kind] = max(0.0, self._left[kind] - cost)
+        self._clock = time.perf_counter()
+
+    def advance_within(self, cost: float, share: float, kind: str = "fits") -> None:
         """Show a share of a piece of work that ``advance`` will count once it is done."""
-        self._bar.update(max(0.0, self._done + cost * share - self._bar.n))
+        if kind in self._left:
+            self._show(self._rate(kind) * min(cost, self._left[kind]) * share)
+
+    def _rate(self, kind: str) -> float:
+        """The seconds of a multiplication of one kind; those of another kind tell where nothing of it is done yet."""
+        if self._done[kind] > 0:
+            return self._seconds[kind] / self._done[kind]
+        known = [self._seconds[one] / self._done[one] / KINDS[one] for one in self._done if self._done[one] > 0]
+        return KINDS[kind] * (sum(known) / len(known) if known else 1e-11)
+
+    def _show(self, begun: float) -> None:
+        """Show how many seconds of all work are done, with those of a piece of work that has begun."""
+        done = sum(self._seconds.values())
+        left = sum(self._rate(kind) * cost for kind, cost in self._left.items())
+        share = (done + begun) / max(done + left, 1e-9)
+        self._bar.update(min(1.0, share) * self._bar.total - self._bar.n)
 
 
 def fit_tasks(tasks: Sequence[Task], bar: FitBar, store: FitStore | None) -> dict[str, Fit]:
@@ -197,13 +232,16 @@ def fit_tasks(tasks: Sequence[Task], bar: FitBar, store: FitStore | None) -> dic
     for batch in _batches(tasks):
         keys = [_key(task) for task in batch] if store else []
         found = [store.read(k, t.format, t.weight.device) for k, t in zip(keys, batch, strict=True)] if store else []
+        cost = sum(task.cost for task in batch)
         if not found or any(fit is None for fit in found):
             found = _fit_batch(batch, bar)
             if store:
                 for key, fit in zip(keys, found, strict=True):
                     store.write(key, fit)
+            bar.advance(cost)
+        else:
+            bar.skip(cost)
         fits.update((task.name, fit) for task, fit in zip(batch, found, strict=True) if fit is not None)
-        bar.advance(sum(task.cost for task in batch))
     return {task.name: fits[task.name] for task in tasks}
 
 

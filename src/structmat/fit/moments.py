@@ -153,10 +153,11 @@ class MomentSums:
         sums = self._sums[self.batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         self.batches += 1
         x = inputs.double()
-        new = {"tokens": x.new_tensor(len(x)), "second_moment": x.mT @ x, "mean": x.sum(0)}
+        new = {"tokens": x.new_tensor(len(x)), "second_moment": _product(inputs, inputs), "mean": x.sum(0)}
         if targets is not None:
             t = targets.double()
-            new |= {"cross": t.mT @ x, "target_mean": t.sum(0), "difference": (t - x).square().sum()}
+            cross, difference = _product(targets, inputs), (t - x).square().sum()
+            new |= {"cross": cross, "target_mean": t.sum(0), "difference": difference}
         for name, value in new.items():
             sums[name] = sums[name].add_(value) if name in sums else value
         if self._few is not None:
@@ -192,6 +193,13 @@ class MomentSums:
             if total.pop("difference") <= SAME**2 * variance:
                 del total["cross"], total["target_mean"]  # a regression would make much of what rounding does
         return Moments(tokens, ridge=ridge, **total)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right (N, N)`` of vectors ``(T, N)``, whose rounding is below the smallest ridge in single precision."""
+    if torch.float64 in (left.dtype, right.dtype):
+        return left.double().mT @ right.double()
+    return (left.float().mT @ right.float()).double()
 
 
 def _best_ridge(learnt: Tensor, held_out: Tensor) -> float:

@@ -104,8 +104,12 @@ def same_draws(seed: int, device: torch.device) -> Iterator[None]:
         seed: The seed; calls on one batch have one seed, dense or compressed.
         device: The device on which random numbers may be drawn, beside the CPU.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a seed for each absent kind of device
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

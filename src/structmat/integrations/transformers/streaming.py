@@ -92,7 +92,7 @@ def compress_checkpoint(
                 fits = _fit_weights(work, blocks, store, progress)
             else:
                 run = SequentialRun(model, work, given, blocks, refinement=refine, store=store)
-                with FitBar(run.cost, progress) as bar:
+                with FitBar(run.costs, progress) as bar:
                     fits = run.run(bar)
         _finish(model, wanted, blocks, Path(source), partial)
         os.replace(partial, out)
@@ -274,7 +274,7 @@ def _hollow(parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Param
 def _fit_weights(work: WorkList, blocks: OnDisk, store: FitStore | None, progress: bool) -> dict[str, Fit]:
     """Fit the weights of every block as they are, without data."""
     fits: dict[str, Fit] = {}
-    with FitBar(sum(work.cost(name, aware=False) for name in work.sites), progress) as bar:
+    with FitBar({"fits": sum(work.cost(name, aware=False) for name in work.sites)}, progress) as bar:
         for name in blocks.chain.names:
             with blocks.block(name) as block:
                 own = {full.removeprefix(f"{name}."): full for full in blocks.planned(name)}
