@@ -167,7 +167,7 @@ def measure_flow(
             return None
         small = _with_weights(model, device) if missing else model
     own = [f"{home}.{k}" for k in range(len(shown))] if home else shown or [""]
-    within = {_within(name, names): format for name, format in reversed(planned.items())}  # the first block decides
+    within = {_within(name, names): format for name, format in reversed(list(planned.items()))}  # the first one decides
     formats = {name: within[name] for name in reversed(within) if name and _part(small, own[0], name) is not None}
     with undisturbed(), _shortened(small, "" if missing else home, shown), evaluating(small):
         try:
