@@ -23,6 +23,9 @@ from structmat.network.surgery import put_fits_
 KEPT_BYTES = 4 * 2**30
 """The most memory in bytes for what a dense block's layers read; where it takes more, it is computed again for each."""
 
+DENSE_SHARE = 0.25
+"""About what share of the passes through a block is that through the dense one, which comes first."""
+
 
 class BlockFits:
     """The run over the layers of one block, in the order in which they are called.
@@ -70,12 +73,12 @@ class BlockFits:
         reads = dict.fromkeys(self.leaders.values())
         self._say(next(iter(self.full.values())))
         kept, outputs = self._dense_pass({leader: self.sites[leader] for leader in reads}, keep_outputs)
-        self._count_passes(list(self.full))
+        self._count_passes(list(self.full), DENSE_SHARE)
         for leader in reads:
             self._say(self.full[leader])
             moments = self._moments(leader, kept.pop(leader, None))
             names = [name for name in self.leaders if self.leaders[name] == leader]
-            self._count_passes(names)
+            self._count_passes(names, 1 - DENSE_SHARE)
             self._fit(names, moments)
         self.block.replay.keeping = False
         return outputs
@@ -84,9 +87,9 @@ class BlockFits:
         """The fits by the layers' full names."""
         return {self.full[name]: fit for name, fit in self.fits.items()}
 
-    def _count_passes(self, names: list[str]) -> None:
-        """Count half of the passes for layers: those of the dense block, or those of the compressed one."""
-        self.bar.advance(sum(self.overhead[self.full[name]] for name in names) / 2, "passes")
+    def _count_passes(self, names: list[str], share: float) -> None:
+        """Count a share of the passes for layers as done."""
+        self.bar.advance(share * sum(self.overhead[self.full[name]] for name in names), "passes")
 
     def _say(self, name: str) -> None:
         self.bar.say(f"{name}, calibrating, states {self.block.states.nbytes / 2**20:.0f} MiB")

@@ -21,7 +21,7 @@ from structmat.network.masks import BatchMasks, find_masks
 from structmat.network.surgery import put_fits_, with_fits
 
 FORWARD_COST = 4
-"""About how many forward passes of a block its calibration takes: two dense, and parts of four compressed."""
+"""About how many forward passes of a block its calibration takes: one dense, and parts of four compressed."""
 
 
 class BlockReader(Protocol):
