@@ -307,6 +307,21 @@ class Format(abc.ABC):
         """
         return None
 
+    def part(self, factors: Factors, axis: int, index: int, count: int) -> tuple[Format, dict[str, Tensor]]:
+        """The format and the factors of one of several equal parts of the matrix, such as each of several devices has.
+
+        Args:
+            factors: The factors, which may be on the meta device.
+            axis: 0 to cut the out features, 1 to cut the in features.
+            index: The place of the part.
+            count: The number of parts, which divides the number of features.
+
+        Raises:
+            ValueError: If matrices of this format cannot be cut so.
+        """
+        features = "in" if axis else "out"
+        raise ValueError(f"expected a matrix that can be cut along its {features} features, got {self}")
+
     def settings(self) -> str:
         """The hyperparameters beside the shape, as short text for tables."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

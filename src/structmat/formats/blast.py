@@ -103,6 +103,18 @@ class Blast(RankedFormat):
         left, diag, right = self.views(factors)
         return torch.einsum("ipr,ijr,jrq->ipjq", left, diag, right).reshape(self.M, self.N)
 
+    def part(self, factors: Factors, axis: int, index: int, count: int) -> tuple[Blast, dict[str, Tensor]]:
+        """Some rows or columns of blocks, which are made smaller where there are too few to share out."""
+        (_, diag, right), blocks = self.views(factors), list(self.blocks)
+        split = count // math.gcd(blocks[axis], count)
+        blocks[axis] = blocks[axis] * split // count
+        diag = diag.repeat_interleave(split, axis).chunk(count, axis)[index]
+        if axis:
+            right = right.unflatten(2, (split, -1)).transpose(1, 2).flatten(0, 1).chunk(count)[index]
+        rows = factors["left"] if axis else factors["left"].chunk(count)[index]
+        format = Blast(len(rows), blocks[1] * right.shape[2], (blocks[0], blocks[1]), self.rank)
+        return format, {"left": rows, "diag": diag.flatten(0, 1), "right": right.flatten(0, 1)}
+
     def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
         """A linear layer for each column of blocks and one for each row, with the couplings between them."""
         return (Coupled if sums else CoupledByTerms)(*self.views(factors))

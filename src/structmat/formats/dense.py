@@ -57,6 +57,11 @@ class Dense(Format):
         """The weight itself."""
         return factors["weight"]
 
+    def part(self, factors: Factors, axis: int, index: int, count: int) -> tuple[Dense, dict[str, Tensor]]:
+        """Some rows or columns of the weight."""
+        weight = factors["weight"].chunk(count, axis)[index]
+        return Dense(*weight.shape), {"weight": weight}
+
     def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
         """One linear layer."""
         return Chain(factors["weight"])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from structmat import _checks
-from structmat.formats.base import Factors, FactorSpec, RankedFormat
+from structmat.formats.base import Factors, FactorSpec, Format, RankedFormat
+from structmat.formats.dense import Dense
 from structmat.formats.unrolled import Chain
 from structmat.ops import low_rank_matmul
 from structmat.ops.common import LINEAR
@@ -81,6 +82,16 @@ class LowRank(RankedFormat):
     def to_dense(self, factors: Factors) -> Tensor:
         """``left @ right``."""
         return factors["left"] @ factors["right"]
+
+    def part(self, factors: Factors, axis: int, index: int, count: int) -> tuple[Format, dict[str, Tensor]]:
+        """Some rows of ``left`` or columns of ``right``; a dense matrix where the part has no higher rank."""
+        left, right = factors["left"], factors["right"]
+        left = left if axis else left.chunk(count)[index]
+        right = right.chunk(count, 1)[index] if axis else right
+        shape = len(left), right.shape[1]
+        if self.rank > min(shape):
+            return Dense(*shape), {"weight": left @ right}
+        return LowRank(*shape, self.rank), {"left": left, "right": right}
 
     def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
         """Two linear layers."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat import _checks
-from structmat.formats.base import Factors, FactorSpec, RankedFormat
+from structmat.formats.base import Factors, FactorSpec, Format, RankedFormat
 from structmat.formats.unrolled import Regrouped
 from structmat.ops import monarch_matmul
 from structmat.ops.monarch import ALGORITHMS
@@ -112,6 +112,23 @@ class Monarch(RankedFormat):
         if self.permute_output:
             W = W.transpose(0, 1)
         return W.reshape(self.M, self.N)
+
+    def part(self, factors: Factors, axis: int, index: int, count: int) -> tuple[Format, dict[str, Tensor]]:
+        """Some rows or columns of blocks, which are made smaller where there are too few to share out."""
+        (left, right), blocks = self.views(factors), list(self.blocks)
+        split = count // math.gcd(blocks[axis], count)
+        if (self.permute_output and axis == 0) or self.rank > self.block_shape[axis] // split:
+            return super().part(factors, axis, index, count)
+        blocks[axis] = blocks[axis] * split // count
+        if axis:
+            left = left.repeat_interleave(split, 2).chunk(count, 2)[index]
+            right = right.unflatten(3, (split, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).chunk(count)[index]
+        else:
+            left = left.unflatten(1, (split, -1)).flatten(0, 1).chunk(count)[index]
+            right = right.repeat_interleave(split, 1).chunk(count, 1)[index]
+        M, N = left.shape[0] * left.shape[1], right.shape[0] * right.shape[3]
+        format = Monarch(M, N, (blocks[0], blocks[1]), self.rank, self.permute_output)
+        return format, {"left": left.flatten(2).flatten(0, 1), "right": right.flatten(0, 2)}
 
     def unrolled(self, factors: Factors, sums: bool = True) -> nn.Module:
         """One linear layer for each column of blocks and one for each row, with a regrouping between them."""

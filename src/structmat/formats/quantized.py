@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structmat import _checks
@@ -220,6 +222,35 @@ class Quantized(Format):
         values = values[..., : shape[-1]]
         columns = factors.get(f"{name}_columns")
         return values.contiguous() if columns is None else self.over_inputs(values, columns)
+
+    def part(self, factors: Factors, axis: int, index: int, count: int) -> tuple[Format, dict[str, Tensor]]:
+        """The same integers; in floating point where the part is not made of entries, or bytes would have to be cut."""
+        base, cut = self.base.part(self.base.init(device="meta"), axis, index, count)
+        widths = [cut[n].shape[-1] for n, s in self.rounded_factors.items() if n in cut and cut[n].shape[-1] < s[-1]]
+        group = math.gcd(self.group, *widths) if self.group else 0
+        if type(base) is not type(self.base) or (self.bits == 4 and group % 2):
+            return self.base.part(self.opened(factors), axis, index, count)
+        kept = {name: factors[name] for name in self.base.factor_specs() if name not in self.rounded_factors}
+        entries = {name: self._entries(name, factors) for name in self.rounded_factors}
+        base, integers = self.base.part({n: e[0] for n, e in entries.items()} | kept, axis, index, count)
+        _, scales = self.base.part({n: e[1] for n, e in entries.items()} | kept, axis, index, count)
+        format = Quantized(*base.shape, base, self.bits, group)
+        found = {name: factor for name, factor in integers.items() if name in kept}
+        for name, shape in format.rounded_factors.items():
+            groups, length = format.groups(shape)
+            grouped, values = (F.pad(one[name], (0, groups * length - shape[-1])) for one in (scales, integers))
+            found |= format.stored(name, grouped.unflatten(-1, (groups, length))[..., 0], values)
+        if format.input_factor is not None:
+            columns = factors[f"{format.input_factor}_columns"]
+            found[f"{format.input_factor}_columns"] = columns.chunk(count)[index] if axis else columns
+        return format, found
+
+    def _entries(self, name: str, factors: Factors) -> tuple[Tensor, Tensor]:
+        """The integer and the scale of each entry of a factor of the other format."""
+        shape = self.rounded_factors[name]
+        stored, scale = factors[f"{name}_integers"], factors[f"{name}_scale"]
+        integers = (stored if self.bits == 8 else _unpacked(stored))[..., : shape[-1]]
+        return integers, scale.repeat_interleave(self.groups(shape)[1], -1)[..., : shape[-1]]
 
     def to_dense(self, factors: Factors) -> Tensor:
         """The matrix of the rounded factors."""

@@ -38,6 +38,7 @@ from structmat.ops.common import (
     shaped_like,
     side_by_side,
     triton_kernels,
+    unwatched,
     workspace,
 )
 
@@ -69,15 +70,18 @@ def blast_matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm
     elif not algorithm and keeps_intermediates(tokens, left, diag, right):
         y = torch.ops.structmat.blast_matmul_keeping(tokens, left, diag, right)[0]
     else:
-        y = torch.ops.structmat.blast_matmul(tokens, left, diag, right, algorithm)
+        product = _product if unwatched(tokens, left, diag, right) else torch.ops.structmat.blast_matmul
+        y = product(tokens, left, diag, right, algorithm)
     return y.view(*x.shape[:-1], M)
 
 
-@torch.library.custom_op("structmat::blast_matmul", mutates_args=())
-def _matmul(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str) -> Tensor:
+def _product(x: Tensor, left: Tensor, diag: Tensor, right: Tensor, algorithm: str) -> Tensor:
     side = min(left.shape[1], right.shape[2]) / max(diag.shape[:2])
     name = "whole" if x.shape[0] == 0 else algorithm or automatic(x, side)
     return ALGORITHMS[name](x, left, diag, right)
+
+
+_matmul = torch.library.custom_op("structmat::blast_matmul", _product, mutates_args=())
 
 
 @_matmul.register_fake

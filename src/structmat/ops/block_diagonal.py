@@ -19,6 +19,7 @@ from structmat.ops.common import (
     shaped_like,
     side_by_side,
     triton_kernels,
+    unwatched,
 )
 
 
@@ -38,7 +39,11 @@ def block_diagonal_matmul(x: Tensor, blocks: Tensor, algorithm: str = "") -> Ten
     I, P, _ = blocks.shape
     x, blocks = cast(x, blocks)
     tokens = x.reshape(-1, x.shape[-1])
-    y = _whole(tokens, blocks) if plain() else torch.ops.structmat.block_diagonal_matmul(tokens, blocks, algorithm)
+    if plain():
+        y = _whole(tokens, blocks)
+    else:
+        product = _product if unwatched(tokens, blocks) else torch.ops.structmat.block_diagonal_matmul
+        y = product(tokens, blocks, algorithm)
     return y.view(*x.shape[:-1], I * P)
 
 
@@ -67,10 +72,12 @@ ALGORITHMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"in_place": _in_pla
 """Ways to compute the product: right for every shape, dtype and device, but for triton's, which are for GPUs."""
 
 
-@torch.library.custom_op("structmat::block_diagonal_matmul", mutates_args=())
-def _matmul(x: Tensor, blocks: Tensor, algorithm: str) -> Tensor:
+def _product(x: Tensor, blocks: Tensor, algorithm: str) -> Tensor:
     name = "whole" if x.shape[0] == 0 else algorithm or ("in_place" if x.device.type == "cpu" else "whole")
     return ALGORITHMS[name](x, blocks)
+
+
+_matmul = torch.library.custom_op("structmat::block_diagonal_matmul", _product, mutates_args=())
 
 
 @_matmul.register_fake

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 MIB = 2**20
@@ -103,6 +103,26 @@ def plain() -> bool:
         return torch.compiler.is_exporting()
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
     return transformed or forward_ad._current_level >= 0 or traced()
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether an operator's code can be called at once: nobody derives, records or compiles the call.
+
+    PyTorch's dispatcher, which finds those who do, costs more than the product of few vectors with a small matrix.
+
+    Args:
+        tensors: The input and the factors.
+
+    Returns:
+        Whether it can.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd._profiler_enabled()
+        or any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors)
+    )
 
 
 def plain_backward() -> bool:

@@ -17,6 +17,7 @@ from structmat.ops.common import (
     plain_gradients,
     save_with_kept,
     shaped_like,
+    unwatched,
 )
 
 
@@ -37,7 +38,9 @@ def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, algorithm: str = "")
     x, left, right = cast(x, left, right)
     if plain():
         return _definition(x, left, right)
-    y, _ = torch.ops.structmat.low_rank_matmul(x.reshape(-1, x.shape[-1]), left, right, algorithm)
+    tokens = x.reshape(-1, x.shape[-1])
+    product = _product if unwatched(tokens, left, right) else torch.ops.structmat.low_rank_matmul
+    y, _ = product(tokens, left, right, algorithm)
     return y.view(*x.shape[:-1], left.shape[0])
 
 
@@ -45,10 +48,12 @@ def _definition(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return F.linear(F.linear(x, right), left)
 
 
-@torch.library.custom_op("structmat::low_rank_matmul", mutates_args=())
-def _matmul(x: Tensor, left: Tensor, right: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
+def _product(x: Tensor, left: Tensor, right: Tensor, algorithm: str) -> tuple[Tensor, Tensor]:
     z = linear(x, right, algorithm)
     return linear(z, left, algorithm), z
+
+
+_matmul = torch.library.custom_op("structmat::low_rank_matmul", _product, mutates_args=())
 
 
 @_matmul.register_fake

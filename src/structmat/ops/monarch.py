@@ -27,6 +27,7 @@ from structmat.ops.common import (
     side_by_side,
     tokens_within,
     triton_kernels,
+    unwatched,
     workspace,
 )
 
@@ -64,14 +65,17 @@ def monarch_matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool 
     elif not algorithm and keeps_intermediates(tokens, left, right):
         y = torch.ops.structmat.monarch_matmul_keeping(tokens, left, right, permute_output)[0]
     else:
-        y = torch.ops.structmat.monarch_matmul(tokens, left, right, permute_output, algorithm)
+        product = _product if unwatched(tokens, left, right) else torch.ops.structmat.monarch_matmul
+        y = product(tokens, left, right, permute_output, algorithm)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@torch.library.custom_op("structmat::monarch_matmul", mutates_args=())
-def _matmul(x: Tensor, left: Tensor, right: Tensor, permute_output: bool, algorithm: str) -> Tensor:
+def _product(x: Tensor, left: Tensor, right: Tensor, permute_output: bool, algorithm: str) -> Tensor:
     name = "whole" if x.shape[0] == 0 else algorithm or _automatic(x, left)
     return ALGORITHMS[name](x, left, right, permute_output)
+
+
+_matmul = torch.library.custom_op("structmat::monarch_matmul", _product, mutates_args=())
 
 
 @_matmul.register_fake

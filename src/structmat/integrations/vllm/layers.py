@@ -1,29 +1,34 @@
 """What vLLM asks of a quantization method: which layers it has, their tensors, and their product.
 
 vLLM merges layers that read one input, such as the projections to queries, keys and values. Each part of such a layer
-keeps its own format and its own rank: the layer has one flat parameter for each name of a factor, in which the factors
-of that name of all parts lie one after the other.
+keeps its own format and its own rank, and has parameters of its own; one operator multiplies with all of them. Where
+several devices share the layers, each has rows or columns of every matrix, in the same formats.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports]
+from vllm.logger import init_logger  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod  # pyright: ignore
 from vllm.model_executor.layers.quantization import register_quantization_config  # pyright: ignore
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig  # pyright: ignore
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # pyright: ignore
 
+from structmat import _checks
 from structmat.formats import Dense, Format
 from structmat.integrations.recorded import QUANT_METHOD, Recorded
+from structmat.integrations.vllm.product import layout_of, merged_matmul, tuned
 
-ALIGNMENT = 64
-"""The entries between which the factors of a part begin in a flat parameter, so that kernels find them aligned."""
+AUTOTUNE = "structmat_autotune"
+"""The key in vLLM's ``additional_config`` whose value is the numbers of tokens at which products are measured."""
+
+LOGGER = init_logger(__name__)
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
 """The place of a part by the name that vLLM gives it where it is no number."""
@@ -94,8 +99,14 @@ class StructmatConfig(QuantizationConfig):
             names = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(own, [own])]
         formats = [self.layers.get(name) for name in names]
         if any(format is not None for format in formats):
-            return StructuredMethod(prefix, names, formats)
+            return StructuredMethod(prefix, names, formats, _tokens())
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+def _tokens() -> list[int]:
+    """The numbers of tokens at which the user wants products to be measured."""
+    tokens = get_current_vllm_config().additional_config.get(AUTOTUNE, [])
+    return [_checks.positive_int(one, AUTOTUNE) for one in _checks.typed(tokens, list, AUTOTUNE)]
 
 
 class StructuredMethod(LinearMethodBase):
@@ -105,14 +116,20 @@ class StructuredMethod(LinearMethodBase):
         prefix: The name of the layer.
         names: The names of its parts.
         formats: The format of each part; None for dense ones.
+        tokens: The numbers of tokens at which the ways to multiply are measured; none for the automatic way.
     """
 
-    def __init__(self, prefix: str, names: Sequence[str], formats: Sequence[Format | None]) -> None:
-        self.prefix, self.names, self.given = prefix, names, formats
-        self.formats: list[Format] = []
-        self.places: dict[str, dict[int, tuple[int, tuple[int, ...]]]] = {}
-        self.dtypes: dict[tuple[str, int], torch.dtype] = {}
-        self.missing: set[tuple[str, int]] = set()
+    def __init__(
+        self, prefix: str, names: Sequence[str], formats: Sequence[Format | None], tokens: Sequence[int] = ()
+    ) -> None:
+        self.prefix, self.names, self.given, self.tokens = prefix, names, formats, tuple(tokens)
+        self.wholes: list[Format] = []  # those of the checkpoint
+        self.formats: list[Format] = []  # those on this device
+        self.cuts: list[tuple[int, int, int]] = []
+        self.loaded: list[dict[str, Tensor]] = []
+        self.placed: set[int] = set()
+        self.height = 0
+        self.layout = ""
 
     def create_weights(
         self,
@@ -124,7 +141,7 @@ class StructuredMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **others: Any,
     ) -> None:
-        """Register one flat parameter for each name of a factor.
+        """Register the factors of each part, and for each name of a factor what vLLM's loader looks for.
 
         Args:
             layer: The layer.
@@ -136,66 +153,111 @@ class StructuredMethod(LinearMethodBase):
             **others: What vLLM passes to other methods.
 
         Raises:
-            ValueError: If the layer is cut for tensor parallelism, or its shape is not that of the plan.
+            ValueError: If the shape of a part is not that of the plan, or its matrix cannot be cut for the devices.
         """
-        heights = [sum(output_partition_sizes)] if len(self.given) == 1 else list(output_partition_sizes)
-        if input_size_per_partition != input_size or sum(heights) != output_size:
-            raise ValueError(
-                f"expected layer {self.prefix!r} whole, got a part of it; structured layers are not cut yet; use "
-                "--tensor-parallel-size 1"
-            )
-        shapes = [(height, input_size) for height in heights]
-        self.formats = [format or Dense(*shape) for format, shape in zip(self.given, shapes, strict=True)]
-        for name, format, shape in zip(self.names, self.formats, shapes, strict=True):
-            if format.shape != shape:
-                raise ValueError(f"expected layer {name!r} of shape {shape}, but the checkpoint says {format}")
-        dtypes = {"weight": params_dtype}
-        sizes = {"weight": 1}  # LoRA looks for a weight
-        for part, format in enumerate(self.formats):
-            for name, spec in format.factor_specs().items():
-                start = -(-sizes.get(name, 0) // ALIGNMENT) * ALIGNMENT
-                self.places.setdefault(name, {})[part] = start, spec.shape
-                sizes[name] = start + math.prod(spec.shape)
-                dtype = spec.dtype or params_dtype
-                dtypes[name] = torch.promote_types(dtypes.get(name, dtype), dtype)  # parts may differ
-                self.dtypes[name, part] = dtype
-                self.missing.add((name, part))
-        for name, size in sizes.items():
-            parameter = nn.Parameter(torch.zeros(size, dtype=dtypes[name]), requires_grad=False)
-            parameter.weight_loader = functools.partial(self._load, name)  # pyright: ignore - vLLM looks for it
+        whole = len(self.given) == 1
+        heights = [sum(output_partition_sizes)] if whole else list(output_partition_sizes)
+        self.height = sum(heights)
+        for name, given, height in zip(self.names, self.given, heights, strict=True):
+            format = given or Dense(self._features(layer, name, height), input_size)
+            if whole and len(output_partition_sizes) > 1 and height < format.M:
+                raise ValueError(
+                    f"expected layer {name!r} on one device, since its matrix holds those of several layers, got a "
+                    "part of it; use --tensor-parallel-size 1"
+                )
+            self._add(layer, name, format, (height, input_size_per_partition), params_dtype)
+        loaders = {name for format in self.wholes for name in format.factor_specs()} | {"weight"}  # for LoRA
+        for name in sorted(loaders):
+            parameter = nn.Parameter(torch.zeros(1, dtype=params_dtype), requires_grad=False)
+            parameter.weight_loader = functools.partial(self._load, layer, name)  # pyright: ignore - vLLM looks for it
             layer.register_parameter(name, parameter)
 
-    def _load(self, name: str, parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
-        """Copy one tensor of a checkpoint into its place."""
+    def _features(self, layer: nn.Module, name: str, height: int) -> int:
+        """The number of out features of a dense part on all devices."""
+        copies = getattr(layer, "num_kv_head_replicas", 1) if self.names.index(name) else 1
+        return height * getattr(layer, "tp_size", 1) // copies
+
+    def _add(self, layer: nn.Module, name: str, format: Format, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        """Register the factors of one part, or of what this device has of it."""
+        rows, columns = shape
+        if isinstance(layer, ParallelLMHead) and rows > format.M:
+            rows = format.M  # vLLM pads the vocabulary
+        axis, devices = int(columns < format.N), getattr(layer, "tp_size", 1)
+        count = max(format.N // columns if axis else format.M // rows, 1)
+        if devices % count or format.shape != ((rows, columns * count) if axis else (rows * count, columns)):
+            raise ValueError(f"expected layer {name!r} of shape {shape}, but the checkpoint says {format}")
+        cut = axis, getattr(layer, "tp_rank", 0) * count // devices, count  # devices may have the same part
+        factors, own = format.init(device="meta", dtype=dtype), format
+        if count > 1:
+            try:
+                own, factors = format.part(factors, *cut)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}; use --tensor-parallel-size 1") from error
+        for key, factor in factors.items():
+            empty = nn.Parameter(torch.zeros(factor.shape, dtype=factor.dtype), requires_grad=False)
+            layer.register_parameter(f"{len(self.formats)}_{key}", empty)
+        self.wholes.append(format)
+        self.formats.append(own)
+        self.cuts.append(cut)
+        self.loaded.append({})
+
+    def _load(self, layer: nn.Module, name: str, parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
+        """Take one tensor of a checkpoint; a part is put in its place when it has all of them."""
         part = SHARDS.get(shard, shard) or 0
-        if part not in self.places.get(name, {}):
+        specs, found = self.wholes[part].factor_specs(), self.loaded[part]
+        if name not in specs:
             return  # the byte that stands for the dense weight of a structured layer
-        start, shape = self.places[name][part]
-        if tuple(loaded.shape) != shape:
+        if tuple(loaded.shape) != specs[name].shape:
             raise ValueError(
-                f"expected {name!r} of layer {self.names[part]!r} with shape {shape}, got {tuple(loaded.shape)}"
+                f"expected {name!r} of layer {self.names[part]!r} with shape {specs[name].shape}, got "
+                f"{tuple(loaded.shape)}"
             )
-        parameter.data[start : start + loaded.numel()].view(shape).copy_(loaded)
-        self.missing.discard((name, part))
+        found[name] = loaded
+        if len(found) == len(specs):
+            self._place(layer, part)
+
+    def _place(self, layer: nn.Module, part: int) -> None:
+        """Copy what this device has of a part into its parameters, and forget the rest."""
+        found, cut = self.loaded[part], self.cuts[part]
+        own = found if cut[2] == 1 else self.wholes[part].part(found, *cut)[1]
+        for name, factor in own.items():
+            layer.get_parameter(f"{part}_{name}").data.copy_(factor)
+        found.clear()
+        self.placed.add(part)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Check that every tensor was there, since vLLM does not."""
-        if self.missing:
-            lost = sorted(f"{self.names[part]}.{name}" for name, part in self.missing)
-            raise ValueError(f"expected values for {', '.join(lost)}, but the checkpoint has none; it is incomplete")
+        """Check that every tensor was there, since vLLM does not, and choose how to multiply."""
+        missing = [
+            f"{self.names[part]}.{name}"
+            for part, format in enumerate(self.wholes)
+            for name in format.factor_specs()
+            if part not in self.placed and name not in self.loaded[part]
+        ]
+        if missing:
+            raise ValueError(
+                f"expected values for {', '.join(sorted(missing))}, but the checkpoint has none; it is incomplete"
+            )
+        self.layout = layout_of(self.formats, [self._algorithms(layer, part) for part in range(len(self.formats))])
 
-    def factors(self, layer: nn.Module, part: int) -> dict[str, Tensor]:
-        """The factors of one part, as views."""
-        found: dict[str, Tensor] = {}
-        for name, places in self.places.items():
-            if part in places:
-                start, shape = places[part]
-                values = getattr(layer, name)[start : start + math.prod(shape)].view(shape)
-                found[name] = values.to(self.dtypes[name, part])
-        return found
+    def _algorithms(self, layer: nn.Module, part: int) -> dict[int, str]:
+        """The ways to multiply with a part by number of tokens, where they are measured."""
+        format = self.formats[part]
+        if not self.tokens or not format.algorithms:
+            return {}
+        spec = format.factor_specs()
+        factor = next(f for n, f in self._factors(layer, part).items() if spec[n].dtype is None)
+        before = tuned.cache_info().misses
+        tuning, algorithms = tuned(format, self.tokens, factor.dtype, factor.device)
+        if tuned.cache_info().misses > before:
+            LOGGER.info("%s", tuning)
+        return algorithms
+
+    def _factors(self, layer: nn.Module, part: int) -> dict[str, Tensor]:
+        """The factors of a part by name."""
+        return {name: layer.get_parameter(f"{part}_{name}") for name in self.formats[part].factor_specs()}
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product of each part, side by side."""
-        found = [format.matmul(x, self.factors(layer, part)) for part, format in enumerate(self.formats)]
-        y = found[0] if len(found) == 1 else torch.cat(found, -1)
+        """The product with each part, side by side, and 0 for the rows with which vLLM pads a vocabulary."""
+        factors = [getattr(layer, f"{k}_{name}") for k, one in enumerate(self.formats) for name in one.factor_specs()]
+        y = merged_matmul(x, factors, self.layout, self.height)
         return y if bias is None else y + bias
