@@ -1,4 +1,4 @@
-"""The operator with which vLLM's layers multiply; it needs no vLLM. The plugin itself is tested in ``tests/serving``."""
+"""The operator with which layers of vLLM multiply; it needs no vLLM. ``tests/serving`` has the tests of the plugin."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_it_is_one_operator_of_a_compiled_graph_for_all_lengths() -> None:
     with torch.inference_mode():
         for tokens in (2, 3, 40):
             x = torch.randn(tokens, 16)
-            torch.testing.assert_close(compiled(x), merged_matmul(x, flat, layout, 36))
+            torch.testing.assert_close(compiled(x, flat, layout, 36), merged_matmul(x, flat, layout, 36))
 
 
 def test_the_way_hangs_on_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def checkpoint(folder: Path, family: str = "llama", integers: str = "", head: bo
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, std=0.05)
     plan: dict[str, Format] = {"lm_head": Blast(250, 128, (2, 4), 40)} if head else {}
     for layer in ("model.layers.0.", "model.layers.1."):
         plan[layer + "self_attn.q_proj"] = Blast(128, 128, (4, 4), 40)
@@ -101,7 +101,7 @@ def prompts() -> list[torch.Tensor]:
         pytest.param("llama", {"integers": "int8"}, {}, id="int8"),
         pytest.param("qwen2", {"integers": "int4"}, {}, id="int4"),
         pytest.param("llama", {}, {"enforce_eager": False}, id="compiled"),
-        pytest.param("qwen3", {}, {"model_impl": "transformers"}, id="transformers"),
+        pytest.param("qwen3", {}, {"model_impl": "transformers"}, id="its models"),
         pytest.param("llama", {}, {"additional_config": {"structmat_autotune": [1, 4, 16]}}, id="autotuned"),
         pytest.param("qwen2", {}, {"tensor_parallel_size": 2}, id="two processes"),
         pytest.param("llama", {"integers": "int4"}, {"tensor_parallel_size": 2}, id="two processes, int4"),
