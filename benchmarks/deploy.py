@@ -3,7 +3,8 @@
 The runtimes are PyTorch (eager, compiled), onnxruntime, ExecuTorch and vLLM. The networks are a vision transformer with
 the shapes of ViT-S/16 and a language model of 135 million parameters, at keep 0.8 and 0.5, and for PyTorch that
 language model with its weights in integers. Latency does not depend on the values, so the factors are random. The
-networks of one cell are timed in turns in one run, and the figure is the median of rounds. Peak memory is that of a
+networks of one cell are timed in turns in one run, and the figure is the median of rounds; with one thread it is the
+time of the processor, for which other programs on the machine matter less. Peak memory is that of a
 process that loads the file and runs the longest call, less what it had before it loaded the file. Each cell is kept in
 results/deploy.json as soon as it is measured; the rows of vLLM are measured in an environment that has it.
 
@@ -132,17 +133,18 @@ def print_peak(where: str, path: Path, inputs: Path, threads: int) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6)
 
 
-def timed(runs: Mapping[str, Run], inputs: Mapping[str, Any]) -> dict[str, float]:
-    """The median milliseconds of each, measured in turns."""
+def timed(runs: Mapping[str, Run], inputs: Mapping[str, Any], threads: int) -> dict[str, float]:
+    """The median milliseconds of each, measured in turns: those of the processor where there is one thread."""
+    clock = time.process_time if threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round in range(ROUNDS + 1):
         for name, run in runs.items():
-            count, start = 0, time.perf_counter()
-            while time.perf_counter() - start < SECONDS / ROUNDS or not count:
+            count, start = 0, clock()
+            while clock() - start < SECONDS / ROUNDS or not count:
                 run(inputs[name])
                 count += 1
             if round:
-                times[name].append((time.perf_counter() - start) / count * 1000)
+                times[name].append((clock() - start) / count * 1000)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -178,48 +180,40 @@ def measure(kind: str, where: str, threads: int, name: str, folder: Path) -> dic
                     module = signature_of(model).module
                     module = torch.compile(module, dynamic=False) if where == "compiled" else module
                     runs[version] = lambda tensors, module=module: module(*tensors)
-            if call == list(CALLS[kind])[-1] and where != "compiled" and kind != "integers":
+            if call == list(CALLS[kind])[-1] and where in ("onnx", "executorch"):
                 torch.save(drawn[version], own / "inputs.pt")
                 one["peak"][version] = peak(where, path, own / "inputs.pt", threads)
             print(f"{kind}, {where}, {call}: {version} is ready", flush=True)
-        one["ms"] = timed(runs, drawn)
+        one["ms"] = timed(runs, drawn, threads)
         torch.compiler.reset()
     return found
 
 
 def measure_vllm(threads: int, name: str, folder: Path) -> dict[str, Any]:
-    """The same in vLLM: the first token after a prompt, and each token after it."""
+    """The same in vLLM, not compiled: the first token after a prompt, and each token after it."""
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
     vllm = runtime("vllm", "vllm")
-    os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}" if threads > 1 else "0",
-    }
+    options = {"dtype": "float32", "max_model_len": 256, "enable_prefix_caching": False, "enforce_eager": True}
     engines: dict[str, Any] = {}
     one: dict[str, Any] = {"bytes": {}, "peak": {}}
-    processes: dict[str, set[psutil.Process]] = {}
     for version, made in VERSIONS.items():
-        path, one["bytes"][version] = written("checkpoint", network("smollm2", *made, name), folder / version, {})
-        before = set(psutil.Process().children(recursive=True))
-        engines[version] = vllm.LLM(
-            str(path), skip_tokenizer_init=True, dtype="float32", max_model_len=256, enable_prefix_caching=False
-        )
-        processes[version] = set(psutil.Process().children(recursive=True)) - before
+        own = folder / version
+        own.mkdir()
+        path, one["bytes"][version] = written("checkpoint", network("smollm2", *made, name), own, {})
+        engines[version] = vllm.LLM(str(path), skip_tokenizer_init=True, **options)
+        print(f"smollm2, vllm: {version} is ready", flush=True)
     prompt = [{"prompt_token_ids": list(range(100, 228))}]
 
     def generating(version: str, tokens: int) -> Run:
-        options = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        return lambda _: engines[version].generate(prompt, options, use_tqdm=False)
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        return lambda _: engines[version].generate(prompt, sampling, use_tqdm=False)
 
     none = dict.fromkeys(VERSIONS)
-    first = timed({version: generating(version, 1) for version in VERSIONS}, none)
-    rest = timed({version: generating(version, 1 + NEW_TOKENS) for version in VERSIONS}, none)
-    for version, own in processes.items():
-        peaks = [
-            line for p in own for line in Path(f"/proc/{p.pid}/status").read_text().splitlines() if "VmHWM" in line
-        ]
-        one["peak"][version] = max(int(line.split()[1]) for line in peaks) * 1024 / 1e6
+    first = timed({version: generating(version, 1) for version in VERSIONS}, none, threads)
+    rest = timed({version: generating(version, 1 + NEW_TOKENS) for version in VERSIONS}, none, threads)
     steps = {version: (rest[version] - first[version]) / NEW_TOKENS for version in VERSIONS}
-    return {STEP: {**one, "peak": {}, "ms": steps}, PROMPT: {**one, "ms": first}}
+    return {STEP: {**one, "ms": steps}, PROMPT: {**one, "ms": first}}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -229,7 +223,8 @@ def table(results: dict[str, Any]) -> str:
         "",
         "Milliseconds of one call in float32, the median of rounds in turns, tokens per second, the size of the file",
         "and the peak memory, each for dense / keep 0.8 / keep 0.5, and how many programs used the machine before and",
-        "after, where 1 or less is a quiet machine with one thread. The BLAST networks have",
+        "after. With one thread it is the time of the processor, in which waiting for others does not count. The BLAST",
+        "networks have",
         f"{BLOCKS} x {BLOCKS} blocks and random factors; embeddings and the head are dense in all.",
         "`python benchmarks/deploy.py` makes this table.",
         "",

@@ -23,14 +23,14 @@ def made(formats: list[Format], dtype: torch.dtype = torch.float32) -> tuple[lis
 def test_the_parts_lie_side_by_side_and_zeros_follow(shape: tuple[int, ...], height: int) -> None:
     flat, factors = made(PARTS)
     x = torch.randn(shape)
-    found = merged_matmul(x, flat, layout_of(PARTS, [{}, {}, {}]), height)
+    found = merged_matmul(x, flat, layout_of(PARTS), height)
     expected = [x @ format.to_dense(own).mT for format, own in zip(PARTS, factors, strict=True)]
     torch.testing.assert_close(found, torch.cat([*expected, x.new_zeros(*shape[:-1], height - 24)], -1))
 
 
 def test_it_is_one_operator_of_a_compiled_graph_for_all_lengths() -> None:
     formats = [*PARTS, Quantized(12, 16, PARTS[0])]
-    (flat, _), layout = made(formats), layout_of(formats, [{1: "whole", 4: "components"}, {}, {}, {}])
+    (flat, _), layout = made(formats), layout_of(formats)
     torch.library.opcheck(torch.ops.structmat.merged_matmul, (torch.randn(3, 16), flat, layout, 36))
     compiled = torch.compile(
         lambda x: merged_matmul(x, flat, layout, 36), fullgraph=True, dynamic=True, backend="eager"
@@ -44,10 +44,13 @@ def test_it_is_one_operator_of_a_compiled_graph_for_all_lengths() -> None:
 def test_the_way_hangs_on_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     format, used = PARTS[0], []
     flat, _ = made([format])
+    found = {1: "vectors", 4: "whole"}
+    monkeypatch.setattr(product, "tuned", lambda *asked: (asked, found))
     monkeypatch.setattr(Blast, "matmul", lambda self, x, factors, algorithm: used.append(algorithm) or x[:, :12])
     for tokens in (1, 3, 4, 5):
-        merged_matmul(torch.randn(tokens, 16), flat, layout_of([format], [{1: "vectors", 4: "whole"}]), 12)
-    assert used == ["vectors", "whole", "whole", ""]
+        merged_matmul(torch.randn(tokens, 16), flat, layout_of([format], [1, 4]), 12)
+        merged_matmul(torch.randn(tokens, 16), flat, layout_of([format]), 12)
+    assert used == ["vectors", "", "whole", "", "whole", "", "", ""]
 
 
 def test_formats_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (  # noqa: E402
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 from structmat import Blast, BlockDiagonal, LowRank, apply_plan_, quantize_  # noqa: E402
 from structmat.formats import Dense, Format  # noqa: E402
@@ -36,8 +38,13 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
 
 @pytest.fixture(autouse=True)
-def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One process where one is enough: each takes long to start."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    yield
+    cleanup_dist_env_and_memory()
 
 
 def checkpoint(folder: Path, family: str = "llama", integers: str = "", head: bool = False) -> None:
@@ -85,6 +92,7 @@ def served(folder: Path, prompts: list[torch.Tensor], **options: Any) -> list[li
     sampling = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], sampling)
     engine.llm_engine.engine_core.shutdown()
+    del engine
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -112,6 +120,7 @@ def test_greedy_tokens_equal_those_of_transformers(
 ) -> None:
     if "tensor_parallel_size" in options:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     checkpoint(tmp_path, family, **made)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     expected = [greedy(model, prompt) for prompt in prompts()]

@@ -237,20 +237,20 @@ class StructuredMethod(LinearMethodBase):
             raise ValueError(
                 f"expected values for {', '.join(sorted(missing))}, but the checkpoint has none; it is incomplete"
             )
-        self.layout = layout_of(self.formats, [self._algorithms(layer, part) for part in range(len(self.formats))])
+        self.layout = layout_of(self.formats, self.tokens)
+        for part in range(len(self.formats)):
+            self._measure(layer, part)
 
-    def _algorithms(self, layer: nn.Module, part: int) -> dict[int, str]:
-        """The ways to multiply with a part by number of tokens, where they are measured."""
+    def _measure(self, layer: nn.Module, part: int) -> None:
+        """Measure how to multiply with a part, where the user wants that, and log it once for each format."""
         format = self.formats[part]
         if not self.tokens or not format.algorithms:
-            return {}
-        spec = format.factor_specs()
+            return
+        spec, before = format.factor_specs(), tuned.cache_info().misses
         factor = next(f for n, f in self._factors(layer, part).items() if spec[n].dtype is None)
-        before = tuned.cache_info().misses
-        tuning, algorithms = tuned(format, self.tokens, factor.dtype, factor.device)
+        tuning, _ = tuned(format, self.tokens, factor.dtype, factor.device)
         if tuned.cache_info().misses > before:
             LOGGER.info("%s", tuning)
-        return algorithms
 
     def _factors(self, layer: nn.Module, part: int) -> dict[str, Tensor]:
         """The factors of a part by name."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,13 @@ def merged_matmul(x: Tensor, factors: Sequence[Tensor], layout: str, height: int
 
 
 def _merged_matmul(x: Tensor, factors: Sequence[Tensor], layout: str, height: int) -> Tensor:
-    tokens, first, found = bucket(x.numel() // x.shape[-1]), 0, []
-    for format, names, algorithms in _parts(layout):
+    count, first, found = bucket(x.numel() // x.shape[-1]), 0, []
+    parts, tokens = _read(layout)
+    for format, names in parts:
         own = dict(zip(names, factors[first : first + len(names)], strict=True))
         first += len(names)
-        found.append(format.matmul(x, own, algorithms.get(tokens, "")))
+        algorithm = tuned(format, tokens, x.dtype, x.device)[1].get(count, "") if tokens and format.algorithms else ""
+        found.append(format.matmul(x, own, algorithm))
     y = found[0] if len(found) == 1 else torch.cat(found, -1)
     return y if y.shape[-1] == height else F.pad(y, (0, height - y.shape[-1]))
 
@@ -56,27 +58,26 @@ def _(x: Tensor, factors: Sequence[Tensor], layout: str, height: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], height)
 
 
-def layout_of(formats: Sequence[Format], algorithms: Sequence[Mapping[int, str]]) -> str:
-    """Describe the parts of a layer for the operator, as text, which is part of a compiled graph.
+def layout_of(formats: Sequence[Format], tokens: Sequence[int] = ()) -> str:
+    """Describe the parts of a layer for the operator, as text, since it becomes part of a compiled graph.
 
     Args:
         formats: The format of each part.
-        algorithms: The ways to multiply of each part, by number of tokens, as a structured layer has them.
+        tokens: The numbers of tokens at which ``tuned`` measures how to multiply; none for the automatic ways. What it
+            finds is no part of the text: a graph may come from a cache.
 
     Returns:
         The description.
     """
-    return json.dumps([[format.to_json(), dict(own)] for format, own in zip(formats, algorithms, strict=True)])
+    return json.dumps({"parts": [format.to_json() for format in formats], "tokens": list(tokens)})
 
 
 @functools.cache
-def _parts(layout: str) -> tuple[tuple[Format, tuple[str, ...], dict[int, str]], ...]:
-    """The format, the names of the factors and the ways to multiply of each part."""
-    found: list[tuple[Format, tuple[str, ...], dict[int, str]]] = []
-    for data, algorithms in json.loads(layout):
-        format = format_from_json(data)
-        found.append((format, tuple(format.factor_specs()), {int(most): name for most, name in algorithms.items()}))
-    return tuple(found)
+def _read(layout: str) -> tuple[tuple[tuple[Format, tuple[str, ...]], ...], tuple[int, ...]]:
+    """The format and the names of the factors of each part, and the numbers of tokens."""
+    found = json.loads(layout)
+    formats = [format_from_json(data) for data in found["parts"]]
+    return tuple((format, tuple(format.factor_specs())) for format in formats), tuple(found["tokens"])
 
 
 @functools.cache
