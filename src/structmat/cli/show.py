@@ -8,15 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from structmat._ranks import current
+
 
 def say(text: str) -> None:
-    """Tell the user what goes on."""
+    """Tell the user what goes on; of processes that work together, the first one tells."""
+    if current().leads:
+        _print(text)
+
+
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
     """Tell the user in one line why the command ends."""
-    say(f"structmat: {text}")
+    _print(f"structmat: {text}")
 
 
 @contextmanager
@@ -32,6 +39,15 @@ def plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+@contextmanager
+def quiet_unless(wanted: bool) -> Iterator[None]:
+    """Let warnings of Python be as they are if wanted; otherwise be silent, while the context is entered."""
+    with warnings.catch_warnings():
+        if not wanted:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def warn(text: str) -> None:
