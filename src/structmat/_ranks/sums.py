@@ -32,17 +32,20 @@ class Sums:
 
     A process adds the batches of one share one by one, then that sum to the sum before it, if the two lie within one
     node of a tree with ``ARITY`` branches. A few sums at a time are in memory.
+
+    Attributes:
+        nodes: The sums of shares in a row, which are not added yet.
     """
 
     def __init__(self) -> None:
         self._ranks = current()
-        self._nodes: list[_Node] = []
+        self.nodes: list[_Node] = []
         self._leaf: _Node | None = None
 
     @property
     def values(self) -> Iterator[Any]:
         """Everything that is in memory."""
-        for node in [*self._nodes, *([] if self._leaf is None else [self._leaf])]:
+        for node in [*self.nodes, *([] if self._leaf is None else [self._leaf])]:
             yield from node.values.values()
 
     def add(self, number: int, values: Mapping[Any, Any]) -> None:
@@ -61,38 +64,42 @@ class Sums:
     def total(self) -> Values:
         """The sums over the batches of all processes; nothing may be added any more."""
         ranks, step = self._ranks, 1
-        self._close()
-        self._fill(-(-(ranks.rank + 1) * SHARES // ranks.size))
+        self.complete()
         while step < ranks.size:
             if ranks.rank % (2 * step) == step:
-                send(self._nodes, ranks.rank - step)
-                self._nodes = []
+                send(self.nodes, ranks.rank - step)
+                self.nodes = []
             elif ranks.rank % (2 * step) == 0 and ranks.rank + step < ranks.size:
                 for node in receive(ranks.rank + step):
-                    self._push(node)
+                    self.push(node)
             step *= 2
-        return ranks.of(0, lambda: self._nodes[0].values)
+        return ranks.of(0, lambda: self.nodes[0].values)
+
+    def complete(self) -> None:
+        """Put empty shares in the place of all that this process has no batch of; nothing may be added any more."""
+        self._close()
+        self._fill(-(-(self._ranks.rank + 1) * SHARES // self._ranks.size))
 
     def _close(self) -> None:
         """Put the share that is complete behind those before it."""
         if self._leaf is not None:
             self._fill(self._leaf.start)
-            self._push(self._leaf)
+            self.push(self._leaf)
         self._leaf = None
 
     def _fill(self, stop: int) -> None:
         """Put empty shares in the place of those that have no batch, up to a number."""
         first = -(-self._ranks.rank * SHARES // self._ranks.size)
-        for share in range(self._nodes[-1].stop if self._nodes else first, stop):
-            self._push(_Node(share, share + 1, {}))
+        for share in range(self.nodes[-1].stop if self.nodes else first, stop):
+            self.push(_Node(share, share + 1, {}))
 
-    def _push(self, node: _Node) -> None:
+    def push(self, node: _Node) -> None:
         """Put a sum behind those before it, and add what is within one node of the tree."""
-        self._nodes.append(node)
-        while len(self._nodes) > 1 and _within_one(*self._nodes[-2:]):
-            right = self._nodes.pop()
-            self._nodes[-1].stop = right.stop
-            _add(self._nodes[-1].values, right.values)
+        self.nodes.append(node)
+        while len(self.nodes) > 1 and _within_one(*self.nodes[-2:]):
+            right = self.nodes.pop()
+            self.nodes[-1].stop = right.stop
+            _add(self.nodes[-1].values, right.values)
 
 
 def _within_one(left: _Node, right: _Node) -> bool:

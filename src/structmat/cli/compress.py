@@ -15,18 +15,19 @@ import typer
 
 from structmat import _checks
 from structmat._names import alike
-from structmat._ranks import current, together
+from structmat._ranks import current
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationData, CalibrationOptions, RefinementOptions, told
 from structmat.cli.estimates import size_of
 from structmat.cli.formats import read_blocks, read_format
+from structmat.cli.launch import joined
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options, Target, recorded
 from structmat.cli.output import Output, fingerprint, read_record
 from structmat.cli.plan import LEAST_SHARED, kept, weigh
 from structmat.cli.results import budget_lines, held_out_of, measured_after, measured_before, result_lines, results
 from structmat.cli.selection import PlanOrFile
-from structmat.cli.show import quiet_unless, say
+from structmat.cli.show import say
 from structmat.compress.allocate import Allocation, AllocationSettings, allocate
 from structmat.compress.api import compress_
 from structmat.compress.estimate import estimate
@@ -176,7 +177,7 @@ class Compression:
         Raises:
             ValueError: If an option does not go with another one.
         """
-        with together() as ranks, quiet_unless(ranks.leads):
+        with joined():
             return self._run(target)
 
     def _run(self, target: Target) -> dict[str, Any]:

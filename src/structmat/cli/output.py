@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from structmat import _checks
 from structmat._digests import digest_of_file, side_by_side
 from structmat._files import read_json, write_atomically
-from structmat._ranks import current
+from structmat._ranks import AbandonedError, current
 from structmat._version import __version__
 from structmat.cli.show import say
 from structmat.data.sources import Source
@@ -156,16 +156,25 @@ class Output:
 
         Raises:
             ValueError: If they do not.
+            AbandonedError: If they do not, in all processes but the first.
         """
         ranks = current()
         if ranks.size == 1:
             return
         for rank, other in enumerate(ranks.gathered({**self.options, **versions()})):
             changes = differences(ranks.of(0, lambda: {**self.options, **versions()}), other)
+            if changes and not ranks.leads:
+                raise AbandonedError("the first process tells what differs")
             if changes:
-                raise ValueError(f"expected the same in all processes, but process {rank} differs ({changes})")
+                raise ValueError(
+                    f"expected the same model, data, options and versions in all processes, but process {rank} differs "
+                    f"({changes}); let all machines see the same"
+                )
         token = ranks.of(0, self._put_token)
-        if blind := [rank for rank, sees in enumerate(ranks.gathered(self._sees(token))) if not sees]:
+        blind = [rank for rank, sees in enumerate(ranks.gathered(self._sees(token))) if not sees]
+        if blind and not ranks.leads:
+            raise AbandonedError("the first process tells which processes do not see the folder")
+        if blind:
             raise ValueError(
                 f"expected all processes to see {str(self.partial)!r}, but processes {blind} do not; choose an --out "
                 "in a folder that all machines share"

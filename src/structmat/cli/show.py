@@ -41,15 +41,6 @@ def plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-@contextmanager
-def quiet_unless(wanted: bool) -> Iterator[None]:
-    """Let warnings of Python be as they are if wanted; otherwise be silent, while the context is entered."""
-    with warnings.catch_warnings():
-        if not wanted:
-            warnings.simplefilter("ignore")
-        yield
-
-
 def warn(text: str) -> None:
     """Warn the user in one line."""
     say(f"warning: {text}")
