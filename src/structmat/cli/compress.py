@@ -278,7 +278,8 @@ class Compression:
             shared=self._shares(made) and kept(made) >= LEAST_SHARED,
             device=model.device,
         )
-        say(f"compressing takes about {expected} from the start")
+        alone = "" if current().size == 1 else "in one process, "
+        say(f"compressing takes about {expected} {alone}from the start")
 
 
 def shared_budget(
