@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from structmat._ranks import SHARES
 from structmat._ranks.group import deal
+from structmat._ranks.sums import ARITY
 from structmat.compress import gradients, survey
 from structmat.compress.curves import curve_method
 from structmat.compress.sequential import FORWARD_COST
@@ -294,7 +295,8 @@ def _memory(network: Network, job: Job, processes: int) -> tuple[float, float]:
     widest = max(stage.layers[0][1] for stage in network.stages)
     largest = max(M * N for stage in network.stages for M, N in stage.layers)
     block = 2 * job.value_bytes * network.block_entries
-    sums = 3 * 2 * 2 * 8 * widest**2  # three sums of the tree, to learn from and held out, of two moments
+    held = 1 + math.ceil(math.log(math.ceil(SHARES / processes), ARITY) - 1e-9)  # sums of the tree at a time
+    sums = held * 2 * 2 * 8 * widest**2  # to learn from and held out, of two moments
     fit = 4 * 8 * largest + 3 * 8 * widest**2
     states = 2 * job.value_bytes * job.tokens * network.width / min(processes, job.batches, SHARES)
     kept = job.value_bytes * job.tokens * sum(stage.layers[0][1] for stage in network.stages) / processes
