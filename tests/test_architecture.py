@@ -15,8 +15,8 @@ SOURCE = Path(structmat.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LEVELS = {
-    0: ("_checks", "_digests", "_files", "_names", "_progress", "_tables", "_version"),
-    1: ("ops",),
+    0: ("_checks", "_digests", "_files", "_names", "_ranks", "_tables", "_version"),
+    1: ("_progress", "ops"),
     2: ("formats",),
     3: ("data", "fit", "nn"),
     4: ("network",),

@@ -9,6 +9,8 @@ from typing import Any
 from tqdm.auto import tqdm as drawn
 from tqdm.std import tqdm
 
+from structmat._ranks import current
+
 INTERVAL = 10.0
 """The number of seconds that pass, at least, between two lines of a bar where there is no terminal."""
 
@@ -62,7 +64,7 @@ def progress_bar(*, show: bool = True, **options: Any) -> Any:
     """Make a progress bar.
 
     Args:
-        show: Whether to show it at all.
+        show: Whether to show it at all; of processes that work together, the first one shows it.
         **options: The arguments of ``tqdm``, such as ``total`` and ``desc``.
 
     Returns:
@@ -70,4 +72,4 @@ def progress_bar(*, show: bool = True, **options: Any) -> Any:
         seconds have passed since its last one, and one when it ends.
     """
     lines = not sys.stderr.isatty() and drawn.__module__ != "tqdm.notebook"
-    return (_Lines if lines else drawn)(disable=not show, **options)
+    return (_Lines if lines else drawn)(disable=not (show and current().leads), **options)

@@ -51,8 +51,8 @@ def test_the_result_is_that_of_the_library(folder: Path, tmp_path: Path, capsys:
     model = load_pretrained(folder / "dense")
     plan = PlanOptions(blocks="2", keep=0.6, layers=(".*q_proj", ".*up_proj")).plan_for(model)
     rows = sorted(token_rows(tiny.tokenizer(), tiny.sentences(24), length=10, most=12), key=len)
-    batches = row_batches(tiny.tokenizer(), rows, 4)
-    fits = compress_(model, plan, batches=batches, refine=Refinement(3, 1e-2), progress=False)
+    batches = row_batches(tiny.tokenizer(), rows, 1)  # a step sees those of four rows
+    fits = compress_(model, plan, batches=batches, refine=Refinement(3, 1e-2, batches=4), progress=False)
     loaded = load_pretrained(tmp_path / "out")
     assert plan_of(loaded) == plan_of(model)
     lines = captured.err.splitlines()

@@ -60,7 +60,7 @@ class Case:
             batch_masks = [BatchMasks(one, default=SHAPE_RULE) for one in kept]
             states = States(self.inputs, self.inputs, batch_masks)
             block = CompressedBlock("", self.dense, self.compressed, states, self.forward)
-            return refined(block, self.fits, [[target] for target in self.targets], settings, store, bar)
+            return refined(block, self.fits, {i: [t] for i, t in enumerate(self.targets)}, settings, store, bar)
 
     @torch.no_grad()
     def held_out_error(self, fits: Mapping[str, Fit], settings: Refinement = LIVELY) -> float:
@@ -293,15 +293,37 @@ def test_held_out_batches_are_spread_evenly() -> None:
 def test_it_needs_two_batches(count: int) -> None:
     Refinement().check_batches(2)
     with pytest.raises(
-        ValueError, match=f"expected at least 2 batches to refine on, one of them held out, got {count}"
+        ValueError, match=f"expected at least 2 batches to refine on, those of one step held out, got {count}"
     ):
         Refinement().check_batches(count)
+    Refinement(batches=3).check_batches(4)
+    with pytest.raises(ValueError, match="expected at least 4 batches to refine on, those of one step held out, got 3"):
+        Refinement(batches=3).check_batches(3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_on_several_batches_is_one_on_all_of_their_rows(masked: bool) -> None:
+    case, other = Case(masked=masked), Case(masked=masked)
+    for k, x in enumerate(case.inputs):
+        x *= 1 + k  # so that the energies differ
+    case.targets = [case.dense(x) for x in case.inputs]
+    other.inputs = [torch.cat(case.inputs[k : k + 4]) for k in range(0, 20, 4)]
+    other.targets = [other.dense(x) for x in other.inputs]
+    other.masks = [torch.cat([padding().bool()] * 4) if masked else None for _ in other.inputs]
+    settings = Refinement(steps=12, learning_rate=1e-2)
+    fits = case.refined(Refinement(steps=12, learning_rate=1e-2, batches=4))
+    expected = other.refined(settings)
+    assert not equal(expected, other.fits)
+    for name, fit in fits.items():
+        for key, factor in fit.factors.items():
+            torch.testing.assert_close(factor, expected[name].factors[key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"steps": 0}, "expected steps to be an integer of at least 1, got 0"),
+        ({"batches": 0}, "expected batches to be an integer of at least 1, got 0"),
         ({"learning_rate": 0.0}, "expected a positive learning_rate, got 0.0"),
         ({"learning_rate": float("nan")}, "expected a positive learning_rate, got nan"),
         ({"held_out": 0.0}, "expected held_out to be in (0, 1), got 0.0"),

@@ -552,7 +552,7 @@ PLAN = {"0": LowRank(32, 24, 4), "2": LowRank(32, 32, 4)}
          "expected the moments of every planned layer in the calibration, but those of ['0', '2'] are missing"),
         ({"batches": []}, "expected at least one batch of calibration data, got none"),
         ({"batches": [torch.zeros(3, 24)], "refine": REFINE},
-         "expected at least 2 batches to refine on, one of them held out, got 1"),
+         "expected at least 2 batches to refine on, those of one step held out, got 1"),
     ],
     ids=["both", "refine alone", "refine on moments", "missing moments", "no batches", "one batch"],
 )  # fmt: skip

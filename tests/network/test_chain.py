@@ -162,7 +162,7 @@ def assert_relayed(model: nn.Module, batches: list[Any], tensor: Callable[[Any],
     states, extras = chain.enter(model, batches)
     for name, extra in zip(chain.names, extras, strict=True):
         block = model.get_submodule(name)
-        states = [tensor_of(one.call(block, state)) for one, state in zip(extra, states, strict=True)]
+        states = [tensor_of(extra[i].call(block, state)) for i, state in enumerate(states)]
     relay = Relay(model, chain, batches)
     with relay.hung():
         outputs = [tensor(relay.call(model, state, i)) for i, state in enumerate(states)]

@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from structmat import _checks
+from structmat._ranks import current
 from structmat.bench import Seconds
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationOptions, batches_of
 from structmat.cli.compress import shared_budget
 from structmat.cli.formats import HINT, NAMES, read_blocks, read_format
+from structmat.cli.launch import joined
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options
 from structmat.cli.selection import PANEL, Exclude, Layers, check_any, check_picks, checked_pattern, usual_pattern
@@ -100,6 +102,14 @@ def allocate_plan(
     model: Model, options: AllocationOptions, calibration: CalibrationOptions, placement: Placement
 ) -> None:
     """Run ``structmat allocate``."""
+    with joined():
+        _allocate_plan(model, options, calibration, placement)
+
+
+def _allocate_plan(
+    model: Model, options: AllocationOptions, calibration: CalibrationOptions, placement: Placement
+) -> None:
+    """Allocate, together with the other processes that a launcher started; the first one writes the plan."""
     if calibration.calibrate is None:
         raise ValueError("expected --calibrate: what a layer does to the output is measured on data")
     _checks.one_of(options.effort, SAMPLES, "--effort")
@@ -129,6 +139,7 @@ def allocate_plan(
         effort=options.effort,
     )
     plan = shared_budget(model, None if options.stream else loaded, batches or [], settings, layers, options.cache)
-    print(plan.why())
-    plan.save(options.out)
+    if current().leads:
+        print(plan.why())
+        plan.save(options.out)
     say(f"wrote {options.out}; structmat compress MODEL --plan {options.out} uses it")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from structmat._ranks import AbandonedError
 from structmat._version import __version__
 from structmat.cli import show
 from structmat.cli.errors import REPORT, explained
@@ -172,6 +173,8 @@ def run(arguments: Sequence[str]) -> int:
             status = commands.main(list(arguments), prog_name="structmat", standalone_mode=False, obj=told)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
+    except AbandonedError:
+        return 1
     except Exception as error:
         line = explained(error)
         if line is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ IMAGE_VECTORS = 64
 
 PER_INPUT = 8
 """The number of tokens for each input of a layer, below which there is a warning."""
+
+PARTS = 8
+"""The largest number of parts of the batch that a step of a refinement sees."""
 
 PANEL = "Calibration"
 
@@ -138,10 +142,18 @@ class RefinementOptions(Options):
         if not self.refine_rate > 0:
             raise ValueError(f"expected --refine-rate to be positive, got {self.refine_rate}")
 
-    @property
-    def settings(self) -> Refinement | None:
-        """What ``compress_`` takes; None for no refinement."""
-        return Refinement(self.refine_steps, self.refine_rate) if self.refine else None
+    def parts_of(self, calibration: CalibrationOptions) -> CalibrationOptions:
+        """The options by which data is read: a step's batch comes in parts, which processes share."""
+        if not self.refine:
+            return calibration
+        return dataclasses.replace(calibration, batch_size=-(-calibration.batch_size // PARTS))
+
+    def settings_for(self, batch_size: int) -> Refinement | None:
+        """What ``compress_`` takes, where a step sees a batch of this size in parts; None for no refinement."""
+        if not self.refine:
+            return None
+        part = -(-batch_size // PARTS)
+        return Refinement(self.refine_steps, self.refine_rate, batches=-(-batch_size // part))
 
     def record(self) -> dict[str, Any]:
         """What the refinement depends on, as JSON-compatible data."""

@@ -15,10 +15,12 @@ import typer
 
 from structmat import _checks
 from structmat._names import alike
+from structmat._ranks import current
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationData, CalibrationOptions, RefinementOptions, told
 from structmat.cli.estimates import size_of
 from structmat.cli.formats import read_blocks, read_format
+from structmat.cli.launch import joined
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options, Target, recorded
 from structmat.cli.output import Output, fingerprint, read_record
@@ -164,7 +166,7 @@ class Compression:
     placement: Placement
 
     def run(self, target: Target) -> dict[str, Any]:
-        """Compress, or find out that this is done already.
+        """Compress, together with the other processes that a launcher started, or find out that this is done already.
 
         Args:
             target: Where to write.
@@ -175,6 +177,10 @@ class Compression:
         Raises:
             ValueError: If an option does not go with another one.
         """
+        with joined():
+            return self._run(target)
+
+    def _run(self, target: Target) -> dict[str, Any]:
         started = time.perf_counter()
         if self.refinement.refine and self.calibration.calibrate is None:
             raise ValueError("expected --calibrate with --refine, which tunes on data")
@@ -186,6 +192,7 @@ class Compression:
         if not output.said_finished():
             self._say_budget(made, skeleton)
             with output:
+                output.check_shared()
                 if not output.said_finished():  # by a process that has ended since
                     facts = self._results(made, skeleton, output, hardens)
                     output.finish({**facts, "seconds": time.perf_counter() - started})
@@ -213,11 +220,12 @@ class Compression:
         processors = models.processors(self.model)
         data = None
         if self.calibration.calibrate is not None:
-            data = told(self.calibration, processors, skeleton.config, max(format.N for format in made.values()))
+            read = self.refinement.parts_of(self.calibration)
+            data = told(read, processors, skeleton.config, max(format.N for format in made.values()))
         how: dict[str, Any] = {
             "method": METHODS[self.fit.method],
             "batches": None if data is None else data.batches,
-            "refine": self.refinement.settings,
+            "refine": self.refinement.settings_for(self.calibration.batch_size),
             "cache": output.partial / "fits",
         }
         folder = output.new_folder()
@@ -226,13 +234,15 @@ class Compression:
             facts = streamed(self.model, skeleton, folder, made, how)
         else:
             loaded = models.load(self.model, self.placement)
-            self._say_time(made, data, loaded)
+            if current().leads:
+                self._say_time(made, data, loaded)
             if data is not None:
                 made = self._allocated(made, loaded, data, how["cache"])
                 how["two_sided"] = self.fit.two_sided
             facts = held_in_memory(loaded, folder, made, how, data, hardens, self.fit.quantize)
-        for processor in processors.values():
-            processor.save_pretrained(folder)
+        if current().leads:
+            for processor in processors.values():
+                processor.save_pretrained(folder)
         return facts
 
     def _shares(self, made: Plan) -> bool:
@@ -258,7 +268,8 @@ class Compression:
 
     def _say_time(self, made: Plan, data: CalibrationData | None, model: Any) -> None:
         """Tell the user how long all of it takes."""
-        passes = 3 * self.refinement.refine_steps / len(data.batches) if data and self.refinement.refine else 0.0
+        settings = self.refinement.settings_for(self.calibration.batch_size)
+        passes = settings.passes(len(data.batches)) if data and settings else 0.0
         expected = estimate(
             made,
             method=METHODS[self.fit.method],
@@ -267,7 +278,8 @@ class Compression:
             shared=self._shares(made) and kept(made) >= LEAST_SHARED,
             device=model.device,
         )
-        say(f"compressing takes about {expected} from the start")
+        alone = "" if current().size == 1 else "in one process, "
+        say(f"compressing takes about {expected} {alone}from the start")
 
 
 def shared_budget(
@@ -329,7 +341,7 @@ def held_in_memory(
     Returns:
         What came out, for the record.
     """
-    held_out = None if data is None else held_out_of(data, model)
+    held_out = None if data is None or not current().leads else held_out_of(data, model)
     measured = measured_before(held_out, model)
     fits = compress_(model, made, **how)
     if hardens:
@@ -337,7 +349,8 @@ def held_in_memory(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rounded = {} if integers is None else quantize_(model, integers, batches=how["batches"])
     measured |= measured_after(held_out, model)
-    model.save_pretrained(folder)
+    if current().leads:
+        model.save_pretrained(folder)
     facts = {**results(parameters, made, fits), **measured, "device": str(model.device)}
     return facts if integers is None else {**facts, "integers": integers, "rounding_errors": rounded}
 
@@ -355,7 +368,8 @@ def streamed(model: str, skeleton: Any, folder: Path, made: Plan, how: Mapping[s
     Returns:
         What came out, for the record.
     """
-    folder.rmdir()
+    if current().leads:
+        folder.rmdir()
     streaming = importlib.import_module("structmat.integrations.transformers.streaming")
     fits = streaming.compress_checkpoint(models.folder_of(model), folder, made, **how)
     before, after = weigh(made)

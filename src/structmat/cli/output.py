@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -19,12 +21,16 @@ from filelock import FileLock, Timeout
 from structmat import _checks
 from structmat._digests import digest_of_file, side_by_side
 from structmat._files import read_json, write_atomically
+from structmat._ranks import AbandonedError, current
 from structmat._version import __version__
 from structmat.cli.show import say
 from structmat.data.sources import Source
 
 RECORD = "structmat.json"
 """The file in a finished folder that says what made it, and what came out."""
+
+TOKEN = "shared"
+"""The file in the partial folder by which processes see whether they share it."""
 
 STATE_SCALE = 2
 """How many times larger than other JSON files the state of a trainer may be, which grows with every step it logs."""
@@ -86,6 +92,9 @@ class Output:
 
     def said_finished(self) -> bool:
         """Whether the work is done already; the user is told, and what a killed process left beside it is removed."""
+        return current().of(0, self._said_finished)
+
+    def _said_finished(self) -> bool:
         if not self.finished:
             return False
         if self.partial.is_dir() and not self.partial.is_symlink() and self._is_ours() and not self._lock.is_locked:
@@ -124,6 +133,10 @@ class Output:
         return True
 
     def __enter__(self) -> Output:
+        current().of(0, self._enter)
+        return self
+
+    def _enter(self) -> None:
         self._check_partial()
         self.partial.mkdir(parents=True, exist_ok=True)
         try:
@@ -135,9 +148,52 @@ class Output:
         try:
             self._begin()
         except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
+            self._leave_with(type(error))
             raise
-        return self
+
+    def check_shared(self) -> None:
+        """Check that all processes have the same options, files and versions, and see the same folder.
+
+        Raises:
+            ValueError: If they do not.
+            AbandonedError: If they do not, in all processes but the first.
+        """
+        ranks = current()
+        if ranks.size == 1:
+            return
+        for rank, other in enumerate(ranks.gathered({**self.options, **versions()})):
+            changes = differences(ranks.of(0, lambda: {**self.options, **versions()}), other)
+            if changes and not ranks.leads:
+                raise AbandonedError("the first process tells what differs")
+            if changes:
+                raise ValueError(
+                    f"expected the same model, data, options and versions in all processes, but process {rank} differs "
+                    f"({changes}); let all machines see the same"
+                )
+        token = ranks.of(0, self._put_token)
+        blind = [rank for rank, sees in enumerate(ranks.gathered(self._sees(token))) if not sees]
+        if blind and not ranks.leads:
+            raise AbandonedError("the first process tells which processes do not see the folder")
+        if blind:
+            raise ValueError(
+                f"expected all processes to see {str(self.partial)!r}, but processes {blind} do not; choose an --out "
+                "in a folder that all machines share"
+            )
+
+    def _put_token(self) -> str:
+        """Write a text that no other run has into the partial folder."""
+        token = secrets.token_hex(8)
+        write_atomically(self.partial / TOKEN, lambda temporary: temporary.write_text(token))
+        return token
+
+    def _sees(self, token: str) -> bool:
+        """Whether the text is in the folder; shared folders may take a while."""
+        file = self.partial / TOKEN
+        for wait in (0.0, 0.1, 1.0, 5.0):
+            time.sleep(wait)
+            if file.is_file() and file.read_text() == token:
+                return True
+        return False
 
     def _begin(self) -> None:
         self._put_back()
@@ -166,6 +222,10 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if current().leads:
+            self._leave_with(kind)
+
+    def _leave_with(self, kind: type[BaseException] | None) -> None:
         if kind is not None:
             self._put_back()
         if kind is None or not any(file.is_file() for file in self.partial.glob("*/**/*")):
@@ -199,9 +259,12 @@ class Output:
         Returns:
             The folder.
         """
+        current().of(0, self._renew)
+        return self.folder
+
+    def _renew(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        return self.folder
 
     def record(self, facts: Mapping[str, Any], folder: Path) -> None:
         """Write down in a folder that the work is done.
@@ -253,7 +316,10 @@ class Output:
             _remove(discarded)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Write the record into ``folder``, and let it be the output."""
+        """Write the record into ``folder``, and let it be the output, in the first process."""
+        current().of(0, lambda: self._finish(facts))
+
+    def _finish(self, facts: Mapping[str, Any]) -> None:
         self.record(facts, self.folder)
         self.appear(self.folder)
 

@@ -8,15 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from structmat._ranks import current
+
 
 def say(text: str) -> None:
-    """Tell the user what goes on."""
+    """Tell the user what goes on; of processes that work together, the first one tells."""
+    if current().leads:
+        _print(text)
+
+
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
     """Tell the user in one line why the command ends."""
-    say(f"structmat: {text}")
+    _print(f"structmat: {text}")
 
 
 @contextmanager

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structmat._progress import progress_bar
+from structmat._ranks import current
 from structmat.compress.block import sites_in
 from structmat.compress.effects import Effect, OutputEffect
 from structmat.compress.gradients import VECTORS, Gradients, GradientSums, frozen, loss_of, some_of, tensors_in
 from structmat.compress.sequential import BlockReader
-from structmat.compress.spectra import Spectrum, spectrum
+from structmat.compress.spectra import Spectrum, decomposed
 from structmat.compress.store import FitStore
 from structmat.compress.survey import Statistics
 from structmat.fit.moments import MomentSums
@@ -91,10 +92,11 @@ class _Run:
         masks: Sequence[BatchMasks],
     ) -> None:
         self.model, self.blocks, self.chain, self.batches, self.masks = model, blocks, chain, batches, masks
-        entered, self.extras = chain.enter(model, batches)
-        self.states = [entered]
+        self.mine = current().mine(len(batches))
+        entered, self.extras = chain.enter(model, batches, self.mine)
+        self.states = [{i: entered[i] for i in self.mine}]
 
-    def _call(self, block: nn.Module, k: int, i: int, state: Tensor) -> Tensor:
+    def _call(self, block: nn.Module, k: int, i: int, state: Any) -> Tensor:
         """Call block ``k`` on a state of batch ``i``."""
         with same_draws(i, device_of(block)):
             return tensor_of(self.extras[k][i].call(block, state))
@@ -103,30 +105,29 @@ class _Run:
         """Find what each block reads, and what the last one returns."""
         for k, name in enumerate(self.chain.names):
             with self.blocks.block(name) as block, torch.no_grad():
-                self.states.append([self._call(block, k, i, state).to(HOST) for i, state in enumerate(self.states[k])])
+                self.states.append({i: self._call(block, k, i, state).to(HOST) for i, state in self.states[k].items()})
             step()
 
-    def losses(self, output: OutputEffect, seed: int) -> tuple[list[Tensor], list[int]]:
+    def losses(self, output: OutputEffect, seed: int) -> tuple[dict[int, Tensor], dict[int, int]]:
         """The gradients of the losses with respect to what the last block returns, and how many outputs count."""
         relay = Relay(self.model, self.chain, self.batches)
-        gradients: list[Tensor] = []
-        outputs: list[int] = []
+        gradients: dict[int, Tensor] = {}
+        outputs: dict[int, int] = {}
         with relay.hung(), torch.enable_grad():
-            for i, (batch, state) in enumerate(zip(self.batches, self.states.pop(), strict=True)):
+            for i, state in self.states.pop().items():
                 state.requires_grad_()
                 with same_draws(i, device_of(self.model)):
                     returned = relay.call(self.model, state, i)
-                loss, count = loss_of(batch, returned, output, i, seed)
-                gradients.append(torch.autograd.grad(loss, state)[0])
-                outputs.append(count)
+                loss, outputs[i] = loss_of(self.batches[i], returned, output, i, seed)
+                gradients[i] = torch.autograd.grad(loss, state)[0]
         return gradients, outputs
 
     def backward(
         self,
         sites: Mapping[str, Site],
         standing: frozenset[str],
-        above: list[Tensor],
-        outputs: list[int],
+        above: dict[int, Tensor],
+        outputs: Mapping[int, int],
         effect: str,
         step: Any,
     ) -> Statistics:
@@ -135,8 +136,8 @@ class _Run:
         Args:
             sites: The layers by name; their weights may be on the meta device.
             standing: The names of the layers that stand for others.
-            above: The gradients at what the last block returns, batch by batch; they are used up.
-            outputs: How many vectors of the network's output count, batch by batch.
+            above: The gradients at what the last block returns, by the batch's number; they are used up.
+            outputs: How many vectors of the network's output count, by the batch's number.
             effect: What is measured at the output, for people.
             step: Called after each block.
 
@@ -153,9 +154,7 @@ class _Run:
                 full = {one.removeprefix(f"{name}."): one for one in sites if one.startswith(f"{name}.")}
                 own = {site.name: site for site in sites_in(block, full).values()}
                 inputs, gradients = self._pass(block, k, own, above, outputs, effect)
-                for layer, site in own.items():
-                    one = spectrum(site, inputs[layer], gradients.moments.get(layer))
-                    spectra[layer] = one if layer in standing else replace(one, moments=None)
+                spectra |= decomposed(list(own), own, inputs, gradients, standing, lambda: None)
                 vectors |= gradients.vectors
                 kept = [layer for layer in own if layer in standing]
                 held |= {layer: own[layer] for layer in kept}
@@ -164,21 +163,27 @@ class _Run:
         return Statistics(Gradients(moments, vectors, effect), {name: spectra[name] for name in sites}, held)
 
     def _pass(
-        self, block: nn.Module, k: int, own: Mapping[str, Site], above: list[Tensor], outputs: list[int], effect: str
+        self,
+        block: nn.Module,
+        k: int,
+        own: Mapping[str, Site],
+        above: dict[int, Tensor],
+        outputs: Mapping[int, int],
+        effect: str,
     ) -> tuple[dict[str, Any], Gradients]:
         """Call block ``k`` forward and backward on all batches: the moments of inputs by layer, and of gradients."""
         states, sums = self.states.pop(), GradientSums()
-        runs = (functools.partial(self._call, block, k, i, state) for i, state in enumerate(states))
+        runs = (functools.partial(self._call, block, k, i, states.get(i)) for i in range(len(self.batches)))
         leaders = shared_inputs(own, runs)[0] if own else {}
         read = {leader: own[leader] for leader in leaders.values()}
         inputs = {leader: MomentSums() for leader in read}
-        for i, state in enumerate(states):
+        for i, state in states.items():
             counted = self.masks[i].counted
             with capturing_gradients(own, counted) as captured, capturing(read, counted) as seen, torch.enable_grad():
                 found = self._call(block, k, i, state.requires_grad_())
                 above[i] = torch.autograd.grad(found, state, above[i].to(found))[0]
-            sums.add(captured, outputs[i])
+            sums.add(i, captured, outputs[i])
             for leader, parts in seen.items():
-                inputs[leader].add(torch.cat(parts).detach())
+                inputs[leader].add(torch.cat(parts).detach(), number=i)
         moments = {leader: one.moments() for leader, one in inputs.items()}
         return {layer: moments[leader] for layer, leader in leaders.items()}, sums.gradients(effect)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from structmat._ranks import current
 from structmat.compress.replay import Replay
 from structmat.compress.states import Block
 from structmat.compress.store import FitStore
@@ -30,7 +31,7 @@ DENSE_SHARE = 0.25
 class BlockFits:
     """The run over the layers of one block, in the order in which they are called.
 
-    Layers that read the same input are fitted together.
+    Layers that read the same input are fitted at the same time, each by itself.
 
     Args:
         block: The block, with a copy of it for the fits.
@@ -61,14 +62,15 @@ class BlockFits:
             self.sites, (functools.partial(block.call, block.dense, state, i) for i, state in enumerate(states.dense))
         )
 
-    def run(self, *, keep_outputs: bool) -> list[list[Tensor]]:
+    def run(self, *, keep_outputs: bool) -> dict[int, list[Tensor]]:
         """Fit every layer, and put the fits into the copy of the block.
 
         Args:
             keep_outputs: Whether the outputs of the dense block are wanted, to go on with or to refine towards.
 
         Returns:
-            The tensors that matter in each output, batch by batch; none where they are not wanted.
+            The tensors that matter in each output, by the number of each batch of this process; none where they are
+            not wanted.
         """
         reads = dict.fromkeys(self.leaders.values())
         self._say(next(iter(self.full.values())))
@@ -96,50 +98,55 @@ class BlockFits:
 
     def _dense_pass(
         self, reads: Mapping[str, Site], keep_outputs: bool
-    ) -> tuple[dict[str, list[Tensor]], list[list[Tensor]]]:
-        """Call the dense block on every batch.
+    ) -> tuple[dict[str, dict[int, Tensor]], dict[int, list[Tensor]]]:
+        """Call the dense block on every batch of this process.
 
         Args:
             reads: The layers whose inputs are to be kept.
             keep_outputs: Whether the outputs are to be kept.
 
         Returns:
-            What the layers read, batch by batch, or nothing if that is too much; and the outputs.
+            What the layers read, by the batch's number, or nothing if that is too much; and the outputs.
         """
-        block, kept = self.block, {name: list[Tensor]() for name in reads}
-        outputs: list[list[Tensor]] = []
-        batches = len(block.states.dense)
-        for i in range(batches):
+        block, kept = self.block, {name: dict[int, Tensor]() for name in reads}
+        outputs: dict[int, list[Tensor]] = {}
+        for i in block.states.mine:
             with capturing(reads if kept else {}, block.states.masks[i].counted) as captured:
                 returned = block.call(block.dense, block.states.dense[i], i)
-                outputs += [[tensor.to(HOST) for tensor in block.matters(returned)]] if keep_outputs else []
+                if keep_outputs:
+                    outputs[i] = [tensor.to(HOST) for tensor in block.matters(returned)]
             for name, found in kept.items():
-                found.append(
-                    torch.cat(captured[name]).to(HOST) if name in captured else torch.empty(0, self._width(name))
-                )
-            if i == 0 and sum(one[0].nbytes for one in kept.values()) * batches > KEPT_BYTES:
+                found[i] = torch.cat(captured[name]).to(HOST) if name in captured else torch.empty(0, self._width(name))
+            first = i == block.states.mine[0]
+            if first and sum(one[i].nbytes for one in kept.values()) * len(block.states.mine) > KEPT_BYTES:
                 kept = {}
             if not kept and not keep_outputs:
                 break
         return kept, outputs
 
-    def _moments(self, leader: str, kept: list[Tensor] | None) -> Moments:
+    def _moments(self, leader: str, kept: dict[int, Tensor] | None) -> Moments:
         """Gather the moments of what a layer reads in the compressed block, and of what it reads in the dense one."""
+        sums = self.block.trusted(functools.partial(self._sums, leader, kept))
+        alone = current().any(sums is None)
+        return self._moments_alone(leader) if alone or sums is None else sums.moments()
+
+    def _sums(self, leader: str, kept: dict[int, Tensor] | None) -> MomentSums | None:
+        """The sums over the batches of this process; None where the two blocks give a layer other vectors."""
         block, sums, width = self.block, MomentSums(), self._width(leader)
         crossed = bool(self.fits) or block.states.differ
         now = sites_in(block.working, {leader: self.full[leader]})[leader]
         device, stop = device_of(block.dense), leader in self.once
-        for i in range(len(block.states.dense)):
+        for i in block.states.mine:
             ahead = None if kept is None else kept[i].to(device)
             dense = block.captured(self.sites[leader], width, i, dense=True, stop=stop) if ahead is None else ahead
             if not crossed:
-                sums.add(dense)
+                sums.add(dense, number=i)
                 continue
             found = block.captured(now, width, i, dense=False, stop=stop)
             if len(found) != len(dense):
-                return self._moments_alone(leader)
-            sums.add(found, dense)
-        return sums.moments()
+                return None
+            sums.add(found, dense, number=i)
+        return sums
 
     def _moments_alone(self, leader: str) -> Moments:
         """Gather the moments of what a layer reads in the compressed block alone.
@@ -153,14 +160,16 @@ class BlockFits:
         Returns:
             The moments; those in the dense block if no token is routed to the expert any more.
         """
-        block, sums, width = self.block, MomentSums(), self._width(leader)
-        now = sites_in(block.working, {leader: self.full[leader]})[leader]
-        for i in range(len(block.states.dense)):
-            sums.add(block.captured(now, width, i, dense=False, stop=False))
-        if not sums.tokens:
-            for i in range(len(block.states.dense)):
-                sums.add(block.captured(self.sites[leader], width, i, dense=True, stop=False))
-        return sums.moments()
+        now = sites_in(self.block.working, {leader: self.full[leader]})[leader]
+        sums = self.block.trusted(lambda: self._sums_alone(leader, now, dense=False))
+        return (sums if sums.tokens else self._sums_alone(leader, self.sites[leader], dense=True)).moments()
+
+    def _sums_alone(self, leader: str, site: Site, *, dense: bool) -> MomentSums:
+        """The sums over the batches of this process of what a layer reads in one of the two blocks."""
+        sums, width = MomentSums(), self._width(leader)
+        for i in self.block.states.mine:
+            sums.add(self.block.captured(site, width, i, dense=dense, stop=False), number=i)
+        return sums
 
     def _width(self, name: str) -> int:
         """The number of inputs of a layer."""
@@ -170,7 +179,7 @@ class BlockFits:
         """Fit layers that read the same input, and put the fits into the copy of the block."""
         self.vectors |= {self.full[name]: moments.tokens for name in names}
         tasks = [self.work.task(self.full[name], self.sites[name], moments) for name in names]
-        fitted = fit_tasks(tasks, self.bar, self.store)
+        fitted = fit_tasks(tasks, self.bar, self.store, apart=True)
         new = {name: with_bias(fitted[self.full[name]], self.sites[name], moments) for name in names}
         put_fits_(self.block.working, new)
         self.block.replay.complete([one for name in new for one in self.sites[name].names])

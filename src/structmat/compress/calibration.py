@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from structmat._progress import progress_bar
+from structmat._ranks import current
 from structmat.fit.moments import Moments, MomentSums
 from structmat.formats import Format
 from structmat.network.calls import call, device_of, evaluating, moved, undisturbed
@@ -83,12 +84,12 @@ def calibrate(
         sums = {leader: MomentSums() for leader in leaders.values()}
         read = {leader: sites[leader] for leader in sums}
         masks = find_masks(model, given, {site.name: site.module for site in read.values()}, {})
-        for batch, mask in zip(given, masks, strict=True):
-            with capturing(read, mask.counted) as captured:
-                call(model, moved(batch, device))
+        for done, i in enumerate(current().mine(len(given))):
+            with capturing(read, masks[i].counted) as captured:
+                call(model, moved(given[i], device))
             for leader, vectors in captured.items():
-                sums[leader].add(torch.cat(vectors))
-            bar.update()
+                sums[leader].add(torch.cat(vectors), number=i)
+            bar.update(min(len(given), (done + 1) * current().size) - bar.n)
             bar.set_postfix_str(f"{sum(s.nbytes for s in sums.values()) / 2**20:.0f} MiB", refresh=False)
     moments = {leader: one.moments() for leader, one in sums.items()}
     found = Calibration({name: moments[leaders[name]] for name in sites})

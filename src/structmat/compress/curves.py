@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structmat.compress.spectra import TYPICAL, Spectrum
 from structmat.compress.store import FitStore
-from structmat.compress.tasks import FitBar, MethodChoice, Task, WorkList, fit_tasks, method_for
+from structmat.compress.tasks import FitBar, MethodChoice, Task, WorkList, fit_batches, method_for
 from structmat.fit import Lee2024Blast, Method, default_method
 from structmat.formats import Blast, Format, LowRank
 from structmat.network.sites import Site
@@ -108,8 +108,8 @@ class Curves:
         ]
         found: dict[tuple[int, str], list[tuple[float, float]]] = {}
         with FitBar({"fits": sum(task.cost for _, task in tasks)}, progress) as bar:
-            for number, task in tasks:
-                fit = fit_tasks([task], bar, self.store)[task.name]
+            fits = fit_batches([[task] for _, task in tasks], bar, self.store)
+            for (number, task), (fit,) in zip(tasks, fits, strict=True):
                 error = (fit.loss_error or 0.0) ** 2
                 found.setdefault((number, task.name), []).append((task.format.keep, error))
         return found

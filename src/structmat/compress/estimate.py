@@ -17,7 +17,7 @@ from structmat.compress import gradients, survey
 from structmat.compress.curves import curve_method, kind_of
 from structmat.compress.flow import Flow
 from structmat.compress.sequential import FORWARD_COST
-from structmat.compress.spectra import spectrum
+from structmat.compress.spectra import spectrum, spectrum_cost
 from structmat.compress.tasks import MethodChoice, method_for
 from structmat.fit import Method
 from structmat.fit.moments import Moments
@@ -191,7 +191,7 @@ def _sharing(
     fitted = [format for format in sized if format is not None and not isinstance(format, LowRank)]
     fits = sum(_scaled(timed, format, curve_method, True) for format in fitted)
     largest = max(planned.values(), key=lambda format: format.M * format.N)
-    decomposed = sum(_spectrum_cost(*format.shape) for format in planned.values()) * _spectrum_seconds(largest, device)
+    decomposed = sum(spectrum_cost(*format.shape) for format in planned.values()) * _spectrum_seconds(largest, device)
     with_gradients, with_moments = data.about(gradients.VECTORS), data.about(survey.VECTORS)
     outer = sum(format.M**2 for format in planned.values()) * product_seconds(largest, device)
     gathered = with_gradients * outer
@@ -202,15 +202,10 @@ def _sharing(
     return fits + decomposed + gathered
 
 
-def _spectrum_cost(M: int, N: int) -> float:
-    """About how many multiplications the decomposition of a weight takes, those of an eigensolver counting tenfold."""
-    return N**3 + M * N * (M + N) + 10 * min(M, N) ** 3
-
-
 def _spectrum_seconds(format: Format, device: torch.device | str) -> float:
     """The seconds of one multiplication in the decomposition of a weight, which is measured smaller if it is large."""
     M, N = format.shape
-    while _spectrum_cost(M, N) > MOST_COST / 4:
+    while spectrum_cost(M, N) > MOST_COST / 4:
         M, N = (M + 1) // 2, (N + 1) // 2
     site = next(iter(find_sites(nn.Sequential(nn.Linear(N, M, bias=False, device=device))).values()))
     moment = torch.eye(N, dtype=torch.float64, device=device) + 0.5
@@ -220,7 +215,7 @@ def _spectrum_seconds(format: Format, device: torch.device | str) -> float:
         start = time.perf_counter()
         spectrum(site, moments, None)
         times.append(time.perf_counter() - start)
-    return min(times) / _spectrum_cost(M, N)
+    return min(times) / spectrum_cost(M, N)
 
 
 def fit_seconds(method: Method[Any], format: Format, *, aware: bool, device: torch.device | str) -> float:

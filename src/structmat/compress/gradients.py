@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structmat._progress import progress_bar
+from structmat._ranks import Sums, current
 from structmat.compress.effects import NAMES, Effect, OutputEffect
 from structmat.compress.states import count_tokens
 from structmat.compress.store import FitStore
@@ -114,12 +115,12 @@ def _gathered(
     with undisturbed(), evaluating(model), frozen(model), bar:
         output = OutputEffect(model, batches, effect, references=False)
         masks = find_masks(model, batches, {name: site.module for name, site in sites.items()}, {})
-        for i, batch in enumerate(batches):
+        for done, i in enumerate(current().mine(len(batches))):
             with torch.enable_grad(), capturing_gradients(sites, masks[i].counted) as captured:
-                loss, outputs = _loss(model, batch, output, i, seed)
+                loss, outputs = _loss(model, batches[i], output, i, seed)
                 loss.backward()
-            sums.add(captured, outputs)
-            bar.update()
+            sums.add(i, captured, outputs)
+            bar.update(min(len(batches), (done + 1) * current().size) - bar.n)
     gradients = sums.gradients(output.name)
     found = {"effect": torch.tensor(NAMES.index(output.name))}
     found |= {f"{name}.moment": moment for name, moment in gradients.moments.items()}
@@ -129,36 +130,36 @@ def _gathered(
 
 
 class GradientSums:
-    """The sums of the outer products of gradients at the outputs of layers."""
+    """The sums of the outer products of gradients at the outputs of layers, over the batches of all processes."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._outputs = 0
+        self._sums = Sums()
 
-    def add(self, captured: Mapping[str, Sequence[Tensor]], outputs: int = 0) -> None:
-        """Add the gradients of one batch.
+    def add(self, number: int, captured: Mapping[str, Sequence[Tensor]], outputs: int = 0) -> None:
+        """Add the gradients of one batch; batches come in the order of ``Ranks.mine``.
 
         Args:
+            number: The batch's number.
             captured: The gradients ``(T, M)`` at each call of each layer, by name.
             outputs: How many vectors of the network's output count in the batch.
         """
-        self._outputs += outputs
+        new: dict[tuple[str, str], Any] = {("", "outputs"): outputs}
         for name, parts in captured.items():
             vectors = _clipped(torch.cat([*parts]).float())
-            self._counts[name] = self._counts.get(name, 0) + len(vectors)
-            new = (vectors.mT @ vectors).double()
-            self._sums[name] = self._sums[name].add_(new) if name in self._sums else new
+            new[name, "count"], new[name, "moment"] = len(vectors), (vectors.mT @ vectors).double()
+        self._sums.add(number, new)
 
     def gradients(self, effect: str) -> Gradients:
         """The moments of what was added, with a ridge, and float32; layers that no gradient reached are missing."""
         moments: dict[str, Tensor] = {}
-        for name, total in self._sums.items():
-            moment = total / self._counts[name]
+        found = self._sums.total()
+        counts = {name: value for (name, kind), value in found.items() if kind == "count"}
+        for name, count in counts.items():
+            moment = found[name, "moment"] / count
             moment.diagonal().add_(RIDGE * moment.diagonal().mean())
             if bool(moment.any()):
                 moments[name] = moment.float()
-        vectors = {name: self._counts[name] / max(self._outputs, 1) for name in moments}
+        vectors = {name: counts[name] / max(found["", "outputs"], 1) for name in moments}
         return Gradients(moments, vectors, effect)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat import _checks
+from structmat._ranks import Sums, current
 from structmat.compress.states import Block
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar
@@ -26,14 +28,16 @@ class Refinement:
 
     The loss is the squared error of the compressed block's output, which reads what the compressed blocks before it
     give it, relative to the energy of the dense block's. The best factors by held-out error are kept, the start being
-    among the candidates. Batches are what a step sees: about 2,000 tokens are a good size. The defaults were chosen
-    with ``benchmarks/compress_llm.py``, on stories that no reported figure uses.
+    among the candidates. A step sees one batch, or several that are alike in size and come one after the other, which
+    processes share: about 2,000 tokens are a good size. The defaults were chosen with ``benchmarks/compress_llm.py``,
+    on stories that no reported figure uses.
 
     Attributes:
         steps: The number of steps for each block.
         learning_rate: The rate at the start of the cosine schedule, relative to the root mean square of each factor.
-        held_out: The share of the batches that are held out, at least one.
-        seed: The seed of the batches' order.
+        held_out: The share of the steps' batches that are held out, at least one.
+        seed: The seed of the order of the batches.
+        batches: The number of batches that a step sees.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -43,9 +47,11 @@ class Refinement:
     learning_rate: float = 2e-3
     held_out: float = 0.1
     seed: int = 0
+    batches: int = 1
 
     def __post_init__(self) -> None:
         _checks.positive_int(self.steps, "steps")
+        _checks.positive_int(self.batches, "batches")
         if not self.learning_rate > 0:
             raise ValueError(f"expected a positive learning_rate, got {self.learning_rate}")
         if not 0 < self.held_out < 1:
@@ -58,13 +64,23 @@ class Refinement:
             count: How many there are.
 
         Raises:
-            ValueError: If there are fewer than two.
+            ValueError: If there are not enough for two steps.
         """
-        if count < 2:
-            raise ValueError(f"expected at least 2 batches to refine on, one of them held out, got {count}")
+        if count <= self.batches:
+            raise ValueError(
+                f"expected at least {self.batches + 1} batches to refine on, those of one step held out, got {count}"
+            )
+
+    def passes(self, count: int) -> float:
+        """The number of passes over the data, backward ones included, where there are so many batches."""
+        return 3 * self.steps * self.batches / count
+
+    def groups(self, count: int) -> list[list[int]]:
+        """The numbers of the batches of each step."""
+        return [list(range(k, min(k + self.batches, count))) for k in range(0, count, self.batches)]
 
     def split(self, count: int) -> tuple[list[int], list[int]]:
-        """The numbers of the batches to learn from, and of those held out, spread evenly."""
+        """The numbers of the groups of batches to learn from, and of those held out, spread evenly."""
         held = min(count - 1, max(1, round(self.held_out * count)))
         chosen = {(2 * k + 1) * count // (2 * held) for k in range(held)}
         return [k for k in range(count) if k not in chosen], sorted(chosen)
@@ -73,7 +89,7 @@ class Refinement:
 def refined(
     block: Block,
     fits: Mapping[str, Fit],
-    targets: Sequence[Sequence[Tensor]],
+    targets: Mapping[int, Sequence[Tensor]],
     settings: Refinement,
     store: FitStore | None,
     bar: FitBar,
@@ -84,7 +100,7 @@ def refined(
     Args:
         block: The block; its working copy has the fits in place and is left alone.
         fits: The fits by the layers' names within the block.
-        targets: The tensors that matter in the outputs of the dense block, batch by batch.
+        targets: The tensors that matter in the outputs of the dense block, by the number of each batch of this process.
         settings: How to tune.
         store: Where finished fits are kept; None for nowhere.
         bar: The progress bar.
@@ -95,10 +111,13 @@ def refined(
     """
     keys = _keys(block, fits, targets, settings) if store else {}
     if store:
-        found = {
-            name: store.read(keys[name], fit.format, next(iter(fit.factors.values())).device)
-            for name, fit in fits.items()
-        }
+        found = current().of(
+            0,
+            lambda: {
+                name: store.read(keys[name], fit.format, next(iter(fit.factors.values())).device)
+                for name, fit in fits.items()
+            },
+        )
         kept = {name: fit for name, fit in found.items() if fit is not None}
         if len(kept) == len(fits):
             bar.skip(cost, "refinement")
@@ -106,23 +125,22 @@ def refined(
     best = _Tuning(block, fits, targets, settings).run(bar, cost)
     bar.advance(cost, "refinement")
     new = {name: fit if best is None else _updated(name, fit, best) for name, fit in fits.items()}
-    if store:
+    if store and current().leads:
         for name, fit in new.items():
             store.write(keys[name], fit)
     return new
 
 
 def _keys(
-    block: Block, fits: Mapping[str, Fit], targets: Sequence[Sequence[Tensor]], settings: Refinement
+    block: Block, fits: Mapping[str, Fit], targets: Mapping[int, Sequence[Tensor]], settings: Refinement
 ) -> dict[str, str]:
     """The hash of everything that each refined fit depends on."""
     states = block.states
-    inputs = [state for state in states.compressed if isinstance(state, Tensor)]
+    read = {i: [state] if isinstance(state := states.compressed[i], Tensor) else [] for i in states.mine}
     masks = [mask for one in states.masks for mask in one.masks.values()]
     own = block.working.state_dict().values()
-    key = FitStore.digest(
-        f"refined|{settings!r}|{sorted(fits)}", *own, *inputs, *(t for one in targets for t in one), *masks
-    )
+    data = current().merged({i: FitStore.digest("", *read[i], *targets[i]) for i in states.mine})
+    key = FitStore.digest(f"refined|{settings!r}|{sorted(fits)}|{list(data.values())}", *own, *masks)
     return {name: FitStore.digest(f"{key}|{name}") for name in fits}
 
 
@@ -130,14 +148,16 @@ class _Tuning:
     """The tuning of one block: a student in float32 (or float64) that learns from the dense block's outputs."""
 
     def __init__(
-        self, block: Block, fits: Mapping[str, Fit], targets: Sequence[Sequence[Tensor]], settings: Refinement
+        self, block: Block, fits: Mapping[str, Fit], targets: Mapping[int, Sequence[Tensor]], settings: Refinement
     ) -> None:
         self.block, self.targets, self.settings = block, targets, settings
         double = any(factor.dtype == torch.float64 for fit in fits.values() for factor in fit.factors.values())
         self.compute = torch.float64 if double else torch.float32
         self.student = copied(block.working).to(self.compute)
         self.tuned = _trainable(self.student, fits)
-        self.learn, self.held = settings.split(len(targets))
+        self.groups = settings.groups(len(block.states.masks))
+        self.learn, self.held = settings.split(len(self.groups))
+        self.energies = self._energies()
 
     def run(self, bar: FitBar, cost: float) -> dict[str, Tensor] | None:
         """Tune, and return the best factors and biases by name; None where the start is the best."""
@@ -151,10 +171,9 @@ class _Tuning:
         order: list[int] = []
         for step in range(1, settings.steps + 1):
             order = order or [self.learn[k] for k in torch.randperm(len(self.learn), generator=generator).tolist()]
-            with torch.enable_grad():
-                grads = torch.autograd.grad(self._loss(order.pop()), tensors, allow_unused=True)
-            for tensor, grad in zip(tensors, grads, strict=True):
-                tensor.grad = grad  # None for what this batch does not reach
+            grads = self._gradients(order.pop(), tensors)
+            for k, tensor in enumerate(tensors):
+                tensor.grad = grads.get(k)  # None for what these batches do not reach
             optimizer.step()
             schedule.step()
             if step % max(1, settings.steps // EVALUATIONS) == 0 or step == settings.steps:
@@ -172,19 +191,48 @@ class _Tuning:
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.steps)
 
-    def _loss(self, i: int) -> Tensor:
-        """The relative squared error on batch ``i``, the mean over all tensors that matter."""
+    def _energies(self) -> list[list[float]]:
+        """The energy of each tensor that matters, of each group of batches."""
+        own = {i: [self._energy(i, k) for k in range(len(self.targets[i]))] for i in self.block.states.mine}
+        found = current().merged(own)
+        return [[sum(one) for one in zip(*(found[i] for i in group), strict=True)] for group in self.groups]
+
+    def _energy(self, i: int, number: int) -> float:
+        """The energy of one tensor that matters in the dense block's output for batch ``i``, on tokens that count."""
+        target = self.targets[i][number]
+        mask = self.block.counted_output(i, number, target)
+        return float((target if mask is None else target[mask]).double().square().sum())
+
+    def _gradients(self, group: int, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The gradients of the loss on a group of batches by the tensor's number; those that it reaches."""
+        sums = Sums()
+        for i in self._mine(group):
+            with torch.enable_grad():
+                grads = torch.autograd.grad(self._loss(group, i), tensors, allow_unused=True)
+            sums.add(i, {k: grad for k, grad in enumerate(grads) if grad is not None})
+        return sums.total()
+
+    def _mine(self, group: int) -> list[int]:
+        """The batches of a group that this process works on, in its order."""
+        wanted = set(self.groups[group])
+        return [i for i in self.block.states.mine if i in wanted]
+
+    def _loss(self, group: int, i: int) -> Tensor:
+        """What batch ``i`` adds to the relative squared error of its group, the mean over all tensors that matter."""
         block = self.block
         returned = block.call(self.student, widened(block.states.compressed[i], self.compute), i)
         losses = []
         for number, (output, expected) in enumerate(zip(block.matters(returned), self.targets[i], strict=True)):
             target = moved(expected, output.device).to(self.compute)
-            losses.append(_relative(output.to(self.compute), target, block.counted_output(i, number, output)))
+            mask, energy = block.counted_output(i, number, output), self.energies[group][number]
+            losses.append(_squared(output.to(self.compute), target, mask) / max(energy, torch.finfo(self.compute).tiny))
         return torch.stack(losses).mean()
 
     def _held_out_error(self) -> float:
         """The relative error on the held-out batches, the root of a mean of squares."""
-        return float(torch.stack([self._loss(i) for i in self.held]).mean().sqrt())
+        own = {i: float(self._loss(group, i)) for group in self.held for i in self._mine(group)}
+        found = current().merged(own)
+        return math.sqrt(sum(found.values()) / len(self.held))
 
 
 def _trainable(student: nn.Module, fits: Mapping[str, Fit]) -> dict[str, Tensor]:
@@ -210,9 +258,8 @@ def _size(tensor: Tensor) -> float:
     return max(float(tensor.detach().square().mean().sqrt()), 1e-8)
 
 
-def _relative(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """The squared error over the energy, on the tokens that count."""
+def _squared(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """The sum of the squared errors on the tokens that count."""
     if mask is not None:
         output, target = output[mask], target[mask]
-    energy = target.square().mean()
-    return (output - target).square().mean() / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    return (output - target).square().sum()

@@ -32,11 +32,13 @@ class Replay:
 
     Attributes:
         keeping: Whether what parts return is kept, for calls to come.
+        disabled: Whether everything is computed, since a replay was not what a call returned.
         nbytes: The memory of what is kept, in bytes.
     """
 
     def __init__(self, planned: Sequence[str] = ()) -> None:
         self.keeping = bool(planned)
+        self.disabled = False
         self.nbytes = 0
         self._planned, self._left = tuple(planned), set(planned)
         self._returned: dict[str, dict[int, Any]] = {}
@@ -54,7 +56,7 @@ class Replay:
     def disable(self) -> None:
         """Compute everything from now on."""
         self.clear()
-        self.keeping = False
+        self.keeping, self.disabled = False, True
 
     def knows(self, i: int) -> bool:
         """Whether something is replayed for batch ``i``."""

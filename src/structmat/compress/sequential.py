@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from structmat._ranks import current
 from structmat.compress.block import BlockFits
 from structmat.compress.calibration import warn_of_few
 from structmat.compress.refinement import Refinement, refined
@@ -109,7 +110,7 @@ class SequentialRun:
         self.overhead: dict[str, float] = {}
         self.refining: dict[str, float] = {}
         tokens = sum(count_tokens(batch) for batch in batches)
-        passes = 0 if refinement is None else 3 * refinement.steps / len(batches)
+        passes = 0 if refinement is None else refinement.passes(len(batches))
         for block, names in self._homes().items():
             entries = sum(parameter.numel() for parameter in model.get_submodule(block).parameters())
             for name in names:
@@ -167,11 +168,12 @@ class SequentialRun:
         fits: dict[str, Fit] = {}
         if before:
             fits |= self._fit_outside(chain, before, self._inputs(), bar, deliver=False)
-        hidden, extras = chain.enter(self.model, self.batches)
+        mine = current().mine(len(self.batches))
+        hidden, extras = chain.enter(self.model, self.batches, mine)
         states = States(hidden, hidden, self.masks)
         if before:
             with with_fits(self.model, fits):
-                states.compressed = chain.enter(self.model, self.batches)[0]
+                states.compressed = chain.enter(self.model, self.batches, mine)[0]
         last = len(chain.names) - 1 if after else self._last_planned(chain)
         for k, name in enumerate(chain.names):
             with self.blocks.block(name) as dense:
@@ -186,6 +188,10 @@ class SequentialRun:
         planned = self.work.sites
         homes = (k for k, one in enumerate(chain.names) if any(name.startswith(f"{one}.") for name in planned))
         return max(homes, default=-1)
+
+    def _listed(self, known: Mapping[int, Tensor]) -> list[Any]:
+        """States batch by batch, where those of other processes are None."""
+        return [known.get(i) for i in range(len(self.batches))]
 
     def _inputs(self) -> States:
         """The network's own inputs as states."""
@@ -207,22 +213,19 @@ class SequentialRun:
         """Fit the layers of one block of the chain, and move the states past it; return its fits."""
         states = block.states
         planned = [name for name in self.work.sites if name.startswith(f"{block.name}.")]
-        numbers = range(len(states.dense))
         if planned:
             fits, returned = self._fit(block, planned, bar, keep_outputs=True)
-            outputs = [tensors[0] for tensors in returned]
+            outputs = self._listed({i: tensors[0] for i, tensors in returned.items()})
         else:
-            fits, outputs = {}, [block.output(i, dense=True) for i in numbers]
+            fits, outputs = {}, self._listed(block.outputs(dense=True))
         same = block.working is block.dense and not states.differ
-        states.compressed, states.dense = (
-            outputs if same else [block.output(i, dense=False) for i in numbers],
-            outputs,
-        )
+        new = outputs if same else self._listed(block.trusted(lambda: block.outputs(dense=False)))
+        states.compressed, states.dense = new, outputs
         return self.blocks.finish(block.name, block.working, fits)
 
     def _fit(
         self, block: Block, planned: list[str], bar: FitBar, *, keep_outputs: bool
-    ) -> tuple[dict[str, Fit], list[list[Tensor]]]:
+    ) -> tuple[dict[str, Fit], dict[int, list[Tensor]]]:
         """Fit layers of a block in a copy of it, which becomes the block's working one.
 
         Args:
@@ -252,6 +255,6 @@ def _call_model(model: nn.Module, batch: Any, i: int) -> Any:
     return call(model, moved(batch, device_of(model)))
 
 
-def _block_call(extras: list[Extras]) -> Forward:
+def _block_call(extras: Mapping[int, Extras]) -> Forward:
     """Make the function that calls one block of the chain."""
     return lambda block, state, i: extras[i].call(block, state)

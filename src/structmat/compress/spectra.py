@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat._progress import progress_bar
+from structmat._ranks import current
 from structmat.compress.calibration import calibrate
 from structmat.compress.gradients import Gradients
 from structmat.fit.linalg import factorize
@@ -80,11 +81,47 @@ def find_spectra(
         )
         bar = progress_bar(desc="decompose", unit="layer", total=len(part), show=progress)
         with bar:
-            for name in part:
-                one = spectrum(sites[name], calibration[name], gradients.moments.get(name))
-                found[name] = one if name in keep_moments else dataclasses.replace(one, moments=None)
-                bar.update()
+            found |= decomposed(part, sites, calibration, gradients, keep_moments, bar.update)
     return {name: found[name] for name in sites}
+
+
+def decomposed(
+    names: Sequence[str],
+    sites: Mapping[str, Site],
+    inputs: Mapping[str, Moments],
+    gradients: Gradients,
+    keep_moments: frozenset[str],
+    step: Callable[[], object],
+) -> dict[str, Spectrum]:
+    """Decompose weights, each in one of the processes.
+
+    Args:
+        names: The names of the layers.
+        sites: The layers by name.
+        inputs: The moments of their inputs by name.
+        gradients: The second moments of the gradients at their outputs.
+        keep_moments: The layers whose moments are wanted afterwards.
+        step: Called after each layer.
+
+    Returns:
+        The spectra by name.
+    """
+    found: dict[str, Spectrum] = {}
+
+    def one(k: int) -> Spectrum:
+        made = spectrum(sites[names[k]], inputs[names[k]], gradients.moments.get(names[k]))
+        return dataclasses.replace(made, moments=None)  # which all processes have
+
+    costs = [spectrum_cost(*sites[name].matrix.shape) for name in names]
+    for name, made in zip(names, current().dealt(costs, one), strict=True):
+        found[name] = dataclasses.replace(made, moments=inputs[name]) if name in keep_moments else made
+        step()
+    return found
+
+
+def spectrum_cost(M: int, N: int) -> float:
+    """About how many multiplications the decomposition of a weight takes, those of an eigensolver counting tenfold."""
+    return N**3 + M * N * (M + N) + 10 * min(M, N) ** 3
 
 
 def memory_parts(model: nn.Module, batches: Sequence[Any], sites: Mapping[str, Site]) -> Iterator[list[str]]:

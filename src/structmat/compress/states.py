@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from structmat._ranks import current
 from structmat.compress.replay import Replay
 from structmat.network.calls import HOST, device_of, same_draws, tensor_of, tensors_of
 from structmat.network.capture import capturing
 from structmat.network.masks import BatchMasks, masks_of
 from structmat.network.sites import Site
+
+T = TypeVar("T")
 
 Forward = Callable[[nn.Module, Any, int], Any]
 """Calls a block, or the network, on the state of one batch, given with the batch's number."""
@@ -35,6 +38,11 @@ class States:
     dense: list[Any]
     compressed: list[Any]
     masks: list[BatchMasks]
+
+    @property
+    def mine(self) -> list[int]:
+        """The numbers of the batches of this process; the states of others are not here."""
+        return current().mine(len(self.masks))
 
     @property
     def differ(self) -> bool:
@@ -80,7 +88,7 @@ class Block:
         with same_draws(i, device_of(module)), self.replay.of(module, i) if replayed else nullcontext():
             return self.forward(module, state, i)
 
-    def _trusted(self, i: int, compute: Callable[[], Tensor]) -> Tensor:
+    def _checked(self, i: int, compute: Callable[[], Tensor]) -> Tensor:
         """Call the copy on batch ``i``; for the first batch with and without replay, which ends if that differs."""
         if i or not self.replay.knows(i):
             return compute()
@@ -93,6 +101,22 @@ class Block:
         if not same:
             self.replay.disable()
         return plain
+
+    def trusted(self, compute: Callable[[], T]) -> T:
+        """Call the copy on the batches of this process, again without replay where another process found it wrong.
+
+        Args:
+            compute: The function that calls the copy, in the order of the batches, and no other process.
+
+        Returns:
+            What it returned.
+        """
+        before = self.replay.disabled
+        found = compute()
+        if not before and current().any(self.replay.disabled) and not self.replay.disabled:
+            self.replay.disable()
+            found = compute()
+        return found
 
     def matters(self, returned: Any) -> list[Tensor]:
         """The tensors that matter in what the block returned."""
@@ -110,7 +134,11 @@ class Block:
         """
         if dense:
             return tensor_of(self.call(self.dense, self.states.dense[i], i)).to(HOST)
-        return self._trusted(i, lambda: tensor_of(self.call(self.working, self.states.compressed[i], i)).to(HOST))
+        return self._checked(i, lambda: tensor_of(self.call(self.working, self.states.compressed[i], i)).to(HOST))
+
+    def outputs(self, *, dense: bool) -> dict[int, Tensor]:
+        """The next states of the batches of this process, by number."""
+        return {i: self.output(i, dense=dense) for i in self.states.mine}
 
     def captured(self, site: Site, width: int, i: int, *, dense: bool, stop: bool) -> Tensor:
         """Find what one layer reads when the block is called on the state of batch ``i``.
@@ -134,7 +162,7 @@ class Block:
                 return torch.cat(captured[site.name])
             return next(self.dense.parameters()).new_empty(0, width)
 
-        return vectors() if dense else self._trusted(i, vectors)
+        return vectors() if dense else self._checked(i, vectors)
 
     def counted_output(self, i: int, number: int, output: Tensor) -> Tensor | None:
         """Which vectors of a tensor that the block returns for batch ``i`` count; None for all of them.

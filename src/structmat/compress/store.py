@@ -7,6 +7,7 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from structmat import _checks
 from structmat._digests import changes, digests, sealed
 from structmat._files import parse_json, read_tensors, write_tensors
+from structmat._ranks import current
 from structmat._version import __version__
 from structmat.fit import Fit
 from structmat.formats import Format
@@ -22,7 +24,7 @@ from structmat.network.surgery import check_layer
 
 
 class FitStore:
-    """Finished fits in a folder.
+    """Finished fits in a folder, which all processes that work together share.
 
     Args:
         folder: The folder; it is made if it is not there.
@@ -30,7 +32,8 @@ class FitStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if current().leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     @staticmethod
     def digest(text: str, *tensors: Tensor) -> str:
@@ -49,8 +52,21 @@ class FitStore:
             total.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()[:32]
 
+    def read_many(self, keys: Sequence[str], formats: Sequence[Format], device: torch.device) -> list[Fit | None]:
+        """Read what ``write`` kept under keys, in the first process for all.
+
+        Args:
+            keys: The hashes; those of other processes do not matter.
+            formats: The format of each fit.
+            device: The device for the factors.
+
+        Returns:
+            The fits; None where there is none.
+        """
+        return current().of(0, lambda: [self.read(k, f, device) for k, f in zip(keys, formats, strict=True)])
+
     def read(self, key: str, format: Format, device: torch.device) -> Fit | None:
-        """Read what ``write`` kept under a key.
+        """Read what ``write`` kept under a key, in this process.
 
         Args:
             key: The hash.
@@ -71,6 +87,9 @@ class FitStore:
 
     def read_tensors(self, key: str) -> dict[str, Tensor] | None:
         """Read what ``write_tensors`` kept under a key; None where there is nothing, or what is damaged."""
+        return current().of(0, lambda: self._read_tensors(key))
+
+    def _read_tensors(self, key: str) -> dict[str, Tensor] | None:
         path = self.folder / f"{key}.safetensors"
         if not path.is_file():
             return None
@@ -87,12 +106,12 @@ class FitStore:
 
     def write_tensors(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keep tensors under a key."""
-        write_tensors(
-            self.folder / f"{key}.safetensors", tensors, {"digests": json.dumps(sealed({}, digests(tensors)))}
-        )
+        if current().leads:
+            metadata = {"digests": json.dumps(sealed({}, digests(tensors)))}
+            write_tensors(self.folder / f"{key}.safetensors", tensors, metadata)
 
     def write(self, key: str, fit: Fit) -> None:
-        """Keep a fit under a key."""
+        """Keep a fit under a key; the process that made it writes it at once, so that nothing finished is lost."""
         facts = {
             "error": fit.error,
             "history": fit.history,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structmat import _checks
 from structmat._progress import progress_bar
+from structmat._ranks import current
 from structmat.compress.store import FitStore
 from structmat.fit import Fit, Method, default_method
 from structmat.fit.moments import Moments
@@ -215,34 +216,67 @@ class FitBar:
         self._bar.update(min(1.0, share) * self._bar.total - self._bar.n)
 
 
-def fit_tasks(tasks: Sequence[Task], bar: FitBar, store: FitStore | None) -> dict[str, Fit]:
+def fit_tasks(tasks: Sequence[Task], bar: FitBar, store: FitStore | None, *, apart: bool = False) -> dict[str, Fit]:
     """Fit every task; those of one format, method, dtype and device together.
-
-    A batch is taken from the store only as a whole, so that a fit does not depend on what an earlier run finished.
 
     Args:
         tasks: The weights to fit.
         bar: The progress bar.
         store: Where finished fits are kept; None for nowhere.
+        apart: Whether each is fitted by itself, so that processes can share few of them.
 
     Returns:
         The fits by name, in the tasks' order.
     """
     fits: dict[str, Fit] = {}
-    for batch in _batches(tasks):
-        keys = [_key(task) for task in batch] if store else []
-        found = [store.read(k, t.format, t.weight.device) for k, t in zip(keys, batch, strict=True)] if store else []
-        cost = sum(task.cost for task in batch)
-        if not found or any(fit is None for fit in found):
-            found = _fit_batch(batch, bar)
-            if store:
-                for key, fit in zip(keys, found, strict=True):
-                    store.write(key, fit)
+    batches = [[task] for task in tasks] if apart else list(_batches(tasks))
+    for batch, found in zip(batches, fit_batches(batches, bar, store), strict=True):
+        fits.update((task.name, fit) for task, fit in zip(batch, found, strict=True))
+    return {task.name: fits[task.name] for task in tasks}
+
+
+def fit_batches(batches: Sequence[Sequence[Task]], bar: FitBar, store: FitStore | None) -> Iterator[list[Fit]]:
+    """Fit tasks, those of each batch in one computation; batches are handed out to processes by cost.
+
+    A batch is taken from the store only as a whole, so that a fit does not depend on what an earlier run finished.
+
+    Args:
+        batches: The weights to fit.
+        bar: The progress bar.
+        store: Where finished fits are kept; None for nowhere.
+
+    Yields:
+        The fits of each batch.
+    """
+    kept: list[list[Fit] | None] = [None] * len(batches)
+    if store is not None:
+        kept = current().of(0, lambda: [_kept(batch, store) for batch in batches])
+    costs = [sum(task.cost for task in batch) for batch in batches]
+    missing = [k for k, found in enumerate(kept) if found is None]
+    made = current().dealt([costs[k] for k in missing], lambda j: _made(batches[missing[j]], bar, store))
+    for cost, found in zip(costs, kept, strict=True):
+        if found is None:
+            found = next(made)
             bar.advance(cost)
         else:
             bar.skip(cost)
-        fits.update((task.name, fit) for task, fit in zip(batch, found, strict=True) if fit is not None)
-    return {task.name: fits[task.name] for task in tasks}
+        yield found
+
+
+def _kept(batch: Sequence[Task], store: FitStore) -> list[Fit] | None:
+    """The fits of a batch that are in the store; None unless all are."""
+    found = [store.read(_key(task), task.format, task.weight.device) for task in batch]
+    whole = [fit for fit in found if fit is not None]
+    return whole if len(whole) == len(batch) else None
+
+
+def _made(batch: Sequence[Task], bar: FitBar, store: FitStore | None) -> list[Fit]:
+    """Fit a batch, and keep the fits."""
+    found = _fit_batch(batch, bar)
+    if store is not None:
+        for task, fit in zip(batch, found, strict=True):
+            store.write(_key(task), fit)
+    return found
 
 
 def _key(task: Task) -> str:

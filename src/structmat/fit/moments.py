@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from structmat._ranks import Sums, current
 from structmat.fit.linalg import factorize
 from structmat.fit.metric import quiet
 
@@ -125,45 +126,58 @@ def _ridge(second: Tensor, ridge: float) -> Tensor:
 
 
 class MomentSums:
-    """Running sums over batches, from which ``Moments`` come."""
+    """Running sums over batches, from which ``Moments`` come; processes that work together share the batches."""
 
     def __init__(self) -> None:
         self.batches = 0
-        self._sums: list[dict[str, Tensor]] = [{}, {}]  # to learn from, and held out
-        self._few: list[tuple[Tensor, Tensor]] | None = []  # all vectors, while they are fewer than inputs
+        self._sums = Sums()  # by whether they are held out, and by name
+        self._known = 0
+        self._few: dict[int, tuple[Tensor, Tensor | None]] | None = {}  # all vectors, while they are fewer than inputs
+        self._totals: list[dict[str, Tensor]] | None = None
 
     @property
     def nbytes(self) -> int:
         """The memory of the sums, in bytes."""
-        kept = {id(tensor): tensor for pair in self._few or [] for tensor in pair}.values()
-        return sum(tensor.nbytes for tensor in [*kept, *(one for sums in self._sums for one in sums.values())])
+        few = [one for pair in (self._few or {}).values() for one in pair if one is not None]
+        return sum(tensor.nbytes for tensor in [*few, *self._sums.values])
 
-    @property
-    def tokens(self) -> int:
-        """The number of vectors that were counted."""
-        return sum(int(sums["tokens"]) for sums in self._sums if sums)
-
-    def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, targets: Tensor | None = None, number: int | None = None) -> None:
         """Count one batch.
 
         Args:
             inputs: ``x (T, N)``.
             targets: ``t (T, N)`` where the two differ; None where ``t`` is ``x``.
+            number: The number of the batch, where the batches come in the order of ``Ranks.mine``; None where they come
+                one after the other, in one process.
         """
-        sums = self._sums[self.batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+        own = self.batches if number is None else number
         self.batches += 1
-        x = inputs.double()
+        x, t = inputs.double(), None if targets is None else targets.double()
         new = {"tokens": x.new_tensor(len(x)), "second_moment": _product(inputs, inputs), "mean": x.sum(0)}
-        if targets is not None:
-            t = targets.double()
+        if targets is not None and t is not None:
             cross, difference = _product(targets, inputs), (t - x).square().sum()
             new |= {"cross": cross, "target_mean": t.sum(0), "difference": difference}
-        for name, value in new.items():
-            sums[name] = sums[name].add_(value) if name in sums else value
+        held_out = own % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        self._sums.add(0 if number is None else number, {(held_out, name): value for name, value in new.items()})
+        self._known += len(x)
         if self._few is not None:
-            self._few = [*self._few, (x, x if targets is None else targets.double())]
-            if self.tokens >= x.shape[-1]:
+            self._few[own] = x, t
+            if self._known >= x.shape[-1]:
                 self._few = None
+
+    def totals(self) -> list[dict[str, Tensor]]:
+        """The sums of all processes: those to learn from, and those held out; nothing may be added any more."""
+        if self._totals is None:
+            total = self._sums.total()
+            self._totals = [
+                {name: one for (kind, name), one in total.items() if kind is held} for held in (False, True)
+            ]
+        return self._totals
+
+    @property
+    def tokens(self) -> int:
+        """The number of vectors that all processes counted; nothing may be added any more."""
+        return sum(int(sums["tokens"]) for sums in self.totals() if sums)
 
     def moments(self) -> Moments:
         """The moments over everything, with the ridge that predicts best what was held out.
@@ -177,17 +191,21 @@ class MomentSums:
         Raises:
             ValueError: If no vector has been counted.
         """
-        learnt, held_out = self._sums
+        learnt, held_out = self.totals()
         tokens = self.tokens
         if not tokens:
             raise ValueError("expected at least one input vector, got none; every token is masked out")
         ridge = DEFAULT_RIDGE
-        if self._few is not None:
-            ridge = _ridge_of_few(self._few)
-        elif held_out and int(learnt["tokens"]) and int(held_out["tokens"]):
+        if tokens < (learnt or held_out)["mean"].shape[0]:
+            few = current().merged(self._few or {}).values()
+            ridge = _ridge_of_few([(x, x if t is None else t) for x, t in few])
+        elif learnt and held_out and int(learnt["tokens"]) and int(held_out["tokens"]):
             ridge = _best_ridge(*(sums["second_moment"] / sums["tokens"] for sums in (learnt, held_out)))
-        means = [name for name in learnt if name != "tokens"]
-        total = {name: (learnt[name] + held_out[name] if held_out else learnt[name]) / tokens for name in means}
+        means = [name for name in learnt or held_out if name != "tokens"]
+        total = {
+            name: (learnt[name] + held_out[name] if learnt and held_out else (learnt or held_out)[name]) / tokens
+            for name in means
+        }
         if "difference" in total:
             variance = (total["second_moment"].diagonal() - total["mean"].square()).clamp_min(0).sum()
             if total.pop("difference") <= SAME**2 * variance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structmat import _ranks
 from structmat.network.calls import call, evaluating
 from structmat.network.sites import Site
 from structmat.nn import StructuredConv2d, unfolded
@@ -110,7 +112,8 @@ def shared_inputs(sites: Mapping[str, Site], runs: Iterable[Callable[[], object]
 
     Args:
         sites: The sites by name.
-        runs: Calls of the network; as many are made as are needed to reach every site.
+        runs: Calls of the network, one for each batch; as many are made as are needed to reach every site, each by the
+            process that works on the batch.
 
     Returns:
         The leader's name by name, and the names of the sites that are called once.
@@ -121,7 +124,8 @@ def shared_inputs(sites: Mapping[str, Site], runs: Iterable[Callable[[], object]
     calls: dict[str, list[_Read]] = {}
     many: set[str] = set()
     for number, run in enumerate(runs):
-        seen = _reads(sites, run, number)
+        ranks = _ranks.current()
+        seen = ranks.of(ranks.owner(number), functools.partial(_reads, sites, run, number))
         many |= {name for name, reads in seen.items() if len(reads) > 1}
         for name, reads in seen.items():
             calls.setdefault(name, []).extend(reads)

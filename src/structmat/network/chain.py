@@ -109,29 +109,31 @@ class Chain:
         outside = [name for name in planned if not any(name.startswith(f"{block}.") for block in self.names)]
         return [n for n in outside if n in self.before], [n for n in outside if n not in self.before]
 
-    def enter(self, model: nn.Module, batches: Sequence[Any]) -> tuple[list[Tensor], list[list[Extras]]]:
+    def enter(
+        self, model: nn.Module, batches: Sequence[Any], numbers: Iterable[int] | None = None
+    ) -> tuple[list[Any], list[dict[int, Extras]]]:
         """Call the network up to its blocks.
 
         Args:
             model: The network.
             batches: The inputs of one call each.
+            numbers: The numbers of the batches that are wanted; None for all.
 
         Returns:
-            The hidden state that the first block reads, for each batch, and what each block is called with beside it,
-            for each block and batch.
+            The hidden state that the first block reads, for each batch, or None for one that is not wanted; and what
+            each block is called with beside it, for each block, by the batch's number.
         """
-        hidden: list[Tensor] = []
-        extras: list[list[Extras]] = [[] for _ in self.names]
+        hidden: list[Any] = [None] * len(batches)
+        extras: list[dict[int, Extras]] = [{} for _ in self.names]
         device = device_of(model)
-        for i, batch in enumerate(batches):
+        for i in range(len(batches)) if numbers is None else numbers:
             notes = _Notes(stop="last")
             with self._standing_in(model, notes), stopping(), same_draws(i, device):
-                call(model, moved(batch, device))
-            if notes.entered is not None:
-                hidden.append(moved(notes.entered, HOST))
+                call(model, moved(batches[i], device))
+            hidden[i] = moved(notes.entered, HOST)
             seen: dict[int, Any] = {}  # what all blocks are called with is held once
             for one, new in zip(extras, notes.extras, strict=True):
-                one.append(Extras(moved(new.args, HOST, seen), moved(new.kwargs, HOST, seen)))
+                one[i] = Extras(moved(new.args, HOST, seen), moved(new.kwargs, HOST, seen))
         return hidden, extras
 
     def _length(self, name: str) -> int | None:

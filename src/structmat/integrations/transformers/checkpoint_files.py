@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from structmat._digests import digests
 from structmat._files import opened_tensors, write_atomically, write_tensors
+from structmat._ranks import current
 from structmat.integrations.integrity import read_index
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,8 +92,9 @@ class CheckpointWriter:
         self.digests: dict[str, str] = {}
 
     def write(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write one file with some of the tensors."""
-        write_tensors(self.folder / file, tensors, {"format": "pt"})
+        """Write one file with some of the tensors; the first of the processes that work together does."""
+        if current().leads:
+            write_tensors(self.folder / file, tensors, {"format": "pt"})
         self.weight_map |= dict.fromkeys(tensors, file)
         self.digests |= digests(tensors)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat import _checks
+from structmat._ranks import current
 from structmat.compress.api import checked_batches
 from structmat.compress.block import sites_in
 from structmat.compress.refinement import Refinement
@@ -76,13 +77,12 @@ def compress_checkpoint(
         ValueError: If names in the files are not those of the model, the plan does not fit it, or reaches beyond its
             blocks.
     """
-    if Path(out).exists():
-        raise FileExistsError(f"expected a new folder, but {os.fspath(out)!r} is there; remove it or choose another")
+    current().of(0, lambda: _check_new(Path(out)))
     given = checked_batches(batches, refine)
     model = skeleton(source)
     wanted = {name: format for name, format in plan.items() if format.replaces}
     files = CheckpointReader(source, model)
-    partial = partial_folder(Path(out))
+    partial = current().of(0, lambda: partial_folder(Path(out)))
     try:
         work = WorkList.of(model, wanted, method)
         blocks = OnDisk(model, work, files, CheckpointWriter(partial), None if given is None else given[0])
@@ -94,17 +94,20 @@ def compress_checkpoint(
                 run = SequentialRun(model, work, given, blocks, refinement=refine, store=store)
                 with FitBar(run.costs, progress) as bar:
                     fits = run.run(bar)
-        _finish(model, wanted, blocks, Path(source), partial)
-        os.replace(partial, out)
-        (Path(out) / MARKER).unlink()
+        current().of(0, lambda: _finish(model, wanted, blocks, Path(source), partial, Path(out)))
     finally:
-        if partial.is_dir():
+        if current().leads and partial.is_dir():
             _remove(partial)
     return {name: fits[name] for name in wanted}
 
 
 MARKER = ".structmat-partial"
 """The file that marks a folder as one that was made here, so that it may be removed."""
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise FileExistsError(f"expected a new folder, but {str(out)!r} is there; remove it or choose another")
 
 
 def partial_folder(out: Path) -> Path:
@@ -285,8 +288,8 @@ def _fit_weights(work: WorkList, blocks: OnDisk, store: FitStore | None, progres
     return fits
 
 
-def _finish(model: Any, plan: Mapping[str, Format], blocks: OnDisk, source: Path, folder: Path) -> None:
-    """Write what lies outside the blocks, the index, and the configuration; copy the tokenizer's files."""
+def _finish(model: Any, plan: Mapping[str, Format], blocks: OnDisk, source: Path, folder: Path, out: Path) -> None:
+    """Write what lies outside the blocks, the index, and the configuration; copy the tokenizer's files; move it all."""
     blocks.output.write("outside.safetensors", blocks.files.read(blocks.names_outside()))
     blocks.output.write_index()
     apply_plan_(model, plan)
@@ -299,6 +302,8 @@ def _finish(model: Any, plan: Mapping[str, Format], blocks: OnDisk, source: Path
         known = path.suffix in COPIED and not path.name.endswith("index.json")
         if path.is_file() and known and not (folder / path.name).exists():
             shutil.copy(path, folder / path.name)
+    os.replace(folder, out)
+    (out / MARKER).unlink()
 
 
 def _one_example(batch: Any) -> Any:
