@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -124,6 +125,21 @@ def test_a_process_that_nobody_started_is_alone() -> None:
         assert list(ranks.dealt([1.0, 2.0], lambda k: k)) == [0, 1]
 
 
+def test_there_is_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # this machine may have none
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with (
+        pytest.raises(ValueError, match="expected a GPU for each process, got 2 for process 2 of this machine"),
+        together(),
+    ):
+        raise AssertionError("this is not reached")
+    assert current() == Ranks()
+
+
 def run_together(folder: Path, size: int, *words: str) -> dict[str, Any]:
     """What processes find that share a network and a store."""
     finished = subprocess.run(
@@ -168,6 +184,7 @@ def test_processes_find_what_one_does(size: int, tmp_path: Path) -> None:
     others = [f"AbandonedError: process {size - 1} has ended with an error, which it tells"] * (size - 1)
     assert found["failures"] == [others + told, others + told]
     assert found["agree"]
+    assert re.match(rf"ConnectionError: expected all {size} processes to work until the end, but one", found["left"])
     assert_same(found["sums"], sharing.summed(Ranks()))
     assert_same(found["compressed"], sharing.compressed())
     assert_same(sharing.compressed(tmp_path / "fits"), found["compressed"])  # what they kept serves one process

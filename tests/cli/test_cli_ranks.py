@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from processes import TESTS
 from test_ranks import TORCHRUN, free_port
 from training import tiny
 
@@ -98,6 +99,25 @@ def test_an_error_is_told_once(folder: Path, tmp_path: Path) -> None:
     assert told.count("expected a new folder for --out") == 1
     assert 'Traceback (most recent call last):\n  File "<frozen runpy>' in told  # of torchrun alone
     assert "structmat/cli" not in told
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("folders", "expected all processes to see 'out.partial', but processes [1] do not; choose an --out"),
+        ("options", "expected the same model, data, options and versions in all processes, but process 1 differs "
+         "(refine_steps: 8, now 9); let all machines see the same"),
+    ],
+)  # fmt: skip
+def test_processes_that_differ(folder: Path, tmp_path: Path, how: str, message: str) -> None:
+    words = ["compress", str(folder / "dense"), "-o", "out", *USUAL, "--calibrate", str(folder / "texts.txt")]
+    finished = subprocess.run(
+        [*TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}", str(TESTS / "apart.py"), how, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert finished.returncode == 1
+    assert finished.stderr.count(message) == 1
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:

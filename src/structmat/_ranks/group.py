@@ -53,7 +53,7 @@ class Ranks:
         return share_of(number) * self.size // SHARES
 
     def mine(self, count: int) -> list[int]:
-        """The numbers of the batches, of so many, that this process works on, in the order of their shares."""
+        """The numbers of those of a number of batches that this process works on, in the order of their shares."""
         own = (number for number in range(count) if self.owner(number) == self.rank)
         return sorted(own, key=lambda number: (share_of(number), number))
 

@@ -72,7 +72,7 @@ class Refinement:
             )
 
     def passes(self, count: int) -> float:
-        """The number of passes over the data, backward ones included, where there are so many batches."""
+        """The number of passes over data of a number of batches, backward ones included."""
         return 3 * self.steps * self.batches / count
 
     def groups(self, count: int) -> list[list[int]]:
