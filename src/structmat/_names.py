@@ -1,7 +1,8 @@
-"""Names of layers that are alike, as one name."""
+"""Names: those of layers that are alike as one name, and those that may have been meant by a misspelt one."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Hashable, Iterable
@@ -56,3 +57,21 @@ def _range(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) + "}"
+
+
+def meant(name: str, names: Iterable[str]) -> str:
+    """Ask whether another name was meant.
+
+    Args:
+        name: The name that is none of them.
+        names: The names that there are.
+
+    Returns:
+        The question as the end of a message; empty where none is near.
+
+    Example:
+        >>> meant("kep", ["keep", "blocks"])
+        '; did you mean keep?'
+    """
+    near = difflib.get_close_matches(name, list(names), 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

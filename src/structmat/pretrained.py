@@ -1,10 +1,11 @@
-"""What ``structmat compress`` does, in Python."""
+"""What ``structmat compress`` and ``structmat run`` do, in Python."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -24,9 +25,9 @@ def compress_pretrained(
         **options: The options of the command, with ``_`` for ``-``: ``keep``, ``keep_total``, ``format``, ``blocks``,
             ``layers``, ``exclude``, ``rules``, ``skip_misfits`` and ``plan`` (a file) for the plan; ``calibrate``,
             ``samples``, ``length``, ``batch_size``, ``packed``, ``split``, ``separator`` and ``column`` for the data;
-            ``refine``, ``refine_steps``, ``refine_rate``, ``method``, ``learn``, ``uniform``, ``two_sided``,
-            ``quantize`` and ``stream`` for the fits; ``dtype`` and ``device``. An option that is repeated on the
-            command line is a list.
+            ``refine``, ``refine_steps``, ``refine_rate``, ``effort``, ``method``, ``learn``, ``uniform``,
+            ``two_sided``, ``quantize`` and ``stream`` for the fits; ``dtype`` and ``device``. An option that is
+            repeated on the command line is a list.
 
     Returns:
         The record, as in ``structmat.json`` in the folder: the options, the errors of the layers, the numbers of
@@ -55,6 +56,44 @@ def compress_pretrained(
         raise TypeError(f"expected options among {', '.join(known)}, got {', '.join(left)}")
     target = importlib.import_module("structmat.cli.options").Target(Path(out), overwrite)
     return command.Compression(os.fspath(model), **groups).run(target)
+
+
+def run_recipe(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Run the steps of a recipe: ``structmat run`` as a function.
+
+    Steps that are finished are not run again, and one that was interrupted resumes.
+
+    Args:
+        recipe: The file with the recipe, the name of one (``"quick"``, ``"default"``, ``"best"``), or what the file
+            would hold: ``model``, ``seed`` and ``steps``.
+        out: The folder for what all steps write.
+        model: The model in place of the one that the recipe names; None for that one.
+        overwrite: Whether to replace the results of steps whose options or files changed.
+
+    Returns:
+        The record of the run, as in ``structmat.json`` in the folder.
+
+    Raises:
+        FileNotFoundError: If the recipe, the model or the data is not there.
+        ValueError: If the recipe has a step, an option or a value that there is not.
+
+    Example:
+        >>> step = {"compress": {"keep": 0.8, "calibrate": "texts/*.txt"}}
+        >>> record = run_recipe({"model": "MODEL", "steps": [step]}, "out")  # doctest: +SKIP
+        >>> record["steps"]["compress"]["finished"]  # doctest: +SKIP
+        True
+    """
+    given = recipe
+    if not isinstance(given, Mapping):
+        given = importlib.import_module("structmat.cli.recipe").read_recipe(os.fspath(given))
+    run = importlib.import_module("structmat.cli.run").Run
+    return run.of(given, None if model is None else os.fspath(model), Path(out), overwrite=overwrite).go()
 
 
 def _plain(value: Any) -> Any:

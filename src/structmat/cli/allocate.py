@@ -20,7 +20,8 @@ from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options
 from structmat.cli.selection import PANEL, Exclude, Layers, check_any, check_picks, checked_pattern, usual_pattern
 from structmat.cli.show import say
-from structmat.compress.allocate import SAMPLES, UNITS, AllocationSettings
+from structmat.compress.allocate import UNITS, AllocationSettings
+from structmat.compress.efforts import EFFORTS
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class AllocationOptions(Options):
         typer.Option("--whole", help="Let --keep be the share of all parameters of the model.", rich_help_panel=PANEL),
     ] = False
     effort: Annotated[
-        str, typer.Option(help=f"How much is fitted and measured: {', '.join(SAMPLES)}.", rich_help_panel=PANEL)
+        str, typer.Option(help=f"How much is fitted and measured: {', '.join(EFFORTS)}.", rich_help_panel=PANEL)
     ] = "default"
     cache: Annotated[
         Path | None,
@@ -112,7 +113,7 @@ def _allocate_plan(
     """Allocate, together with the other processes that a launcher started; the first one writes the plan."""
     if calibration.calibrate is None:
         raise ValueError("expected --calibrate: what a layer does to the output is measured on data")
-    _checks.one_of(options.effort, SAMPLES, "--effort")
+    _checks.one_of(options.effort, EFFORTS, "--effort")
     _checks.one_of(options.unit, (*UNITS, "seconds"), "--unit")
     if options.tokens != (1,) and options.unit != "seconds":
         raise ValueError(f"expected --unit seconds with --tokens, got --unit {options.unit}")

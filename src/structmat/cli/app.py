@@ -63,6 +63,16 @@ COMMANDS = {
             "structmat evaluate small-vit --dense google/vit-base-patch16-224 --data images/",
         ),
     ),
+    "run": Entry(
+        "run:run",
+        "Run a recipe: commands one after the other, from one file; an interrupted run resumes when it is run again.",
+        (
+            "structmat run recipe.yaml -o small",
+            "structmat run quick MODEL -o small --set keep=0.8 --set 'calibrate=stories.txt[:1500]'",
+            "structmat run best MODEL -o small --set keep=0.8 --set calibrate=texts.jsonl --dry-run",
+            "structmat run small/compress/recipe.yaml -o again",
+        ),
+    ),
     "report": Entry(
         "report:report",
         "Show what each layer of a model is and costs, and its error if compress made it.",

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from structmat import _checks
 from structmat._names import alike
 from structmat._ranks import current
 from structmat.cli import models
-from structmat.cli.calibration import CalibrationData, CalibrationOptions, RefinementOptions, told
+from structmat.cli.calibration import CalibrationData, CalibrationOptions, RefinementOptions, read_calibration, told
 from structmat.cli.estimates import size_of
 from structmat.cli.formats import read_blocks, read_format
 from structmat.cli.launch import joined
@@ -30,7 +31,8 @@ from structmat.cli.selection import PlanOrFile
 from structmat.cli.show import say
 from structmat.compress.allocate import Allocation, AllocationSettings, allocate
 from structmat.compress.api import compress_
-from structmat.compress.estimate import estimate
+from structmat.compress.efforts import EFFORTS
+from structmat.compress.estimate import Estimate, estimate
 from structmat.export.quantize import KINDS, quantize_
 from structmat.fit import Method, default_method
 from structmat.formats import Blast, Format
@@ -53,6 +55,7 @@ class FitOptions(Options):
 
     Attributes:
         method: The algorithm, a key of ``METHODS``.
+        effort: How much is fitted and measured, a key of ``EFFORTS``.
         learn: Whether layers that learn their structure stay so.
         stream: Whether to go from file to file.
         uniform: Whether every layer keeps the same share, also where there is data to share the budget by.
@@ -66,6 +69,13 @@ class FitOptions(Options):
         typer.Option(
             help=f"The algorithm: {' or '.join(METHODS)}; published is that of the format's paper, where the default "
             "is another."
+        ),
+    ] = "default"
+    effort: Annotated[
+        str,
+        typer.Option(
+            help=f"How much is fitted and measured: {', '.join(EFFORTS)}; quick takes about a quarter of the time of "
+            "default, and best several times as long."
         ),
     ] = "default"
     learn: Annotated[
@@ -103,7 +113,7 @@ class FitOptions(Options):
 
     def record(self) -> dict[str, Any]:
         """What the fits depend on, as JSON-compatible data."""
-        unsaid = {"learn": False, "uniform": False, "two_sided": None, "quantize": None}
+        unsaid = {"effort": "default", "learn": False, "uniform": False, "two_sided": None, "quantize": None}
         return {name: value for name, value in super().record().items() if name not in unsaid or value != unsaid[name]}
 
     def check(self, made: Plan, placement: Placement, *, data: bool) -> bool:
@@ -121,6 +131,9 @@ class FitOptions(Options):
             ValueError: If an option does not go with another one, or with the formats of the plan.
         """
         _checks.one_of(self.method, METHODS, "--method")
+        _checks.one_of(self.effort, EFFORTS, "--effort")
+        if self.method != "default" and self.effort != "default":
+            raise ValueError(f"expected no --effort with --method {self.method}, which has steps of its own")
         if self.two_sided and (self.stream or not data):
             raise ValueError(
                 "expected --two-sided with --calibrate and without --stream: it takes gradients of the whole network"
@@ -223,7 +236,7 @@ class Compression:
             read = self.refinement.parts_of(self.calibration)
             data = told(read, processors, skeleton.config, max(format.N for format in made.values()))
         how: dict[str, Any] = {
-            "method": METHODS[self.fit.method],
+            "method": METHODS[self.fit.method] or EFFORTS[self.fit.effort].method,
             "batches": None if data is None else data.batches,
             "refine": self.refinement.settings_for(self.calibration.batch_size),
             "cache": output.partial / "fits",
@@ -235,10 +248,13 @@ class Compression:
         else:
             loaded = models.load(self.model, self.placement)
             if current().leads:
-                self._say_time(made, data, loaded)
+                expected = self._expected(made, data, loaded, loaded.device)
+                alone = "" if current().size == 1 else "in one process, "
+                say(f"compressing takes about {expected} {alone}from the start")
             if data is not None:
                 made = self._allocated(made, loaded, data, how["cache"])
                 how["two_sided"] = self.fit.two_sided
+            how["effort"] = self.fit.effort
             facts = held_in_memory(loaded, folder, made, how, data, hardens, self.fit.quantize)
         if current().leads:
             for processor in processors.values():
@@ -260,26 +276,33 @@ class Compression:
             return made
         chosen = read_format(self.plan.format, "--format")
         structures = [chosen, "low_rank"] if chosen.format is Blast else chosen
-        settings = AllocationSettings(keep, structures, read_blocks(self.plan.blocks))
+        settings = AllocationSettings(keep, structures, read_blocks(self.plan.blocks), effort=self.fit.effort)
         plan = shared_budget(self.model, model, data.batches, settings, [re.escape(name) for name in made], cache)
         dense = sum(not format.replaces for format in plan.values())
         say(f"layers share the budget by their effect on the output: {plan.kept:.3f} kept, {dense} layers stay dense")
         return Plan(dict(plan), made.skipped, plan.two_sided)
 
-    def _say_time(self, made: Plan, data: CalibrationData | None, model: Any) -> None:
-        """Tell the user how long all of it takes."""
+    def expected(self) -> Estimate:
+        """How long all of it takes from the start, without loading the model."""
+        skeleton, read = models.skeleton(self.model), self.refinement.parts_of(self.calibration)
+        without = self.calibration.calibrate is None
+        data = None if without else read_calibration(read, models.processors(self.model), skeleton.config)
+        device = models.device_named(self.placement.device)
+        return self._expected(self.plan.plan_for(skeleton), data, skeleton, device)
+
+    def _expected(self, made: Plan, data: CalibrationData | None, model: Any, device: torch.device) -> Estimate:
+        """How long a plan takes on a model, which may have no weights."""
         settings = self.refinement.settings_for(self.calibration.batch_size)
         passes = settings.passes(len(data.batches)) if data and settings else 0.0
-        expected = estimate(
+        return estimate(
             made,
             method=METHODS[self.fit.method],
-            data=None if data is None else size_of(data, model, made, model.device),
+            data=None if data is None else size_of(data, model, made, device),
             refined=passes,
             shared=self._shares(made) and kept(made) >= LEAST_SHARED,
-            device=model.device,
+            effort=self.fit.effort,
+            device=device,
         )
-        alone = "" if current().size == 1 else "in one process, "
-        say(f"compressing takes about {expected} {alone}from the start")
 
 
 def shared_budget(

@@ -58,12 +58,13 @@ def recorded(*groups: Options) -> dict[str, Any]:
     return {name: value for group in groups for name, value in group.record().items()}
 
 
-def command_of(function: Callable[..., Any]) -> Callable[..., Any]:
+def command_of(function: Callable[..., Any], then: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Make a function that takes sets of options one whose signature lists every option, as typer reads it.
 
     Args:
         function: The function of a command. A parameter whose annotation is a class of options stands for the fields
             of that class.
+        then: What is called with the arguments in place of the function; None for the function.
 
     Returns:
         A function with an option ``--debug`` beside those, which it takes by keyword.
@@ -81,7 +82,7 @@ def command_of(function: Callable[..., Any]) -> Callable[..., Any]:
     def command(**values: Any) -> Any:
         values.pop("debug", None)
         given = {name: _given(kind, values) for name, kind in groups.items()}
-        return function(**given, **{name: _tuple(hints[name], value) for name, value in values.items()})
+        return (then or function)(**given, **{name: _tuple(hints[name], value) for name, value in values.items()})
 
     vars(command)["__signature__"] = inspect.Signature([*parameters, DEBUG])
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -355,11 +355,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(hashes.get(name, f"{name}: {before.get(name)!r}, now {now.get(name)!r}") for name in changed)
 
 
-def fingerprint(source: str | os.PathLike[str] | Source | None) -> str | None:
+def fingerprint(source: str | os.PathLike[str] | Source | None, *, named: bool = True) -> str | None:
     """Hash the names and the contents of a file or of the files of a folder; a new date alone changes nothing.
 
     Args:
         source: A path, the name of something on the Hub, or a source of data, which may be a pattern.
+        named: Whether the name of the file or folder itself counts, beside the names within the folder.
 
     Returns:
         The hash; None where there is no such file or folder.
@@ -370,7 +371,8 @@ def fingerprint(source: str | os.PathLike[str] | Source | None) -> str | None:
     files = parsed.files
     if not files and not Path(parsed.name).exists():
         return None
-    parent = Path(parsed.name).parent if Path(parsed.name).exists() else Path(os.path.commonpath(files)).parent
+    top = Path(parsed.name) if Path(parsed.name).exists() else Path(os.path.commonpath(files))
+    parent = top.parent if named else top
     total = hashlib.sha256()
     for file, content in zip(files, side_by_side(digest_of_file, files), strict=True):
         total.update(f"{file.relative_to(parent)}|{content}|".encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +76,30 @@ class Commands(TyperGroup):
 
     def imported(self, name: str) -> Any:
         """The command of this name with all of its options."""
-        entry = self.entries[name]
-        module, _, function = entry.place.partition(":")
-        found = getattr(importlib.import_module(f"structmat.cli.{module}"), function)
-        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-        epilog = "\n\n".join(("Examples:", *(f"$ {example}" for example in entry.examples)))
-        alone.command(name, cls=Command, help=entry.help, epilog=epilog)(command_of(found))
-        return typer.main.get_command(alone)
+        return parsed_by(name, self.entries[name])
+
+
+def function_of(entry: Entry) -> Callable[..., Any]:
+    """Import the function of a command."""
+    module, _, function = entry.place.partition(":")
+    return getattr(importlib.import_module(f"structmat.cli.{module}"), function)
+
+
+def parsed_by(name: str, entry: Entry, then: Callable[..., Any] | None = None) -> Any:
+    """Make what parses the words of a command.
+
+    Args:
+        name: The name of the command.
+        entry: Its entry in the list of commands.
+        then: What is called with the arguments of the command's function; None for that function.
+
+    Returns:
+        A command of typer with all options.
+    """
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    epilog = "\n\n".join(("Examples:", *(f"$ {example}" for example in entry.examples)))
+    alone.command(name, cls=Command, help=entry.help, epilog=epilog)(command_of(function_of(entry), then))
+    return typer.main.get_command(alone)
 
 
 def loose_words(words: Sequence[str], several: set[str]) -> dict[str, str]:

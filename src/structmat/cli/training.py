@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json
 import typing
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from structmat import _checks
+from structmat._names import meant
 from structmat.cli import models
 from structmat.cli.options import DATA, Options
 from structmat.cli.output import fingerprint
@@ -265,9 +265,9 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"expected NAME=VALUE for --set, got {text!r}")
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"expected --set to name a field of TrainingArguments, got {name!r}{hint}")
+            raise ValueError(
+                f"expected --set to name a field of TrainingArguments, got {name!r}{meant(name, sorted(fields))}"
+            )
         try:
             found[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:

@@ -14,6 +14,7 @@ from structmat._tables import table_text
 from structmat.compress.candidates import UNITS as UNITS
 from structmat.compress.candidates import Candidate, Unit, candidates, considered, price_of
 from structmat.compress.effects import Effect
+from structmat.compress.efforts import EFFORTS
 from structmat.compress.search import Picks, Search
 from structmat.compress.store import FitStore
 from structmat.compress.survey import Network, Survey, WholeNetwork
@@ -23,9 +24,6 @@ from structmat.network.calls import device_of, evaluating, moved, undisturbed
 from structmat.network.chain import find_chain
 from structmat.network.sites import find_sites
 from structmat.plan import FormatChoice, Plan, Rule, Selector, as_rule
-
-SAMPLES = {"quick": 2, "default": 3, "best": 4}
-"""How many sizes of each structure are fitted to see how its errors fall, by effort."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class AllocationSettings:
         exclude: Selectors of layers to leave alone.
         unit: What the budget counts.
         whole: Whether the budget is for all parameters of the model.
-        effort: The number of layers and sizes to which structures are fitted, as a word.
+        effort: How much is fitted and measured, as a word.
         effect: What is measured at the output.
         method: The method of the fits.
         seed: The seed of the labels that are drawn from the network.
@@ -130,7 +128,7 @@ class AllocationSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _checks.one_of(self.effort, SAMPLES, "effort")
+        _checks.one_of(self.effort, EFFORTS, "effort")
         _checks.fraction(self.keep, "keep")
 
     @property
@@ -179,7 +177,8 @@ def allocate(
         unit: What the budget counts: ``"parameters"``, ``"multiplications"``, ``"bytes"``, or a function of a format,
             such as ``structmat.bench.Seconds(tokens=[1])`` for the time that a product takes here.
         whole: Whether the budget is for all parameters of the model, those of other layers being spent already.
-        effort: ``"quick"``, ``"default"`` or ``"best"``: to how many layers and sizes structures are fitted.
+        effort: ``"quick"``, ``"default"`` or ``"best"``: to how many layers and sizes structures are fitted, and on how
+            much data.
         effect: What is measured at the output: see ``OutputEffect``.
         method: The method of the fits, as for ``compress_``; None for the default ones with fewer sweeps.
         cache: The folder for finished fits, as for ``compress_``; a second call with another budget takes them, and
@@ -261,8 +260,9 @@ def allocated(
     """
     model, unit = network.model, settings.unit
     sizes, skipped = considered(model, settings.rules, layers, blocks=settings.blocks, exclude=settings.exclude)
-    survey = Survey(network, sizes, settings.method, settings.effect, settings.seed, store)
-    found = survey.run(SAMPLES[settings.effort], each=settings.effort == "best", progress=settings.progress)
+    effort = EFFORTS[settings.effort]
+    survey = Survey(network, sizes, settings.method, settings.effect, settings.seed, effort, store)
+    found = survey.run(progress=settings.progress)
     price = price_of(unit, next((one.element_size() for one in model.parameters()), 4))
     formats = {name: [format for one in sizes for format in one.get(name, [])] for name in found.sensitivity}
     library = {name: candidates(formats[name], found.errors[name], price) for name in formats}

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from structmat import _checks
 from structmat.compress.calibration import Calibration
+from structmat.compress.efforts import EFFORTS
 from structmat.compress.gradients import gradient_moments
 from structmat.compress.refinement import Refinement
 from structmat.compress.sequential import InMemory, SequentialRun
@@ -31,6 +33,7 @@ def compress_(
     batches: Iterable[Any] | None = None,
     refine: Refinement | None = None,
     two_sided: bool | None = None,
+    effort: str = "default",
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Fit]:
@@ -50,14 +53,16 @@ def compress_(
     Args:
         model: The network.
         plan: The format of each layer by name; layers planned as ``Dense`` stay.
-        method: One method for all layers, or a function of the format; None, also from that function, for
-            ``default_method``.
+        method: One method for all layers, or a function of the format, which may return None for ``default_method``;
+            None for that of the effort.
         calibration: The moments of the layers' inputs, from ``calibrate``.
         batches: The inputs of one call of the network each: a tensor, a tuple of arguments, or a mapping of keyword
             arguments, whose ``attention_mask`` says which tokens count.
         refine: How to tune the factors of each block, which needs ``batches``; None for not at all.
         two_sided: Whether to weigh errors by gradients too, which needs ``batches``; layers that no gradient reaches
             are fitted without. None for what the plan was made for: a plan of ``allocate`` expects such errors.
+        effort: ``"quick"``, ``"default"`` or ``"best"``: how many steps the fits of BLAST take, and on how much data
+            gradients are gathered.
         cache: The folder for finished fits; None for none.
         progress: Whether to show a progress bar, with a time estimate.
 
@@ -74,19 +79,21 @@ def compress_(
         raise ValueError(
             "expected calibration or batches, got both; a calibration is of all layers at once, batches in sequence"
         )
+    _checks.one_of(effort, EFFORTS, "effort")
     given = checked_batches(batches, refine)
     if two_sided is None:
         two_sided = given is not None and isinstance(plan, Plan) and plan.two_sided
     if two_sided and given is None:
         raise ValueError("expected batches to be two-sided on, got none; pass batches=, a list of the network's inputs")
     with undisturbed():
-        work = WorkList.of(model, plan, method)
+        work = WorkList.of(model, plan, method or EFFORTS[effort].method)
         if not work.sites:
             return {}
         work.check_weights()
         store = FitStore(cache) if cache is not None else None
         if two_sided:
-            found = gradient_moments(model, given or [], work.sites, store=store, progress=progress)
+            vectors = EFFORTS[effort].gradients
+            found = gradient_moments(model, given or [], work.sites, vectors=vectors, store=store, progress=progress)
             work = replace(work, gradients=found.moments)
         if given is None:
             fits = _at_once(work, calibration, store, progress)

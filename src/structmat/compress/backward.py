@@ -18,7 +18,8 @@ from structmat._progress import progress_bar
 from structmat._ranks import current
 from structmat.compress.block import sites_in
 from structmat.compress.effects import Effect, OutputEffect
-from structmat.compress.gradients import VECTORS, Gradients, GradientSums, frozen, loss_of, some_of, tensors_in
+from structmat.compress.efforts import Effort
+from structmat.compress.gradients import Gradients, GradientSums, frozen, loss_of, some_of, tensors_in
 from structmat.compress.sequential import BlockReader
 from structmat.compress.spectra import Spectrum, decomposed
 from structmat.compress.store import FitStore
@@ -52,14 +53,21 @@ class NetworkInBlocks:
         return FitStore.digest(f"in blocks|{self.weights}", *tensors_in(self.batches))
 
     def statistics(
-        self, sites: Mapping[str, Site], standing: frozenset[str], effect: Effect, seed: int, *, progress: bool
+        self,
+        sites: Mapping[str, Site],
+        standing: frozenset[str],
+        effect: Effect,
+        seed: int,
+        *,
+        effort: Effort,
+        progress: bool,
     ) -> Statistics:
-        """Gather them block by block, on as many tokens as the widest layer has inputs twice, and at least 8,192."""
+        """Gather them block by block, on as many tokens as gradients take, or the widest layer has inputs twice."""
         blocks = self.opened(sites)
         if blocks.chain is None:
             raise ValueError("expected the blocks of the network to be a chain; load it into memory and use allocate")
         widest = max(site.matrix.shape[1] for site in sites.values())
-        given = some_of(self.batches, max(VECTORS, 2 * widest))
+        given = some_of(self.batches, max(effort.gradients, 2 * widest))
         bar = progress_bar(desc="statistics", unit="block", total=2 * len(blocks.chain.names), show=progress)
         with undisturbed(), evaluating(self.model), frozen(self.model), bar:
             with blocks.whole():

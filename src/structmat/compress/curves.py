@@ -6,15 +6,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from structmat.compress.spectra import TYPICAL, Spectrum
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import FitBar, MethodChoice, Task, WorkList, fit_batches, method_for
-from structmat.fit import Lee2024Blast, Method, default_method
-from structmat.formats import Blast, Format, LowRank
+from structmat.formats import Format, LowRank
 from structmat.network.sites import Site
 
 LEAST_ERROR = 1e-12
@@ -22,11 +20,6 @@ LEAST_ERROR = 1e-12
 
 Sizes = Mapping[str, Sequence[Format]]
 """The sizes of one structure that each layer could have, by name, the smallest first."""
-
-
-def curve_method(format: Format) -> Method[Any]:
-    """The method of the fits that show how errors fall: the default one, for BLAST with about a third of its work."""
-    return Lee2024Blast(sweeps=25, metric_iterations=40) if isinstance(format, Blast) else default_method(format)
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
@@ -115,7 +108,7 @@ class Curves:
         return found
 
     def _task(self, name: str, format: Format) -> Task:
-        method = method_for(format, self.method or curve_method)
+        method = method_for(format, self.method)
         work = WorkList({name: self.sites[name]}, {name: format}, {name: method}, self.gradients)
         return work.task(name, moments=self.spectra[name].moments)
 

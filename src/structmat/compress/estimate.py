@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from structmat.compress import gradients, survey
-from structmat.compress.curves import curve_method, kind_of
+from structmat.compress.curves import kind_of
+from structmat.compress.efforts import EFFORTS, Effort
 from structmat.compress.flow import Flow
 from structmat.compress.sequential import FORWARD_COST
 from structmat.compress.spectra import spectrum, spectrum_cost
@@ -36,8 +36,8 @@ FINDING_COST = 2
 BACKWARD_COST = 2.5
 """About how many forward passes it takes to gather gradients: one forward, and one back to the outputs of layers."""
 
-TYPICAL_SHARES = (0.2, 0.55, 0.9)
-"""About which shares of the parameters an allocation fits structures with."""
+TYPICAL_SHARES = (0.2, 0.9)
+"""About which shares of the parameters the smallest and the largest structures have that an allocation fits."""
 
 MEASURED = 2
 """How many kinds of layers are measured, the most costly ones; the times of others follow from their costs."""
@@ -114,6 +114,7 @@ def estimate(
     data: DataSize | None = None,
     refined: float = 0.0,
     shared: bool = False,
+    effort: str = "default",
     device: torch.device | str = "cpu",
 ) -> Estimate:
     """Estimate how long ``compress_`` takes.
@@ -127,6 +128,7 @@ def estimate(
         data: The calibration data; None for none.
         refined: The number of passes over the data of a refinement, backward ones included.
         shared: Whether ``allocate`` shares the budget among the layers before.
+        effort: The effort, as for ``compress_``.
         device: The device that computes.
 
     Returns:
@@ -136,11 +138,12 @@ def estimate(
     if not planned:
         return Estimate(0.0, 0.0)
     formats, aware = Counter(planned.values()), data is not None
+    method = method or EFFORTS[effort].method
     timed = _timed(formats, method, aware, device)
     fits = sum(number * _scaled(timed, format, method, aware) for format, number in formats.items())
     if data is None:
         return Estimate(fits, 0.0)
-    sharing = _sharing(planned, data, timed, device) if shared else 0.0
+    sharing = _sharing(planned, data, timed, EFFORTS[effort], device) if shared else 0.0
     if data.flow is not None:
         beside = 2 * data.held_out + FINDING_COST * data.units / data.batches
         passes = data.units * data.flow.in_sequence(list(planned), refined) + beside * data.flow.forward
@@ -183,16 +186,18 @@ def _scaled(timed: Sequence[Timed], format: Format, choice: MethodChoice, aware:
 
 
 def _sharing(
-    planned: Mapping[str, Format], data: DataSize, timed: Sequence[Timed], device: torch.device | str
+    planned: Mapping[str, Format], data: DataSize, timed: Sequence[Timed], effort: Effort, device: torch.device | str
 ) -> float:
     """The seconds in which an allocation gathers gradients and moments, decomposes weights, and fits stand-ins."""
-    kinds = {kind_of(name, format.shape): format for name, format in planned.items()}
-    sized = (_sized(format, keep) for format in kinds.values() for keep in TYPICAL_SHARES)
+    kinds = {name if effort.each else kind_of(name, format.shape): format for name, format in planned.items()}
+    low, high = TYPICAL_SHARES
+    shares = [low + (high - low) * k / (effort.sizes - 1) for k in range(effort.sizes)]
+    sized = (_sized(format, keep) for format in kinds.values() for keep in shares)
     fitted = [format for format in sized if format is not None and not isinstance(format, LowRank)]
-    fits = sum(_scaled(timed, format, curve_method, True) for format in fitted)
+    fits = sum(_scaled(timed, format, effort.curve_method, True) for format in fitted)
     largest = max(planned.values(), key=lambda format: format.M * format.N)
     decomposed = sum(spectrum_cost(*format.shape) for format in planned.values()) * _spectrum_seconds(largest, device)
-    with_gradients, with_moments = data.about(gradients.VECTORS), data.about(survey.VECTORS)
+    with_gradients, with_moments = data.about(effort.gradients), data.about(effort.moments)
     outer = sum(format.M**2 for format in planned.values()) * product_seconds(largest, device)
     gathered = with_gradients * outer
     if data.flow is not None:

@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from structmat._progress import progress_bar
 from structmat._ranks import Sums, current
 from structmat.compress.effects import NAMES, Effect, OutputEffect
+from structmat.compress.efforts import EFFORTS
 from structmat.compress.states import count_tokens
 from structmat.compress.store import FitStore
 from structmat.network.calls import call, device_of, evaluating, moved, same_draws, undisturbed
 from structmat.network.capture import capturing_gradients
 from structmat.network.masks import find_masks
 from structmat.network.sites import Site
-
-VECTORS = 8192
-"""About how many tokens (or examples) the gradients are gathered on, in whole batches."""
 
 CLIP = (0.1, 10.0)
 """The least and the largest norm of a token's gradient, relative to the mean; a few tokens would decide it all."""
@@ -56,6 +54,7 @@ def gradient_moments(
     sites: Mapping[str, Site],
     *,
     effect: Effect = "auto",
+    vectors: int = EFFORTS["default"].gradients,
     store: FitStore | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -71,6 +70,7 @@ def gradient_moments(
         batches: The calibration data, of which a part is used.
         sites: The layers by name.
         effect: What is measured at the output, as for ``OutputEffect``.
+        vectors: About how many tokens (or examples) they are gathered on, in whole batches.
         store: Where the moments are kept; None for nowhere.
         seed: The seed of the labels.
         progress: Whether to show a progress bar.
@@ -78,7 +78,7 @@ def gradient_moments(
     Returns:
         The gradients; a layer that no gradient reaches is missing.
     """
-    given = some_of(batches, VECTORS)
+    given = some_of(batches, vectors)
     key = FitStore.digest(f"gradients|{seed}|{effect}", *tensors_in(given), *model.state_dict().values())
     kept = None if store is None or callable(effect) else store.read_tensors(key)
     if kept is None or any(f"{name}.vectors" not in kept for name in sites):  # those of more layers serve as well

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from structmat._ranks import SHARES
 from structmat._ranks.group import deal
 from structmat._ranks.sums import ARITY
-from structmat.compress import gradients, survey
-from structmat.compress.curves import curve_method
+from structmat.compress.efforts import EFFORTS
 from structmat.compress.sequential import FORWARD_COST
 from structmat.compress.spectra import spectrum_cost
 from structmat.fit import Lee2024Blast, Method
@@ -22,8 +21,8 @@ KINDS = ("gradients", "calls", "moments", "solves", "spectra", "fits", "refineme
 RIDGES_COST = 1.5
 """The multiplications for the choice of a ridge, in units of ``N^3``."""
 
-SAMPLES = 3
-"""The number of sizes that an allocation fits to each kind of layer."""
+EFFORT = EFFORTS["default"]
+"""The effort whose work is counted."""
 
 
 @dataclass(frozen=True)
@@ -234,13 +233,13 @@ def _work(network: Network, job: Job) -> dict[str, float]:
                 3 * job.steps * job.tokens * job.step_batches / job.batches * job.keep * (stage.active * M * N)
             )
             if job.allocates:
-                few, many = (min(job.tokens, module.VECTORS) for module in (gradients, survey))
+                few, many = (min(job.tokens, most) for most in (EFFORT.gradients, EFFORT.moments))
                 work["gradients"] += few * stage.active * (3 * M * N + M**2) + many * stage.active * M * N
                 work["moments"] += many * stage.active * N**2 / len(stage.layers)
                 work["spectra"] += stage.copies * spectrum_cost(M, N)
     work = {kind: network.blocks * value for kind, value in work.items()}
     if job.allocates:
-        work["gradients"] += 3 * min(job.tokens, gradients.VECTORS) * network.heads
+        work["gradients"] += 3 * min(job.tokens, EFFORT.gradients) * network.heads
         work["fits"] += sum(_stand_ins(network, job))
     return work
 
@@ -251,8 +250,8 @@ def _stand_ins(network: Network, job: Job) -> list[float]:
         return []
     kinds = [shape for stage in network.stages for shape in stage.layers]
     format = Blast.for_budget(*kinds[0], keep=job.keep, blocks=job.counts)
-    method = job.curves or curve_method(format)
-    return [job.fit_cost(shape, method) for shape in kinds for _ in range(SAMPLES)]
+    method = job.curves or EFFORT.curve_method(format)
+    return [job.fit_cost(shape, method) for shape in kinds for _ in range(EFFORT.sizes)]
 
 
 def _longest(network: Network, job: Job, processes: int) -> float:

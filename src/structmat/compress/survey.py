@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from structmat import _checks
-from structmat.compress.curves import Curves, curve_method, stand_ins
+from structmat.compress.curves import Curves, stand_ins
 from structmat.compress.effects import NAMES, Effect
+from structmat.compress.efforts import Effort
 from structmat.compress.gradients import Gradients, gradient_moments, some_of, tensors_in
 from structmat.compress.spectra import Spectrum, find_spectra
 from structmat.compress.store import FitStore
 from structmat.compress.tasks import MethodChoice, WorkList, method_for
 from structmat.formats import Format
 from structmat.network.sites import Site
-
-VECTORS = 32768
-"""About how many tokens (or examples) the second moments of inputs are gathered on, in whole batches."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,14 @@ class Network(Protocol):
         ...
 
     def statistics(
-        self, sites: Mapping[str, Site], standing: frozenset[str], effect: Effect, seed: int, *, progress: bool
+        self,
+        sites: Mapping[str, Site],
+        standing: frozenset[str],
+        effect: Effect,
+        seed: int,
+        *,
+        effort: Effort,
+        progress: bool,
     ) -> Statistics:
         """Gather what the data says of layers.
 
@@ -65,6 +70,7 @@ class Network(Protocol):
             standing: The names of the layers that stand for others.
             effect: What is measured at the output.
             seed: The seed of the labels that are drawn from the network.
+            effort: How much data it takes.
             progress: Whether to show progress bars.
 
         Returns:
@@ -92,15 +98,21 @@ class WholeNetwork:
         return FitStore.digest("", *tensors_in(self.batches), *self.model.state_dict().values())
 
     def statistics(
-        self, sites: Mapping[str, Site], standing: frozenset[str], effect: Effect, seed: int, *, progress: bool
+        self,
+        sites: Mapping[str, Site],
+        standing: frozenset[str],
+        effect: Effect,
+        seed: int,
+        *,
+        effort: Effort,
+        progress: bool,
     ) -> Statistics:
         """Gather them in a few calls for all layers at once."""
         for name, site in sites.items():
             _checks.matrix(site.matrix, (site.matrix.shape[0], site.matrix.shape[1]), f"the weight of layer {name!r}")
-        gradients = gradient_moments(
-            self.model, self.batches, sites, effect=effect, store=self.store, seed=seed, progress=progress
-        )
-        data = some_of(self.batches, VECTORS)
+        how = {"effect": effect, "vectors": effort.gradients, "store": self.store, "seed": seed, "progress": progress}
+        gradients = gradient_moments(self.model, self.batches, sites, **how)
+        data = some_of(self.batches, effort.moments)
         spectra = find_spectra(self.model, data, sites, gradients, standing, progress=progress)
         return Statistics(gradients, spectra, {name: sites[name] for name in standing})
 
@@ -130,6 +142,7 @@ class Survey:
         method: The method of the fits.
         effect: What is measured at the output.
         seed: The seed of the labels that are drawn from the network.
+        effort: To how many layers and sizes structures are fitted, and how much data it takes.
         store: Where fits and findings are kept; None for nowhere.
     """
 
@@ -138,24 +151,23 @@ class Survey:
     method: MethodChoice
     effect: Effect
     seed: int
+    effort: Effort
     store: FitStore | None
 
-    def run(self, samples: int, *, each: bool, progress: bool) -> Findings:
+    def run(self, *, progress: bool) -> Findings:
         """Find out, or read what was found before.
 
         Args:
-            samples: How many sizes of each structure are fitted.
-            each: Whether they are fitted to each layer, not to one of each kind.
             progress: Whether to show progress bars.
 
         Returns:
             The findings.
         """
         sites = self._sites()
-        key = self._key(f"{samples}|{each}")
+        key = self._key()
         kept = None if key is None or self.store is None else self.store.read_tensors(key)
         if kept is None:
-            kept = self._found(sites, samples, each, progress)
+            kept = self._found(sites, progress)
             if key is not None and self.store is not None:
                 self.store.write_tensors(key, kept)
         return Findings(
@@ -169,21 +181,26 @@ class Survey:
         formats = {name: formats[0] for one in self.sizes for name, formats in one.items()}
         return dict(WorkList.of(self.network.model, formats, None).sites)
 
-    def _key(self, settings: str) -> str | None:
+    def _key(self) -> str | None:
         """The hash of everything that the findings depend on; None where it cannot be told."""
         if callable(self.effect):
             return None
         formats = [(name, format) for one in self.sizes for name, own in one.items() for format in own]
-        methods = [repr(method_for(format, self.method or curve_method)) for _, format in formats]
-        text = f"survey|{settings}|{self.effect}|{self.seed}|{formats}|{methods}"
+        methods = [repr(method_for(format, self.chosen)) for _, format in formats]
+        text = f"survey|{self.effort}|{self.effect}|{self.seed}|{formats}|{methods}"
         return FitStore.digest(f"{text}|{self.network.key()}")
 
-    def _found(self, sites: Mapping[str, Site], samples: int, each: bool, progress: bool) -> dict[str, Tensor]:
-        standing = stand_ins(sites, each)
+    @property
+    def chosen(self) -> MethodChoice:
+        """The method of the fits, which that of the effort is where the caller has no choice."""
+        return self.method or self.effort.curve_method
+
+    def _found(self, sites: Mapping[str, Site], progress: bool) -> dict[str, Tensor]:
+        standing = stand_ins(sites, self.effort.each)
         wanted = frozenset(standing.values())
-        seen = self.network.statistics(sites, wanted, self.effect, self.seed, progress=progress)
-        curves = Curves(seen.standing, seen.spectra, seen.gradients.moments, standing, self.method, self.store)
-        errors = curves.errors(self.sizes, samples, progress)
+        seen = self.network.statistics(sites, wanted, self.effect, self.seed, effort=self.effort, progress=progress)
+        curves = Curves(seen.standing, seen.spectra, seen.gradients.moments, standing, self.chosen, self.store)
+        errors = curves.errors(self.sizes, self.effort.sizes, progress)
         found = {"effect": torch.tensor(NAMES.index(seen.gradients.effect))}
         for name, one in seen.spectra.items():
             own = [error for structure in errors for error in structure.get(name, [])]

@@ -90,6 +90,13 @@ class Source:
         parsed._check_path()
         return parsed
 
+    @property
+    def spelled(self) -> str:
+        """The source as a user spells it, with an absolute path where it is one."""
+        start, stop = ("" if end is None else end for end in (self.part.start, self.part.stop))
+        name = os.path.abspath(self.name) if self.files or Path(self.name).exists() else self.name
+        return name if self.part == slice(None) else f"{name}[{start}:{stop}]"
+
     def _check_path(self) -> None:
         """Refuse a path that leads nowhere, so that the Hub is never asked for it."""
         if self.name in HUB_SETS or Path(self.name).exists() or self.files or not is_path(self.name):
