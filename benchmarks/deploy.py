@@ -238,12 +238,12 @@ def table(results: dict[str, Any]) -> str:
             tokens = {STEP: 1, PROMPT: 128}.get(call)
             rate = joined({v: tokens * 1000 / ms[v] for v in ms}, 0) if tokens else ""
             ratio = ms["dense"] / ms["keep 0.5"]
-            sizes, peaks = joined({v: b / 1e6 for v, b in one["bytes"].items()}, 0), joined(one["peak"], 0)
-            load = joined(dict(enumerate(results["load"][key])), 1)
+            sizes, peaks = joined({v: b / 1e6 for v, b in one["bytes"].items()}, 0), joined(one.get("peak", {}), 0)
+            load = joined(dict(enumerate(results.get("load", {}).get(key, []))), 1)
             cells = [kind, where, threads, call, joined(ms, 1), rate, f"{ratio:.2f}", sizes, peaks, load]
             rows.append(f"| {' | '.join(cells)} |")
     rows += integers_table(results)
-    rows += ["", *results["notes"]] if "notes" in results else []
+    rows += ["", results["note"]] if "note" in results else []
     return "\n".join([*rows, "", f"Measured on: {hardware_line(results['hardware'])}.", ""])
 
 
