@@ -74,8 +74,8 @@ class FitOptions(Options):
     effort: Annotated[
         str,
         typer.Option(
-            help=f"How much is fitted and measured: {', '.join(EFFORTS)}; quick takes about a quarter of the time of "
-            "default, and best several times as long."
+            help=f"How much is fitted and measured: {', '.join(EFFORTS)}; quick has fewer steps and less "
+            "data than default, and best has more."
         ),
     ] = "default"
     learn: Annotated[
