@@ -350,10 +350,14 @@ def _decider(site: Site, rules: Mapping[Selector, Rule], exclude: Iterable[Selec
 
 
 def _matches(selector: Selector, site: Site) -> bool:
-    """Whether a selector picks a site: by one of its names, written out or as a regular expression, or by its type."""
+    """Whether a selector picks a site: by a name, written out or as a regular expression, or by a type.
+
+    The names and types are those of the site and of the module that holds it.
+    """
     if isinstance(selector, str):
-        return selector in site.names or any(_pattern(selector).fullmatch(name) for name in site.names)
-    return isinstance(site.module, selector)
+        return selector in site.all_names or any(_pattern(selector).fullmatch(name) for name in site.all_names)
+    held = () if site.holder is None else (site.holder.module,)
+    return any(isinstance(module, selector) for module in (site.module, *held))
 
 
 @functools.lru_cache(maxsize=256)

@@ -22,6 +22,7 @@ from structmat.fit import Fit
 from structmat.network.calls import device_of, evaluating, moved, undisturbed
 from structmat.network.chain import find_chain
 from structmat.network.sites import find_sites
+from structmat.network.splitting import unfused
 from structmat.plan import FormatChoice, Plan, Rule, Selector, as_rule
 
 SAMPLES = {"quick": 2, "default": 3, "best": 4}
@@ -205,7 +206,7 @@ def allocate(
     )
     given = some_batches(batches)
     store = None if cache is None else FitStore(cache)
-    with undisturbed(), evaluating(model):
+    with undisturbed(), evaluating(model), unfused(model):
         names = {name: site.names for name, site in find_sites(model).items() if not site.problem}
         chain = None if layers is not None else find_chain(model, names, moved(given[0], device_of(model)))
         chosen = selectors(layers, () if chain is None else chain.names)

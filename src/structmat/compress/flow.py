@@ -17,7 +17,7 @@ from structmat.fit.moments import MomentSums
 from structmat.network.calls import HOST, call, evaluating, moved, undisturbed
 from structmat.network.capture import hooked
 from structmat.network.chain import list_of_blocks
-from structmat.network.surgery import put_module
+from structmat.network.splitting import put_module
 
 SHOWN = 2
 """How many blocks of a network are called."""
