@@ -125,6 +125,8 @@ def _problem_of(module: nn.Module, users: dict[int, set[int]], is_model: bool) -
     if kind not in SPLITS:
         base = next(base for base in SPLITS if isinstance(module, base))
         return f"it is a {kind.__name__}, a {base.__name__} that may use its weights in other ways"
+    if isinstance(module, nn.modules.conv._ConvNd) and "weight" not in module._parameters:
+        return "its weight is computed from others (pruning, weight or spectral norm); make it permanent first"
     if is_model:
         return "it is the whole model, which cannot be replaced in place; wrap it in nn.Sequential"
     inside = {id(part) for part in module.modules()}

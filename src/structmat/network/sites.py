@@ -227,7 +227,9 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
         if id(module) in found.problems:
             sites[name] = Site(name, tuple(names[id(module)]), (module,), found.problems[id(module)])
             continue
-        if id(module) in found.closed or not isinstance(module, tuple(DENSE_KINDS)):
+        if id(module) in found.closed or isinstance(module, StructuredModule):
+            continue
+        if not isinstance(module, tuple(DENSE_KINDS)):
             continue
         if type(module) not in DENSE_KINDS or "weight" not in module._parameters:
             sites[name] = Site(name, tuple(names[id(module)]), (module,), _problem_alone(module))

@@ -106,6 +106,10 @@ class StructuredConv(StructuredModule):
         """The matrix as ``(out, in, *kernel_size)``."""
         return matrix.view(self.out_channels, self.in_channels, *self.kernel_size)
 
+    def out_of_dense_layout(self, weight: Tensor) -> Tensor:
+        """What has the layout ``(out, in, *kernel_size)`` as a matrix ``(M, N)``."""
+        return weight.flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
 

@@ -141,6 +141,10 @@ class StructuredModule(nn.Module):
         """The matrix ``(M, N)`` as a view in the layout of the dense layer's ``weight``."""
         return matrix
 
+    def out_of_dense_layout(self, weight: Tensor) -> Tensor:
+        """What has the layout of the dense layer's ``weight`` as a matrix ``(M, N)``."""
+        return weight
+
     def _recorded(self, x: Proxy) -> Any:
         """What stands for the output in a graph of ``torch.fx``: a call of the layer, as for PyTorch's own layers."""
         name = x.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]

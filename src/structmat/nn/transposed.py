@@ -98,6 +98,10 @@ class StructuredConvTranspose(StructuredModule):
         """The matrix as ``(in, out, *kernel_size)``."""
         return matrix.mT.unflatten(1, (self.out_channels, *self.kernel_size))
 
+    def out_of_dense_layout(self, weight: Tensor) -> Tensor:
+        """What has the layout ``(in, out, *kernel_size)`` as a matrix ``(M, N)``."""
+        return weight.flatten(1).mT
+
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Apply the layer.
 
