@@ -34,7 +34,19 @@ from structmat.formats.registry import (
 )
 from structmat.formats.tiled_gblr import TiledGblr
 
-for _kind in (Dense, LowRank, BlockDiagonal, Monarch, BlockSparse, Blast, Gblr, GaudiGblr, TiledGblr, Quantized, Merged):
+for _kind in (
+    Dense,
+    LowRank,
+    BlockDiagonal,
+    Monarch,
+    BlockSparse,
+    Blast,
+    Gblr,
+    GaudiGblr,
+    TiledGblr,
+    Quantized,
+    Merged,
+):
     register_format(_kind)
 
 __all__ = [

@@ -145,9 +145,7 @@ def plus_low_rank(format: Format, factors: Factors, left: Tensor, right: Tensor)
     return Merged(format.M, format.N, format, r), {**factors, TERM[0]: left, TERM[1]: right}
 
 
-def _plus_blast(
-    format: Blast, factors: Factors, left: Tensor, right: Tensor
-) -> tuple[Blast, dict[str, Tensor]]:
+def _plus_blast(format: Blast, factors: Factors, left: Tensor, right: Tensor) -> tuple[Blast, dict[str, Tensor]]:
     """A BLAST matrix with more components, whose couplings are 1."""
     (_, J), r = format.blocks, left.shape[1]
     Q = format.block_shape[1]
@@ -164,7 +162,11 @@ def _plus_blast(
 
 def _narrowed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same product through the shorter axis."""
-    return (left @ right, torch.eye(right.shape[1]).to(right)) if len(left) >= right.shape[1] else (
-        torch.eye(len(left)).to(left),
-        left @ right,
+    return (
+        (left @ right, torch.eye(right.shape[1]).to(right))
+        if len(left) >= right.shape[1]
+        else (
+            torch.eye(len(left)).to(left),
+            left @ right,
+        )
     )

@@ -31,8 +31,8 @@ def prepare_for_lora(model: Model) -> Model:
 
     The layers then pass for ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` (transposed ones have no adapter in peft) and
     compute the same with the same parameters. Merging an adapter of rank ``r`` adds ``r`` to the rank of a low-rank or
-    BLAST layer and puts a term of rank ``r`` beside other structures, exactly up to rounding; ``unmerge_adapter`` brings
-    the old factors back. Save and load the network as always.
+    BLAST layer and puts a term of rank ``r`` beside other structures, exactly up to rounding; ``unmerge_adapter``
+    brings the old factors back. Save and load the network as always.
 
     Args:
         model: The structured network, before it gets its adapter; it is changed in place, as peft's own

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from structmat.formats import Format
 from structmat.network.fused import Holder, lost_with, opened, weight_problem
@@ -283,30 +282,3 @@ def structured_layers(model: nn.Module) -> dict[str, StructuredModule]:
         The layers.
     """
     return {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
-
-
-def unseen_weights(model: nn.Module) -> dict[str, str]:
-    """Every matrix of the network that no walker over its layers can see, and why.
-
-    Such are experts that a model fuses into one parameter of three dimensions, the projections inside
-    ``nn.MultiheadAttention`` and recurrent layers, transposed convolutions, and learned position tables.
-
-    Args:
-        model: The network.
-
-    Returns:
-        What holds each parameter that has at least two dimensions larger than 1 and belongs to no dense layer, no
-        embedding and no structured layer, by the parameter's name.
-    """
-    seen = (*DENSE_KINDS, nn.Embedding, nn.EmbeddingBag, StructuredModule)
-    unseen: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, seen):
-            continue
-        for own, parameter in module._parameters.items():
-            if parameter is not None and not is_lazy(parameter) and sum(size > 1 for size in parameter.shape) > 1:
-                shape = " x ".join(map(str, parameter.shape))
-                unseen[f"{name}.{own}" if name else own] = (
-                    f"{shape}, held by a {type(module).__name__}, which is no linear layer or convolution to replace"
-                )
-    return unseen

@@ -34,9 +34,10 @@ def apply_plan_(
     """Replace the planned layers of a network, in place.
 
     A module that holds several matrices, such as ``nn.MultiheadAttention`` or ``nn.LSTM``, is replaced by one with a
-    layer for each when the plan names one of them. Biases, training mode, ``requires_grad`` of the weight, dtype and device carry over; a weight that several modules
-    share stays shared. The network is checked against the whole plan before anything changes. A layer that already
-    has the planned format does not change, and neither does one planned as ``Dense``.
+    layer for each when the plan names one of them. Biases, training mode, ``requires_grad`` of the weight, dtype and
+    device carry over; a weight that several modules share stays shared. The network is checked against the whole plan
+    before anything changes. A layer that already has the planned format does not change, and neither does one planned
+    as ``Dense``.
 
     Args:
         model: The network; it may live on the meta device.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,13 +149,11 @@ class SplitAttention(SplitModule):
             more = [self._heads(one.expand(k.shape[0], 1, -1).to(k.dtype)) for one in (self.bias_k, self.bias_v)]
             k, v, extra = torch.cat([k, more[0]], 2), torch.cat([v, more[1]], 2), extra + 1
         if self.add_zero_attn:
-            k, v = (torch.cat([one, one.new_zeros(one.shape[0], self.num_heads, 1, self.head_dim)], 2) for one in (k, v))
+            k, v = (
+                torch.cat([one, one.new_zeros(one.shape[0], self.num_heads, 1, self.head_dim)], 2) for one in (k, v)
+            )
             extra += 1
         return k, v, extra
-
-    def merge_masks(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what ``nn.MultiheadAttention`` does in its fused path, which this module never takes."""
-        raise NotImplementedError("a split attention has no fused path, and merges its masks itself")
 
     def extra_repr(self) -> str:
         """The sizes."""
@@ -176,7 +173,10 @@ def _merged(q: Tensor, keys: int, extra: int, mask: Tensor | None, padding: Tens
     for one, what in ((mask, "attn_mask"), (padding, "key_padding_mask")):
         if one is None:
             continue
-        wanted = {"attn_mask": [(L, keys - extra), (B * heads, L, keys - extra)], "key_padding_mask": [(B, keys - extra)]}
+        wanted = {
+            "attn_mask": [(L, keys - extra), (B * heads, L, keys - extra)],
+            "key_padding_mask": [(B, keys - extra)],
+        }
         if tuple(one.shape) not in wanted[what]:
             shapes = " or ".join(map(str, wanted[what]))
             raise ValueError(f"expected {what} of shape {shapes}, got {tuple(one.shape)}")

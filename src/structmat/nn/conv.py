@@ -173,9 +173,7 @@ def unfolded(layer: StructuredConv | nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[
     return columns_of(x, kernel_size, stride, dilation).mT, sizes
 
 
-def columns_of(
-    x: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> Tensor:
+def columns_of(x: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
     """What a kernel sees at each of its places in ``(batch, in, *sizes)``, as ``(batch, N, L)``."""
     if all(k == 1 for k in kernel_size):
         return x[(..., *(slice(None, None, step) for step in stride))].flatten(2)

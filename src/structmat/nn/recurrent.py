@@ -41,7 +41,7 @@ class SplitRecurrent(SplitModule):
 
     @property
     def layers(self) -> list[str]:
-        """The names of the layers, those of both directions in turn: ``l0``, ``l0_reverse``, …"""
+        """The names ``l0``, ``l0_reverse`` and so on of the layers, those of both directions in turn."""
         ends = ("", "_reverse") if self.bidirectional else ("",)
         return [f"l{k}{end}" for k in range(self.num_layers) for end in ends]
 
