@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from structmat import Blast, BlockDiagonal, BlockSparse, Dense, Format, GaudiGblr, Gblr, LowRank, Monarch
-from structmat.formats import FORMATS, Factors, FactorSpec, TiledGblr, flat_butterfly
+from structmat.formats import FORMATS, Factors, FactorSpec, Merged, TiledGblr, flat_butterfly
 from third_party.btt import BlockTensorTrain
 
 FORMATS.pop("btt", None)  # other tests see the library's own formats alone
@@ -54,6 +54,8 @@ CASES: dict[str, Format] = {
     "monarch permuted": Monarch(12, 12, blocks=3, rank=2, permute_output=True),
     "monarch permuted, I > J": Monarch(15, 21, blocks=(5, 3), rank=2, permute_output=True),
     "monarch permuted, I < J": Monarch(15, 21, blocks=(3, 7), rank=3, permute_output=True),
+    "merged": Merged(12, 12, Monarch(12, 12, blocks=3, rank=2), rank=2),
+    "merged wide, rank 1": Merged(10, 14, BlockSparse(10, 14, ("10", "01")), rank=1),
     "blast square": Blast(12, 12, blocks=3, rank=4),
     "blast 3x7 blocks, I > J": Blast(15, 21, blocks=(5, 3), rank=6),
     "blast I < J": Blast(15, 21, blocks=(3, 7), rank=5),

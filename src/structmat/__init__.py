@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     )
     from structmat.inspect.reports import report
     from structmat.integrations.hub import load_pretrained
+    from structmat.integrations.peft import prepare_for_lora
     from structmat.network.surgery import apply_plan_, densify_, harden_, tile_
     from structmat.nn import StructuredConv2d, StructuredLinear
     from structmat.plan import Plan, Rule, make_plan, plan_of
@@ -104,6 +105,7 @@ _HOMES = {
     ),
     "structmat.inspect.reports": ("report",),
     "structmat.integrations.hub": ("load_pretrained",),
+    "structmat.integrations.peft": ("prepare_for_lora",),
     "structmat.network.surgery": ("apply_plan_", "densify_", "harden_", "tile_"),
     "structmat.nn": ("StructuredConv2d", "StructuredLinear"),
     "structmat.plan": ("Plan", "Rule", "make_plan", "plan_of"),
@@ -160,6 +162,7 @@ __all__ = [
     "load_pretrained",
     "make_plan",
     "plan_of",
+    "prepare_for_lora",
     "quantize_",
     "register_format",
     "report",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from structmat import _checks
 from structmat._digests import check, digests, sealed
 from structmat._files import parse_json, read_tensors, write_tensors
-from structmat.network.sites import find_sites
+from structmat.network.fused import Holder
+from structmat.network.sites import find_sites, structured_layers
+from structmat.network.splitting import holders_of, split_, split_modules
 from structmat.network.surgery import apply_plan_, check_layer
 from structmat.plan import Plan, plan_of
 
@@ -57,7 +59,9 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    record = {"plan": json.loads(plan_of(model).to_json()), "aliases": aliases}
+    record: dict[str, Any] = {"plan": json.loads(plan_of(model).to_json()), "aliases": aliases}
+    dense = [name for name, module in split_modules(model).items() if not structured_layers(module)]
+    record |= {"split": dense} if dense else {}
     seal = sealed(record, digests(tensors))
     write_tensors(path, tensors, {"structmat": json.dumps({"schema": SCHEMA_VERSION, **record, "digests": seal})})
 
@@ -87,7 +91,8 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     state = {**tensors, **{alias: tensors[name] for alias, name in aliases.items() if name in tensors}}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     with _checks.about(os.fspath(path)):
-        _checks.same_shapes(got, _expected_shapes(model, plan), f"the checkpoint {os.fspath(path)!r}")
+        splits = _holders(model, {*plan, *(f"{name}." for name in header.split)})
+        _checks.same_shapes(got, _expected_shapes(model, plan, splits), f"the checkpoint {os.fspath(path)!r}")
         _check_values(model, plan, state)
         _check_ties(model, state, aliases)
         check(header.seal, header.record, tensors, os.fspath(path))
@@ -100,6 +105,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         )
     with _checks.about(os.fspath(path)):
         apply_plan_(model, plan)
+    split_(model, _holders(model, {f"{name}." for name in header.split}))
     model.load_state_dict(state, assign=on_meta)
     if on_meta:  # assigning makes a new parameter for every name
         for alias, name in aliases.items():
@@ -116,14 +122,16 @@ class Header:
     Attributes:
         plan: The format of each structured layer.
         aliases: The names that share the tensor of another name, and that name.
-        record: Both as they are in the file.
+        record: Both as they are in the file, with ``split``.
         seal: The digests; empty in files of versions that wrote none.
+        split: The names of modules that are split into a layer for each matrix, though all of these are dense.
     """
 
     plan: Plan
     aliases: Mapping[str, str]
     record: Mapping[str, Any]
     seal: Any
+    split: Sequence[str] = ()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Header]:
@@ -154,7 +162,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], He
             )
         aliases = _checks.values(found["aliases"], str, f"'aliases' of {what}")
         plan = Plan.from_data(found["plan"])
-    return tensors, Header(plan, aliases, {key: header[key] for key in ("plan", "aliases")}, header.get("digests", {}))
+        split = _checks.typed(header.get("split", []), list, f"'split' of {what}")
+    record = {key: header[key] for key in ("plan", "aliases", "split") if key in header}
+    return tensors, Header(plan, aliases, record, header.get("digests", {}), split)
 
 
 def _check_values(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> None:
@@ -187,10 +197,28 @@ def _check_ties(model: nn.Module, state: Mapping[str, Tensor], aliases: Mapping[
             )
 
 
-def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _holders(model: nn.Module, wanted: set[str]) -> list[Holder]:
+    """What is to be split: by the names of its parts, or by its own with a dot behind."""
+    return [
+        holder
+        for holder in holders_of(model)
+        if any(
+            name in wanted or f"{name}." in wanted
+            for own in holder.names
+            for name in (own, *(f"{own}.{part}" for part, _ in holder.twin.named_children()))
+        )
+    ]
+
+
+def _expected_shapes(model: nn.Module, plan: Plan, splits: Iterable[Holder]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the state dict that the network will have under the plan."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sites = {name: site for site in find_sites(model).values() for name in site.names}
+    for holder in splits:
+        for name in holder.names:
+            for own in holder.module.state_dict():
+                shapes.pop(f"{name}.{own}", None)
+            shapes.update((f"{name}.{own}", tuple(one.shape)) for own, one in holder.twin.state_dict().items())
     for planned, format in plan.items():
         for name in sites[planned].names if planned in sites else ():
             shapes.pop(f"{name}.weight", None)

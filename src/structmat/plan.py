@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +15,16 @@ from structmat import _checks
 from structmat._files import parse_json, read_json, write_atomically
 from structmat.formats import Format, format_named
 from structmat.formats.registry import formats_from_json
+from structmat.network.selecting import Selector, fault, matches, spell
 from structmat.network.sites import Site, find_sites
+from structmat.network.staying import staying
 from structmat.nn import StructuredModule
 
 SCHEMA_VERSION = 1
 """The version of the JSON form of a plan."""
 
-Selector = str | type[nn.Module]
-"""A regular expression that must match a module's whole name, or a module type."""
+UNPICKED = "it is excluded, or no rule picks it"
+"""Why a layer that could be structured stays dense."""
 
 
 @dataclass(frozen=True, init=False)
@@ -136,12 +136,15 @@ class Plan(Mapping[str, Format]):
     Attributes:
         layers: The format of each layer by name.
         skipped: The reason why a layer that a selector picked has no format, by name.
+        stays: The reason why anything else in the network that holds parameters stays dense, by name; what is alike is
+            together. Plans that were not made from a network have none.
         two_sided: Whether fits are meant to weigh errors by gradients too, as those of ``allocate`` are.
     """
 
     layers: Mapping[str, Format]
     skipped: Mapping[str, str] = field(default_factory=dict)
     two_sided: bool = field(default=False, compare=False)
+    stays: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         wrong = [name for name, format in self.layers.items() if not isinstance(format, Format)]
@@ -160,15 +163,17 @@ class Plan(Mapping[str, Format]):
         return len(self.layers)
 
     def __str__(self) -> str:
-        width = max((len(name) for name in (*self.layers, *self.skipped)), default=0)
+        width = max((len(name) for name in (*self.layers, *self.skipped, *self.stays)), default=0)
         lines = [f"{name:<{width}}  {format}  keep {format.keep:.3f}" for name, format in self.layers.items()]
         lines += [f"{name:<{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"{name:<{width}}  stays dense: {reason}" for name, reason in self.stays.items()]
         return "\n".join(lines)
 
     def to_json(self) -> str:
         """The plan as JSON text."""
         layers = {name: format.to_json() for name, format in self.layers.items()}
         facts = {"schema": SCHEMA_VERSION, "layers": layers, "skipped": dict(self.skipped)}
+        facts |= {"stays": dict(self.stays)} if self.stays else {}
         return json.dumps(facts | ({"two_sided": True} if self.two_sided else {}), indent=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -221,7 +226,10 @@ class Plan(Mapping[str, Format]):
             raise ValueError(f"expected a plan of schema {SCHEMA_VERSION}, got {found['schema']}; update structmat")
         skipped = _checks.values(found["skipped"], str, "'skipped' of the plan")
         two_sided = _checks.typed(data.get("two_sided", False), bool, "'two_sided' of the plan")
-        return cls(formats_from_json(found["layers"]), skipped, two_sided)
+        stays = _checks.values(
+            _checks.typed(data.get("stays", {}), dict, "'stays' of the plan"), str, "'stays' of the plan"
+        )
+        return cls(formats_from_json(found["layers"]), skipped, two_sided, stays)
 
 
 def make_plan(
@@ -235,8 +243,10 @@ def make_plan(
 ) -> Plan:
     """Resolve selectors to the layers of a network, and budgets to ranks.
 
-    The candidates are the linear layers and convolutions that hold a dense weight; a weight that several modules share
-    is one candidate under its first name. The first rule that matches a layer decides.
+    The candidates are the linear layers and convolutions that hold a dense weight, also those in the place of modules
+    that hold several matrices, such as ``attention.q_proj`` of an ``nn.MultiheadAttention``; the name and the type of
+    such a module pick all of its parts. A weight that several modules share is one candidate under its first name. The
+    first rule that matches a layer decides.
 
     Args:
         model: The network; it is only looked at, and may live on the meta device.
@@ -261,6 +271,7 @@ def make_plan(
         >>> print(make_plan(model, {"0": "blast", nn.Linear: "low_rank"}, keep=0.5, blocks=4, exclude=["3"]))
         0  Blast(M=64, N=64, blocks=(4, 4), rank=14)  keep 0.492
         2  LowRank(M=32, N=64, rank=10)  keep 0.469
+        3  stays dense: it is excluded, or no rule picks it
         >>> len(make_plan(model, "low_rank", keep=0.5))
         3
     """
@@ -289,7 +300,7 @@ def make_plan(
             continue
         if format is not None:
             layers[name] = format
-    return Plan(layers, skipped)
+    return Plan(layers, skipped, stays=staying(model, {*layers, *skipped}, UNPICKED))
 
 
 def _format_of(site: Site, rule: Rule) -> Format | None:
@@ -310,15 +321,15 @@ def _check_selectors(
 ) -> None:
     """Refuse a selector that picks no layer, and a rule that decides none."""
     for selector in (*rules, *exclude):
-        if not any(_matches(selector, site) for site in sites.values()):
+        if not any(matches(selector, site) for site in sites.values()):
             raise ValueError(
-                f"expected {_spell(selector)} to pick a dense linear layer or convolution, but it picks none"
-                f"{_fault(selector)}; there are: {', '.join(sites) or 'none'}"
+                f"expected {spell(selector)} to pick a dense linear layer or convolution, but it picks none"
+                f"{fault(selector)}; there are: {', '.join(sites) or 'none'}"
             )
     for selector in rules:
         if selector not in deciders.values():
             raise ValueError(
-                f"expected {_spell(selector)} to decide a layer, but all that it picks are excluded or taken by an "
+                f"expected {spell(selector)} to decide a layer, but all that it picks are excluded or taken by an "
                 "earlier rule; put special rules before general ones"
             )
 
@@ -344,39 +355,9 @@ def as_rule(choice: FormatChoice) -> Rule:
 
 def _decider(site: Site, rules: Mapping[Selector, Rule], exclude: Iterable[Selector]) -> Selector | None:
     """Find the selector of the rule that decides a site, if any does."""
-    if any(_matches(selector, site) for selector in exclude):
+    if any(matches(selector, site) for selector in exclude):
         return None
-    return next((selector for selector in rules if _matches(selector, site)), None)
-
-
-def _matches(selector: Selector, site: Site) -> bool:
-    """Whether a selector picks a site: by one of its names, written out or as a regular expression, or by its type."""
-    if isinstance(selector, str):
-        return selector in site.names or any(_pattern(selector).fullmatch(name) for name in site.names)
-    return isinstance(site.module, selector)
-
-
-@functools.lru_cache(maxsize=256)
-def _pattern(selector: str) -> re.Pattern[str]:
-    """A selector as a pattern; one that is no regular expression picks nothing but the name that it spells."""
-    try:
-        return re.compile(selector)
-    except re.error:
-        return re.compile(re.escape(selector))
-
-
-def _fault(selector: Selector) -> str:
-    """What is wrong with a selector that is no regular expression, in brackets; empty where nothing is."""
-    try:
-        re.compile(selector if isinstance(selector, str) else "")
-    except re.error as error:
-        return f" (it is no regular expression: {error})"
-    return ""
-
-
-def _spell(selector: Selector) -> str:
-    """A selector as messages show it."""
-    return repr(selector) if isinstance(selector, str) else selector.__name__
+    return next((selector for selector in rules if matches(selector, site)), None)
 
 
 def plan_of(model: nn.Module) -> Plan:

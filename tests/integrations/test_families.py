@@ -20,7 +20,8 @@ from structmat.fit import Fit, TruncatedSvd
 from structmat.network.calls import call, evaluating, tensors_of
 from structmat.network.chain import Chain, list_of_blocks
 from structmat.network.masks import masks_of
-from structmat.network.sites import find_sites, unseen_weights
+from structmat.network.sites import find_sites
+from structmat.network.staying import unseen_weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "compression.md"
 FEW = "the calibration data gives fewer vectors"

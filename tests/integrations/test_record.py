@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from structmat import Blast, LowRank, StructuredLinear, apply_plan_, compress_, densify_, make_plan, plan_of
 from structmat.integrations.peft import factor_targets
-from structmat.network.surgery import put_module
+from structmat.network.splitting import put_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"

@@ -9,7 +9,7 @@ from conformance import LARGE
 from structmat import Blast, BlockSparse, Dense, Format, LowRank, Monarch, StructuredConv2d, StructuredLinear
 from structmat.formats import FORMATS
 from structmat.network.sites import DENSE_KINDS, find_sites
-from structmat.network.surgery import put_module
+from structmat.network.splitting import put_module
 
 
 @pytest.mark.parametrize("bias", [True, False])

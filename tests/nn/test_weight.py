@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from structmat import Blast, Dense, LowRank, StructuredConv2d, StructuredLinear, apply_plan_, densify_, report
-from structmat.network.sites import find_sites, unseen_weights
+from structmat.network.sites import find_sites
+from structmat.network.staying import unseen_weights
 from structmat.nn import ReadOnlyWeight
 
 

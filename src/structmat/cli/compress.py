@@ -280,7 +280,7 @@ class Compression:
         plan = shared_budget(self.model, model, data.batches, settings, [re.escape(name) for name in made], cache)
         dense = sum(not format.replaces for format in plan.values())
         say(f"layers share the budget by their effect on the output: {plan.kept:.3f} kept, {dense} layers stay dense")
-        return Plan(dict(plan), made.skipped, plan.two_sided)
+        return Plan(dict(plan), made.skipped, plan.two_sided, made.stays)
 
     def expected(self) -> Estimate:
         """How long all of it takes from the start, without loading the model."""

@@ -89,6 +89,7 @@ def show_plan(made: Plan, skeleton: Any) -> None:
         (name, str(len(members)), f"skipped: {made.skipped[members[0]]}", "", "")
         for name, members in alike(made.skipped.items()).items()
     ]
+    rows += [(name, "", f"stays dense: {reason}", "", "") for name, reason in made.stays.items()]
     before, after = weigh(made)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     rest = total - before

@@ -23,7 +23,9 @@ from structmat.fit import Fit
 from structmat.network.calls import device_of, evaluating, moved, undisturbed
 from structmat.network.chain import find_chain
 from structmat.network.sites import find_sites
-from structmat.plan import FormatChoice, Plan, Rule, Selector, as_rule
+from structmat.network.splitting import unfused
+from structmat.network.staying import staying
+from structmat.plan import UNPICKED, FormatChoice, Plan, Rule, Selector, as_rule
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def allocate(
     )
     given = some_batches(batches)
     store = None if cache is None else FitStore(cache)
-    with undisturbed(), evaluating(model):
+    with undisturbed(), evaluating(model), unfused(model):
         names = {name: site.names for name, site in find_sites(model).items() if not site.problem}
         chain = None if layers is not None else find_chain(model, names, moved(given[0], device_of(model)))
         chosen = selectors(layers, () if chain is None else chain.names)
@@ -268,8 +270,9 @@ def allocated(
     library = {name: candidates(formats[name], found.errors[name], price) for name in formats}
     dense = sum(one[-1].cost for one in library.values())
     search = Search(library, _budget(model, library, settings, dense), found.sensitivity)
+    stays = staying(model, {*library, *skipped}, UNPICKED)
     counted = unit if isinstance(unit, str) else getattr(unit, "name", "cost")
-    return _allocation(search, search.best(), skipped, counted, found.effect)
+    return _allocation(search, search.best(), (skipped, stays), counted, found.effect)
 
 
 def _budget(
@@ -291,7 +294,9 @@ def _budget(
     return budget
 
 
-def _allocation(search: Search, picks: Picks, skipped: Mapping[str, str], unit: str, effect: str) -> Allocation:
+def _allocation(
+    search: Search, picks: Picks, reasons: tuple[Mapping[str, str], Mapping[str, str]], unit: str, effect: str
+) -> Allocation:
     """The plan, with the reasons."""
     choices: dict[str, Choice] = {}
     for name, options in search.library.items():
@@ -301,8 +306,9 @@ def _allocation(search: Search, picks: Picks, skipped: Mapping[str, str], unit: 
         choices[name] = Choice(weight, considered, kept, predicted)
     return Allocation(
         {name: search.library[name][pick].format for name, pick in picks.items()},
-        skipped,
+        reasons[0],
         two_sided=True,
+        stays=reasons[1],
         choices=choices,
         unit=unit,
         effect=effect,

@@ -20,6 +20,7 @@ from structmat.compress.tasks import FitBar, MethodChoice, WorkList, fit_tasks, 
 from structmat.fit import Fit
 from structmat.formats import Format
 from structmat.network.calls import undisturbed
+from structmat.network.splitting import unfused
 from structmat.network.surgery import put_fits_
 from structmat.plan import Plan
 
@@ -85,7 +86,8 @@ def compress_(
         two_sided = given is not None and isinstance(plan, Plan) and plan.two_sided
     if two_sided and given is None:
         raise ValueError("expected batches to be two-sided on, got none; pass batches=, a list of the network's inputs")
-    with undisturbed():
+    planned = [name for name, format in plan.items() if isinstance(format, Format) and format.replaces]
+    with undisturbed(), unfused(model, planned):
         work = WorkList.of(model, plan, method or EFFORTS[effort].method)
         if not work.sites:
             return {}

@@ -18,6 +18,7 @@ from structmat.network.calls import call, device_of, evaluating, moved, undistur
 from structmat.network.capture import capturing, shared_inputs
 from structmat.network.masks import find_masks
 from structmat.network.sites import Site, find_sites
+from structmat.network.splitting import unfused
 
 MOST_NAMED = 8
 """The most layers that a warning names."""
@@ -74,10 +75,18 @@ def calibrate(
     Warns:
         UserWarning: If layers see fewer vectors than they have inputs.
     """
-    sites = _planned(model, plan)
-    given, device = list(batches), device_of(model)
+    wanted, given = _planned(model, plan), list(batches)
     if not given:
         raise ValueError("expected at least one batch of calibration data, got none")
+    with unfused(model, wanted):
+        found = _gathered(model, given, _planned(model, plan), progress)
+    warn_of_few({name: one.tokens for name, one in found.items()}, {name: plan[name].N for name in found})
+    return found
+
+
+def _gathered(model: nn.Module, given: list[Any], sites: Mapping[str, Site], progress: bool) -> Calibration:
+    """Gather the moments of sites whose modules are in the network."""
+    device = device_of(model)
     bar = progress_bar(desc="calibrate", unit="batch", total=len(given), show=progress)
     with undisturbed(), evaluating(model), bar:
         leaders = shared_inputs(sites, (functools.partial(call, model, moved(batch, device)) for batch in given))[0]
@@ -92,9 +101,7 @@ def calibrate(
             bar.update(min(len(given), (done + 1) * current().size) - bar.n)
             bar.set_postfix_str(f"{sum(s.nbytes for s in sums.values()) / 2**20:.0f} MiB", refresh=False)
     moments = {leader: one.moments() for leader, one in sums.items()}
-    found = Calibration({name: moments[leaders[name]] for name in sites})
-    warn_of_few({name: one.tokens for name, one in found.items()}, {name: plan[name].N for name in found})
-    return found
+    return Calibration({name: moments[leaders[name]] for name in sites})
 
 
 def warn_of_few(vectors: Mapping[str, int], inputs: Mapping[str, int]) -> None:

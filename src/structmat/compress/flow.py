@@ -18,7 +18,8 @@ from structmat.formats import Format
 from structmat.network.calls import HOST, call, copied, evaluating, moved, undisturbed
 from structmat.network.capture import hooked
 from structmat.network.chain import list_of_blocks
-from structmat.network.surgery import apply_plan_, put_module
+from structmat.network.splitting import put_module
+from structmat.network.surgery import apply_plan_
 
 SHOWN = 2
 """How many blocks of a network are called."""

@@ -61,7 +61,7 @@ def relative_flops(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | 
         starts.append(counter.get_total_flops())
 
     def end(name: str, layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        saved.append(_saved(layers[name], output, counter.get_total_flops() - starts.pop()))
+        saved.append(_saved(layers[name], inputs, output, counter.get_total_flops() - starts.pop()))
 
     layers = structured_layers(model)
     with evaluating(model), hooked(layers, before=begin, after=end), counter:
@@ -70,9 +70,9 @@ def relative_flops(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | 
     return Flops(compressed, compressed + sum(saved))
 
 
-def _saved(layer: Any, output: Tensor, own: int) -> int:
+def _saved(layer: Any, inputs: tuple[Any, ...], output: Tensor, own: int) -> int:
     """The operations that a layer saves against the dense product, given its own."""
-    vectors = vectors_in(layer, output)
+    vectors = vectors_in(layer, inputs, output)
     if own == 0 and layer.format.multiplications(vectors, layer.factors) > 0:
         raise ValueError(
             f"expected the counter to see the operations of {layer.format}, got none; give their operator "

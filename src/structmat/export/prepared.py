@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from structmat.network.sites import structured_layers
 from structmat.network.surgery import harden_, tile_
-from structmat.nn import StructuredLinear, StructuredModule, unfolded
-from structmat.nn.conv import StructuredConv2d
+from structmat.nn import StructuredModule
 
 MOST_LAYERS = 8
 """The most linear layers that a structured matrix becomes for ONNX; one that needs more is a few batched products,
@@ -84,15 +83,7 @@ class Unrolled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        layer = vars(self)["layer"]
-        if not isinstance(layer, StructuredConv2d):
-            return self._biased(self.product(x))
-        vectors, size = unfolded(layer, x if x.ndim == 4 else x[None])
-        y = self._biased(self.product(vectors)).mT.unflatten(-1, size)
-        return y if x.ndim == 4 else y[0]
-
-    def _biased(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return vars(self)["layer"].through(x, self.product)
 
 
 @torch.no_grad()
@@ -101,7 +92,7 @@ def _unroll_(model: nn.Module, most: int | None, sums: bool) -> None:
     made: dict[int, nn.Module | None] = {}
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if not isinstance(layer, (StructuredLinear, StructuredConv2d)):
+            if not isinstance(layer, StructuredModule):
                 continue
             if id(layer) not in made:
                 product = layer.format.unrolled(layer.factors, sums)

@@ -17,6 +17,7 @@ from structmat.fit.rounding import round_factors
 from structmat.formats import Dense, Format, Quantized
 from structmat.network.calls import call, copied, device_of, evaluating, moved, undisturbed
 from structmat.network.sites import Site, find_sites
+from structmat.network.splitting import unfused
 from structmat.network.surgery import apply_plan_, convert_, densify_
 from structmat.network.ties import tied_layers
 from structmat.nn import StructuredModule
@@ -77,11 +78,12 @@ def quantize_(
     found: dict[str, dict[str, Tensor]] = {}
     if batches is not None:
         twin = densify_(copied(model))
-        by_name = {name: site for site in find_sites(twin).values() for name in site.names}
-        sites = _reached(twin, batches, {name: by_name[name] for name in formats})
-        for part in memory_parts(twin, batches, sites):
-            moments = calibrate(twin, batches, {name: formats[name] for name in part}, progress=progress)
-            found |= {n: _rounded(formats[n], factors[n][1], moments[n].with_ridge()) for n in part}
+        with unfused(twin):
+            by_name = {name: site for site in find_sites(twin).values() for name in site.names}
+            sites = _reached(twin, batches, {name: by_name[name] for name in formats})
+            for part in memory_parts(twin, batches, sites):
+                moments = calibrate(twin, batches, {name: formats[name] for name in part}, progress=progress)
+                found |= {n: _rounded(formats[n], factors[n][1], moments[n].with_ridge()) for n in part}
     found |= {n: _rounded(formats[n], own, None) for n, (_, own) in factors.items() if n not in found}
     errors = {name: _error(formats[name], factors[name][1], found[name]) for name in formats}
     _put(model, formats, found, set(dense))

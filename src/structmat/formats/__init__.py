@@ -20,6 +20,7 @@ from structmat.formats.gblr_conversions import (
 )
 from structmat.formats.learned import LearnedSegments, Unit
 from structmat.formats.low_rank import LowRank
+from structmat.formats.merged import Merged, plus_low_rank
 from structmat.formats.monarch import Monarch
 from structmat.formats.quantized import Quantized
 from structmat.formats.registry import (
@@ -33,7 +34,19 @@ from structmat.formats.registry import (
 )
 from structmat.formats.tiled_gblr import TiledGblr
 
-for _kind in (Dense, LowRank, BlockDiagonal, Monarch, BlockSparse, Blast, Gblr, GaudiGblr, TiledGblr, Quantized):
+for _kind in (
+    Dense,
+    LowRank,
+    BlockDiagonal,
+    Monarch,
+    BlockSparse,
+    Blast,
+    Gblr,
+    GaudiGblr,
+    TiledGblr,
+    Quantized,
+    Merged,
+):
     register_format(_kind)
 
 __all__ = [
@@ -50,6 +63,7 @@ __all__ = [
     "Gblr",
     "LearnedSegments",
     "LowRank",
+    "Merged",
     "Monarch",
     "Quantized",
     "RankedFormat",
@@ -63,6 +77,7 @@ __all__ = [
     "hardening_gap",
     "interpolate_gaudi",
     "load_plugins",
+    "plus_low_rank",
     "register_format",
     "sized_formats",
     "tile",

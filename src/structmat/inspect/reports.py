@@ -16,9 +16,11 @@ from structmat._tables import share, table_text
 from structmat.fit import Fit
 from structmat.inspect.learned import StructureNumbers, structure_numbers
 from structmat.network.capture import count_vectors
-from structmat.network.sites import DENSE_KINDS, dense_weight, unseen_weights
+from structmat.network.sites import DENSE_KINDS, dense_weight, find_sites
+from structmat.network.splitting import unfused
+from structmat.network.staying import plain_modules, unseen_weights
 from structmat.nn import StructuredModule
-from structmat.plan import Plan
+from structmat.plan import UNPICKED, Plan
 
 NUMBERS = (4, 5, 6, 7, 8)
 """The columns of a report with numbers, which are aligned to the right."""
@@ -69,6 +71,8 @@ class Report:
         dense_multiplications: The number of multiplications of the same layers dense.
         per_token: Whether multiplications are per token and layer; otherwise they are over the example inputs.
         unseen: The matrices that are in no linear layer or convolution, by parameter name, shown below the table.
+        plain: The reason why embeddings, norms and other modules without a matrix stay dense, by type and number, shown
+            below the table.
         structure: The numbers of the learned structure of GBLR layers, by layer, shown below the table; empty where
             nobody asked for them.
     """
@@ -80,6 +84,7 @@ class Report:
     dense_multiplications: int
     per_token: bool
     unseen: Mapping[str, str] = field(default_factory=dict)
+    plain: Mapping[str, str] = field(default_factory=dict)
     structure: Mapping[str, StructureNumbers] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +142,7 @@ class Report:
     def __str__(self) -> str:
         head, rows = self.cells()
         notes = [f"not in any row: {name} ({what})" for name, what in self.unseen.items()]
+        notes += [f"not in any row: {name}: {reason}" for name, reason in self.plain.items()]
         total_keep = sum(row.parameters for row in self.rows if row.name in self.structure) or 1
         notes += [
             f"{row.name}: {row.parameters / total_keep:.1%} of the learned budget, {self.structure[row.name]}"
@@ -156,6 +162,9 @@ def report(
 ) -> Report:
     """Describe the linear layers and convolutions of a network.
 
+    Modules that hold several matrices, such as ``nn.MultiheadAttention``, have a row for each. Everything else that
+    holds parameters is named below the table, with the reason why it stays dense.
+
     Args:
         model: The network.
         fits: The fits that ``compress_`` returned, for the errors.
@@ -167,11 +176,20 @@ def report(
     Returns:
         The report.
     """
+    with unfused(model):
+        return _described(model, fits, plan, example_inputs, structure)
+
+
+def _described(
+    model: nn.Module, fits: Mapping[str, Fit] | None, plan: Plan | None, example_inputs: Any, structure: bool
+) -> Report:
+    """Describe a network in which each matrix is a layer."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     weights = {name: weight for name, module in model.named_modules() if (weight := _weight(module)) is not None}
     vectors = _count_vectors(model, weights, example_inputs)
+    reasons = _reasons(model, plan)
     rows: list[Row] = []
     counted: set[int] = set()
     surplus = 0  # what Gaudi-GBLR layers store beyond their segments
@@ -191,7 +209,7 @@ def report(
                 weight.multiplications * vectors[name],
                 dense * vectors[name],
                 None if fit is None else fit.error,
-                "shares its weight" if shared else plan.skipped.get(name, "") if plan else "",
+                "shares its weight" if shared else reasons.get(name, ""),
                 None if fit is None else fit.output_error,
             )
         )
@@ -208,8 +226,23 @@ def report(
         sum(row.dense_multiplications for row in rows),
         example_inputs is None,
         unseen_weights(model),
+        plain_modules(model),
         _learned(model) if structure else {},
     )
+
+
+def _reasons(model: nn.Module, plan: Plan | None) -> dict[str, str]:
+    """The reason why each dense layer is dense."""
+    reasons = {} if plan is None else dict(plan.skipped)
+    for site in find_sites(model).values():
+        planned = None if plan is None else next((plan[one] for one in site.names if one in plan), None)
+        usual = UNPICKED if plan is not None else "it can be structured"
+        usual = (
+            usual if planned is None else "it is planned as dense" if not planned.replaces else "it is not replaced yet"
+        )
+        for one in site.names:
+            reasons.setdefault(one, site.problem or usual)
+    return reasons
 
 
 def _error_cell(error: float | None) -> str:

@@ -2,7 +2,8 @@
 
 from structmat.network.adapters import Adapter, register_adapter
 from structmat.network.chain import Chain, find_chain
-from structmat.network.sites import Site, find_sites, structured_layers, unseen_weights
+from structmat.network.sites import Site, find_sites, structured_layers
+from structmat.network.staying import staying, unseen_weights
 from structmat.network.surgery import apply_plan_, densify_, harden_, put_fits_, tile_
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "harden_",
     "put_fits_",
     "register_adapter",
+    "staying",
     "structured_layers",
     "tile_",
     "unseen_weights",

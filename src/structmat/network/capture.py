@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from structmat import _ranks
 from structmat.network.calls import call, evaluating
-from structmat.network.sites import Site
-from structmat.nn import StructuredConv2d, unfolded
+from structmat.network.sites import DENSE_KINDS, Site
+from structmat.nn import StructuredConv, StructuredConvTranspose
 
 Before = Callable[[str, nn.Module, tuple[Any, ...]], object]
 """A function that is called before a module runs, with the module's name, the module, and its positional arguments."""
@@ -92,7 +92,7 @@ def count_vectors(
     counts: dict[str, Counter[tuple[int, torch.dtype]]] = {name: Counter() for name in layers}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        vectors = vectors_in(module, output)
+        vectors = vectors_in(module, args, output)
         if vectors:
             counts[name].update([(vectors, output.dtype)])
 
@@ -101,9 +101,20 @@ def count_vectors(
     return counts
 
 
-def vectors_in(layer: nn.Module, output: Tensor) -> int:
-    """The number of vectors that a layer made: the tokens of a linear layer, the positions of a convolution."""
-    channels = output.shape[-3 if isinstance(layer, (nn.Conv2d, StructuredConv2d)) else -1]
+def vectors_in(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> int:
+    """The number of vectors that a layer multiplied.
+
+    Args:
+        layer: The layer, dense or structured.
+        inputs: The positional arguments of the call.
+        output: What the layer returned.
+
+    Returns:
+        The tokens of a linear layer, the output positions of a convolution, the input positions of a transposed one.
+    """
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, StructuredConvTranspose)):
+        return inputs[0].numel() // layer.in_channels
+    channels = layer.out_channels if isinstance(layer, (nn.Conv1d, nn.Conv2d, StructuredConv)) else output.shape[-1]
     return output.numel() // channels if channels else 0
 
 
@@ -141,7 +152,9 @@ def shared_inputs(sites: Mapping[str, Site], runs: Iterable[Callable[[], object]
         same = (
             other
             for other in leaders.values()
-            if calls[other] == reads and type(sites[other].module) is type(sites[name].module) is not nn.Conv2d
+            if calls[other] == reads
+            and type(sites[other].module) is type(sites[name].module)
+            and DENSE_KINDS[type(sites[name].module)].reads_all
         )
         leaders[name] = next(same, name)
     return leaders, set(calls) - many
@@ -208,7 +221,7 @@ def capturing_gradients(sites: Mapping[str, Site], counted: Counted | None = Non
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         def keep(gradient: Tensor) -> None:
-            rows = gradient.flatten(-2).movedim(-2, -1) if isinstance(module, nn.Conv2d) else gradient
+            rows = DENSE_KINDS[type(module)].gradients(module, gradient)
             mask = None if counted is None else counted(sites[name].name, rows)
             vectors = rows.reshape(-1, rows.shape[-1]) if mask is None else rows[mask]
             captured.setdefault(name, []).append(vectors.detach())
@@ -236,8 +249,7 @@ def _watched(sites: Mapping[str, Site], note: Before) -> Iterator[None]:
 
 def _vectors(name: str, module: nn.Module, x: Tensor, counted: Counted | None) -> Tensor:
     """A copy of what the layer's matrix multiplies, ``(T, N)``, without the vectors that do not count."""
-    if isinstance(module, nn.Conv2d):
-        x = unfolded(module, x if x.ndim == 4 else x[None])[0]
+    x = DENSE_KINDS[type(module)].vectors(module, x)
     mask = None if counted is None else counted(name, x)
     vectors = x.reshape(-1, x.shape[-1]).clone() if mask is None else x[mask]
     if not torch.isfinite(vectors).all():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from structmat.network.calls import HOST, call, device_of, fresh, moved, same_draws, widened
 from structmat.network.capture import Stop, hooked, stopping
-from structmat.network.surgery import put_module
+from structmat.network.splitting import put_module
 
 LEAST_SHARE = 0.8
 """A list is the network's chain of blocks only if at least this share of the planned layers lies in it."""

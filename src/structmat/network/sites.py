@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from structmat.formats import Format
-from structmat.nn.conv import StructuredConv2d
-from structmat.nn.linear import StructuredLinear, StructuredModule
+from structmat.network.fused import Holder, lost_with, opened, weight_problem
+from structmat.nn import (
+    StructuredConv,
+    StructuredConv1d,
+    StructuredConv2d,
+    StructuredConvTranspose,
+    StructuredConvTranspose1d,
+    StructuredConvTranspose2d,
+    StructuredLinear,
+    StructuredModule,
+    unfolded,
+    unfolded_results,
+)
+
+
+def _as_it_is(layer: nn.Module, x: Tensor) -> Tensor:
+    """The vectors of a linear layer, which are in the last axis."""
+    return x
 
 
 @dataclass(frozen=True)
@@ -25,11 +39,22 @@ class DenseKind:
         problem: Why this layer has no structured counterpart, or None.
         structured: The counterpart of a layer for a format, its factors (None: random) and a source of randomness;
             without the bias' values.
+        vectors: The vectors ``(..., N)`` that the matrix of a layer multiplies, of the layer's input.
+        gradients: The gradients ``(..., M)`` at the products, of the gradient at the layer's output.
+        biased: Whether the bias has one number for each row of the matrix.
     """
 
     matrix: Callable[[nn.Module], Tensor]
     problem: Callable[[nn.Module], str | None]
     structured: Callable[[nn.Module, Format, Mapping[str, Tensor] | None, torch.Generator | None], StructuredModule]
+    vectors: Callable[[nn.Module, Tensor], Tensor] = _as_it_is
+    gradients: Callable[[nn.Module, Tensor], Tensor] = _as_it_is
+    biased: bool = True
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether layers that read the same input multiply the same vectors."""
+        return self.vectors is _as_it_is
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -46,35 +71,84 @@ def _linear(
     )
 
 
-def _conv2d(
-    layer: nn.Module, format: Format, factors: Mapping[str, Tensor] | None, generator: torch.Generator | None
-) -> StructuredConv2d:
-    if not isinstance(layer, nn.Conv2d):
-        raise TypeError(f"expected an nn.Conv2d, got {type(layer).__name__}")
-    return StructuredConv2d(
-        format,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.padding_mode,
-        layer.bias is not None,
-        factors=factors,
-        generator=generator,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
+def _conv(
+    kind: type[StructuredConv],
+) -> Callable[[Any, Format, Mapping[str, Tensor] | None, torch.Generator | None], StructuredConv]:
+    def made(
+        layer: Any, format: Format, factors: Mapping[str, Tensor] | None, generator: torch.Generator | None
+    ) -> StructuredConv:
+        return kind(
+            format,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.padding_mode,
+            layer.bias is not None,
+            factors=factors,
+            generator=generator,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
+        )
+
+    return made
+
+
+def _transposed(
+    kind: type[StructuredConvTranspose],
+) -> Callable[[Any, Format, Mapping[str, Tensor] | None, torch.Generator | None], StructuredConvTranspose]:
+    def made(
+        layer: Any, format: Format, factors: Mapping[str, Tensor] | None, generator: torch.Generator | None
+    ) -> StructuredConvTranspose:
+        return kind(
+            format,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.output_padding,
+            layer.dilation,
+            layer.bias is not None,
+            factors=factors,
+            generator=generator,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
+        )
+
+    return made
+
+
+def _batch(layer: nn.Module, x: Tensor) -> Tensor:
+    """An input or output of a convolution with its batch."""
+    return x if x.ndim == dense_weight(layer).ndim else x[None]
+
+
+def _conv_kind(kind: type[StructuredConv]) -> DenseKind:
+    return DenseKind(
+        lambda layer: dense_weight(layer).flatten(1),
+        lambda layer: None,
+        _conv(kind),
+        lambda layer, x: unfolded(cast("nn.Conv2d", layer), _batch(layer, x))[0],
+        lambda layer, y: _batch(layer, y).flatten(2).mT,
     )
 
 
-def _conv2d_problem(layer: nn.Module) -> str | None:
-    return (
-        f"it is a convolution with {layer.groups} groups; only groups=1 has one matrix" if layer.groups != 1 else None
+def _transposed_kind(kind: type[StructuredConvTranspose]) -> DenseKind:
+    return DenseKind(
+        lambda layer: dense_weight(layer).flatten(1).mT,
+        lambda layer: None,
+        _transposed(kind),
+        lambda layer, x: _batch(layer, x).flatten(2).mT,
+        lambda layer, y: unfolded_results(cast("nn.ConvTranspose2d", layer), _batch(layer, y)),
+        biased=False,
     )
 
 
 DENSE_KINDS: dict[type[nn.Module], DenseKind] = {
     nn.Linear: DenseKind(dense_weight, lambda layer: None, _linear),
-    nn.Conv2d: DenseKind(lambda layer: dense_weight(layer).flatten(1), _conv2d_problem, _conv2d),
+    nn.Conv1d: _conv_kind(StructuredConv1d),
+    nn.Conv2d: _conv_kind(StructuredConv2d),
+    nn.ConvTranspose1d: _transposed_kind(StructuredConvTranspose1d),
+    nn.ConvTranspose2d: _transposed_kind(StructuredConvTranspose2d),
 }
 """Every type of dense layer that can be structured; a subclass, whose forward may do other things, cannot."""
 
@@ -88,12 +162,15 @@ class Site:
         names: Every name under which a module of it hangs in the network.
         modules: The module, and after it others that share its weight.
         problem: Why it cannot be structured, or None.
+        holder: The module that holds its weight together with others, if one does: the site's modules are in the twin
+            of it, which surgery puts into its place.
     """
 
     name: str
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     problem: str | None = None
+    holder: Holder | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -111,8 +188,15 @@ class Site:
 
     @property
     def own_bias(self) -> Tensor | None:
-        """The bias ``(M,)``, if there is one module, and it has one."""
-        return self.module._parameters["bias"] if len(self.modules) == 1 else None
+        """The bias ``(M,)``, if there is one module, and it has one with a number for each row of the matrix."""
+        if len(self.modules) > 1 or not DENSE_KINDS[type(self.module)].biased:
+            return None
+        return self.module._parameters["bias"]
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The names of the site, and of the module that holds it."""
+        return (*self.names, *(() if self.holder is None else self.holder.names))
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
@@ -124,19 +208,26 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     Returns:
         The sites by name, in the order of ``named_modules``.
     """
+    found = opened(model)
     names: dict[int, list[str]] = {}
     users: dict[int, list[nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        first = id(module) not in names
+    modules: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in found.modules:
         names.setdefault(id(module), []).append(name)
-        if first:
+        if id(module) not in modules:
+            modules[id(module)] = name, module
             for parameter in module._parameters.values():
                 if parameter is not None:
                     users.setdefault(id(parameter), []).append(module)
 
     sites: dict[str, Site] = {}
     seen: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in modules.values():
+        if id(module) in found.problems:
+            sites[name] = Site(name, tuple(names[id(module)]), (module,), found.problems[id(module)])
+            continue
+        if id(module) in found.closed or isinstance(module, StructuredModule):
+            continue
         if not isinstance(module, tuple(DENSE_KINDS)):
             continue
         if type(module) not in DENSE_KINDS or "weight" not in module._parameters:
@@ -154,9 +245,10 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
         elif name == "":
             problem = "it is the whole model, which cannot be replaced in place; wrap it in nn.Sequential"
         else:
-            problem = next((found for m in alike if (found := _problem_of(m))), None)
+            problem = next((one for m in alike if (one := _problem_of(m))), None)
         modules = (module, *(m for m in alike if m is not module))
-        sites[name] = Site(name, tuple(n for m in modules for n in names[id(m)]), modules, problem)
+        holder = found.holders.get(id(module))
+        sites[name] = Site(name, tuple(n for m in modules for n in names[id(m)]), modules, problem, holder)
     return sites
 
 
@@ -168,41 +260,16 @@ def _problem_alone(module: nn.Module) -> str:
     return f"it is a {type(module).__name__}, a {base.__name__} that may use its weight in other ways"
 
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-"""Where ``nn.Module`` keeps the hooks that a user can register."""
-
-PLAIN_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""The dtypes of weights that can be approximated."""
-
-
 def _problem_of(layer: nn.Module) -> str | None:
     """Why a layer whose weight is its own cannot be structured, or None."""
     weight = layer.get_parameter("weight")
-    if any(getattr(layer, kind) for kind in HOOKS):
-        return "it has hooks, which would be lost; remove them first and add them to the new layer"
-    if "forward" in vars(layer):
-        return (
-            "its forward was replaced, by accelerate for example, and that would be lost; put the original back first"
-        )
-    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
-        return "its weight has gradient hooks, which would be lost; remove them first"
+    lost = lost_with(layer)
+    if lost is not None:
+        return lost
     extras = [*layer._modules, *layer._buffers, *(n for n in layer._parameters if n not in ("weight", "bias"))]
     if extras:
         return f"it holds {', '.join(map(repr, extras))} too, which would be lost; move them to another module"
-    if is_traceable_wrapper_subclass(weight) or weight.layout != torch.strided or weight.dtype not in PLAIN_DTYPES:
-        kind = str(weight.dtype).removeprefix("torch.") if weight.layout == torch.strided else str(weight.layout)
-        kind = type(weight.data).__name__ if is_traceable_wrapper_subclass(weight) else kind
-        return f"its weight is no plain matrix of floating-point numbers but {kind}; turn it into one first"
-    return DENSE_KINDS[type(layer)].problem(layer)
+    return weight_problem(weight) or DENSE_KINDS[type(layer)].problem(layer)
 
 
 def structured_layers(model: nn.Module) -> dict[str, StructuredModule]:
@@ -215,30 +282,3 @@ def structured_layers(model: nn.Module) -> dict[str, StructuredModule]:
         The layers.
     """
     return {name: module for name, module in model.named_modules() if isinstance(module, StructuredModule)}
-
-
-def unseen_weights(model: nn.Module) -> dict[str, str]:
-    """Every matrix of the network that no walker over its layers can see, and why.
-
-    Such are experts that a model fuses into one parameter of three dimensions, the projections inside
-    ``nn.MultiheadAttention`` and recurrent layers, transposed convolutions, and learned position tables.
-
-    Args:
-        model: The network.
-
-    Returns:
-        What holds each parameter that has at least two dimensions larger than 1 and belongs to no dense layer, no
-        embedding and no structured layer, by the parameter's name.
-    """
-    seen = (*DENSE_KINDS, nn.Embedding, nn.EmbeddingBag, StructuredModule)
-    unseen: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, seen):
-            continue
-        for own, parameter in module._parameters.items():
-            if parameter is not None and not is_lazy(parameter) and sum(size > 1 for size in parameter.shape) > 1:
-                shape = " x ".join(map(str, parameter.shape))
-                unseen[f"{name}.{own}" if name else own] = (
-                    f"{shape}, held by a {type(module).__name__}, which is no linear layer or convolution to replace"
-                )
-    return unseen

@@ -15,6 +15,7 @@ from structmat.formats import Format, hardening_gap
 from structmat.network.adapters import record
 from structmat.network.calls import undisturbed
 from structmat.network.sites import DENSE_KINDS, Site, find_sites, structured_layers
+from structmat.network.splitting import joined_, put_module, split_, split_modules
 from structmat.network.ties import layers_by_name, tie_of, with_ties
 from structmat.nn import StructuredModule
 
@@ -32,9 +33,11 @@ def apply_plan_(
 ) -> nn.Module:
     """Replace the planned layers of a network, in place.
 
-    Biases, training mode, ``requires_grad`` of the weight, dtype and device carry over; a weight that several modules
-    share stays shared. The network is checked against the whole plan before anything changes. A layer that already
-    has the planned format does not change, and neither does one planned as ``Dense``.
+    A module that holds several matrices, such as ``nn.MultiheadAttention`` or ``nn.LSTM``, is replaced by one with a
+    layer for each when the plan names one of them. Biases, training mode, ``requires_grad`` of the weight, dtype and
+    device carry over; a weight that several modules share stays shared. The network is checked against the whole plan
+    before anything changes. A layer that already has the planned format does not change, and neither does one planned
+    as ``Dense``.
 
     Args:
         model: The network; it may live on the meta device.
@@ -56,6 +59,7 @@ def apply_plan_(
         raise ValueError(f"expected factors only of layers that the plan replaces, got some of {unknown}")
     for name, given in factors.items():
         plan[name].check_factors(given)
+    split_(model, {id(site.holder): site.holder for site in sites.values() if site.holder is not None}.values())
     replacements: dict[str, StructuredModule] = {}
     for name, site in sites.items():
         replacements |= _structured(model, site, plan[name], factors.get(name), generator)
@@ -73,9 +77,9 @@ def planned_sites(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Sit
     for name, format in plan.items():
         if not isinstance(format, Format):
             raise TypeError(f"expected a format for layer {name!r}, got {format!r}")
-        if name not in present:
+        if name not in present and name not in by_name:
             raise ValueError(f"expected a module named {name!r}, which the plan wants as {format}; the model has none")
-        module = present[name]
+        module = present.get(name)
         if isinstance(module, StructuredModule):
             if module.format != format:
                 raise ValueError(f"expected {name!r} dense or already {format}, got {module.format}; densify_ it first")
@@ -254,6 +258,8 @@ def convert_(
 def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     """Turn structured layers back into dense ones, in place: their matrices become real parameters.
 
+    A module such as ``nn.MultiheadAttention`` that was split for them is PyTorch's own again once all of it is dense.
+
     Args:
         model: The network.
         names: Which layers; None for all. Layers that share the factors of one of them come along.
@@ -266,6 +272,8 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     """
     hung, layers = layers_by_name(model)
     wanted = with_ties(layers, list(names) if names is not None else list(layers), "structured layers")
+    inside = {id(layers[name]) for name in wanted}
+    splits = [one for one in split_modules(model).values() if not inside.isdisjoint(map(id, one.children()))]
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     for old in {id(layers[name]): layers[name] for name in wanted}.values():
         new = old.dense_layer()
@@ -279,6 +287,7 @@ def densify_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         new.train(old.training)
         for name in hung[id(old)]:
             put_module(model, name, new)
+    joined_(model, splits)
     record(model)
     return model
 
@@ -311,18 +320,6 @@ def check_layer(name: str, format: Format, factors: Mapping[str, Tensor]) -> Non
     for own, spec in format.factor_specs().items():
         if spec.trainable and not _checks.is_finite(factors[own]):
             raise ValueError(f"expected finite factors in layer {name!r}, got NaN or infinity in {own!r}")
-
-
-def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Hang ``module`` under ``name``."""
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    setattr(parent, child, module)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # its fused inference path reads the dense weights of its children
-        for ancestor in model.modules():
-            if isinstance(ancestor, nn.TransformerEncoder) and parent in ancestor.layers:
-                ancestor.use_nested_tensor = False
 
 
 def put_fits_(model: nn.Module, fits: Mapping[str, Fit], *, own_biases: bool = False) -> None:

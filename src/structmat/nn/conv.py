@@ -1,10 +1,10 @@
-"""The convolution whose weight is a structured matrix."""
+"""Convolutions whose weights are structured matrices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,19 @@ from structmat.ops.common import traced
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
+AXES = {1: ("length",), 2: ("height", "width")}
+"""The names of the axes that a kernel moves along, by their number."""
 
-class StructuredConv2d(StructuredModule):
-    """A two-dimensional convolution whose weight, unfolded to ``(out, in * kh * kw)``, is structured.
+
+class StructuredConv(StructuredModule):
+    """A convolution whose weight, unfolded to ``(out, in * kernel positions)``, is structured.
 
     Args:
-        format: The structured matrix, with ``M`` output channels and ``N = in_channels * kh * kw``.
-        kernel_size: The size of the kernel, ``(kh, kw)``; here and below one number stands for both axes.
-        stride: The stride along both axes.
-        padding: The rows and columns added on both sides, or ``"same"`` or ``"valid"``, as in ``nn.Conv2d``.
-        dilation: The dilation along both axes.
+        format: The structured matrix, with ``M`` output channels and ``N = in_channels * kernel positions``.
+        kernel_size: The size of the kernel along each axis; here and below one number stands for all axes.
+        stride: The stride along each axis.
+        padding: How many positions are added on both sides, or ``"same"`` or ``"valid"``, as in PyTorch's layer.
+        dilation: The dilation along each axis.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         bias: Whether there is a bias.
         factors: The factors, copied into new parameters; None for a random init.
@@ -35,9 +38,12 @@ class StructuredConv2d(StructuredModule):
         dtype: The dtype of the parameters, except for factors whose format fixes their dtype.
 
     Raises:
-        ValueError: If ``N`` is not a multiple of ``kh * kw``, the padding or its mode is unknown, or ``"same"`` meets a
-            stride.
+        ValueError: If ``N`` is not a multiple of the kernel's positions, the padding or its mode is unknown, or
+            ``"same"`` meets a stride.
     """
+
+    axes: ClassVar[int]
+    """The number of axes that the kernel moves along."""
 
     def __init__(
         self,
@@ -55,8 +61,9 @@ class StructuredConv2d(StructuredModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(format, bias, factors=factors, generator=generator, device=device, dtype=dtype)
-        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.kernel_size, self.stride = each(kernel_size, self.axes), each(stride, self.axes)
+        self.dilation = each(dilation, self.axes)
+        self.padding = padding if isinstance(padding, str) else each(padding, self.axes)
         self.padding_mode: PaddingMode = padding_mode
         self._check_geometry()
 
@@ -67,12 +74,13 @@ class StructuredConv2d(StructuredModule):
         _checks.one_of(self.padding_mode, get_args(PaddingMode), "padding_mode")
         if isinstance(self.padding, str):
             _checks.one_of(self.padding, ("same", "valid"), "padding")
-            if self.padding == "same" and self.stride != (1, 1):
-                raise ValueError(f"expected stride (1, 1) with padding='same', got {self.stride}; give it in numbers")
+            one = each(1, self.axes)
+            if self.padding == "same" and self.stride != one:
+                raise ValueError(f"expected stride {one} with padding='same', got {self.stride}; give it in numbers")
 
     @property
     def in_channels(self) -> int:
-        """``N / (kh kw)``."""
+        """``N`` over the number of the kernel's positions."""
         return self.format.N // math.prod(self.kernel_size)
 
     @property
@@ -80,46 +88,50 @@ class StructuredConv2d(StructuredModule):
         """``M``."""
         return self.format.M
 
-    def dense_layer(self) -> nn.Conv2d:
+    def dense_layer(self) -> nn.Module:
         """The dense convolution that this one stands in for, on the meta device."""
-        return nn.Conv2d(
+        kind = nn.Conv1d if self.axes == 1 else nn.Conv2d
+        return kind(
             self.in_channels,
             self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
+            self.kernel_size,  # pyright: ignore[reportArgumentType]
+            self.stride,  # pyright: ignore[reportArgumentType]
+            self.padding,  # pyright: ignore[reportArgumentType]
+            self.dilation,  # pyright: ignore[reportArgumentType]
             padding_mode=self.padding_mode,
             device="meta",
         )
 
     def in_dense_layout(self, matrix: Tensor) -> Tensor:
-        """The matrix as ``(out, in, kh, kw)``."""
+        """The matrix as ``(out, in, *kernel_size)``."""
         return matrix.view(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def out_of_dense_layout(self, weight: Tensor) -> Tensor:
+        """What has the layout ``(out, in, *kernel_size)`` as a matrix ``(M, N)``."""
+        return weight.flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
 
         Args:
-            x: ``(in, height, width)`` or ``(batch, in, height, width)``.
+            x: ``(in, *sizes)`` or ``(batch, in, *sizes)``.
 
         Returns:
-            ``(..., out, new height, new width)``.
+            ``(..., out, *new sizes)``.
 
         Raises:
             ValueError: If the input has other dimensions or another number of channels.
         """
         if isinstance(x, Proxy):
             return self._recorded(x)
-        if x.ndim not in (3, 4) or (not traced() and x.shape[-3] != self.in_channels):
-            raise ValueError(
-                f"expected an input (batch, {self.in_channels}, height, width) or without the batch, "
-                f"got shape {tuple(x.shape)}"
-            )
-        images = x if x.ndim == 4 else x[None]
-        vectors, size = unfolded(self, images)
-        y = self._product(vectors).mT.unflatten(-1, size)
-        return y if x.ndim == 4 else y[0]
+        check_channels(x, self.in_channels, self.axes)
+        return self.through(x, self._product)
+
+    def through(self, x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply the layer with a given way to multiply by its matrix."""
+        vectors, sizes = unfolded(self, x if x.ndim == self.axes + 2 else x[None])
+        y = self._biased(multiply(vectors)).mT.unflatten(-1, sizes)
+        return y if x.ndim == self.axes + 2 else y[0]
 
     def extra_repr(self) -> str:
         """The format and the convolution's geometry."""
@@ -129,43 +141,65 @@ class StructuredConv2d(StructuredModule):
         )
 
 
-def unfolded(layer: StructuredConv2d | nn.Conv2d, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The vectors that the matrix of a convolution multiplies, and the height and width of its output.
+class StructuredConv1d(StructuredConv):
+    """A ``StructuredConv`` along one axis: the drop-in for ``nn.Conv1d``."""
+
+    axes = 1
+
+
+class StructuredConv2d(StructuredConv):
+    """A ``StructuredConv`` along two axes: the drop-in for ``nn.Conv2d``."""
+
+    axes = 2
+
+
+def unfolded(layer: StructuredConv | nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The vectors that the matrix of a convolution multiplies, and the size of its output.
 
     Args:
         layer: The convolution, structured or dense with one group.
-        images: ``(batch, in, height, width)``.
+        x: ``(batch, in, length)`` or ``(batch, in, height, width)``.
 
     Returns:
         The vectors ``(batch, L, N)``, one for each of the ``L`` output positions, and the output's size.
     """
-    kernel_size, stride, dilation = _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.dilation)
-    margins = _margins(layer)
+    axes = x.ndim - 2
+    kernel_size, stride, dilation = (each(one, axes) for one in (layer.kernel_size, layer.stride, layer.dilation))
+    margins = _margins(layer, axes)
     if any(margins):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        images = nn.functional.pad(images, margins, mode=mode)
+        x = nn.functional.pad(x, margins, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
-    height, width = (
-        (size - span) // step + 1 for size, span, step in zip(images.shape[-2:], spans, stride, strict=True)
-    )
-    if kernel_size == (1, 1):
-        columns = images[..., :: stride[0], :: stride[1]].flatten(2)
-    else:
-        columns = nn.functional.unfold(images, kernel_size, dilation, 0, stride)  # (B, N, L)
-    return columns.mT, (height, width)
+    sizes = tuple((size - span) // step + 1 for size, span, step in zip(x.shape[2:], spans, stride, strict=True))
+    return columns_of(x, kernel_size, stride, dilation).mT, sizes
 
 
-def _margins(layer: StructuredConv2d | nn.Conv2d) -> tuple[int, int, int, int]:
-    """The columns and rows that the padding adds at ``(left, right, top, bottom)``."""
+def columns_of(x: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """What a kernel sees at each of its places in ``(batch, in, *sizes)``, as ``(batch, N, L)``."""
+    if all(k == 1 for k in kernel_size):
+        return x[(..., *(slice(None, None, step) for step in stride))].flatten(2)
+    if len(kernel_size) == 1:  # PyTorch unfolds planes alone
+        x, kernel_size, stride, dilation = x[:, :, None], (1, *kernel_size), (1, *stride), (1, *dilation)
+    return nn.functional.unfold(x, kernel_size, dilation, 0, stride)
+
+
+def _margins(layer: StructuredConv | nn.Conv1d | nn.Conv2d, axes: int) -> list[int]:
+    """How many positions the padding adds, before and after, the last axis first."""
     if isinstance(layer.padding, str):
-        sizes = zip(_pair(layer.dilation), _pair(layer.kernel_size), strict=True)
+        sizes = zip(each(layer.dilation, axes), each(layer.kernel_size, axes), strict=True)
         totals = [d * (k - 1) if layer.padding == "same" else 0 for d, k in sizes]
-        (top, left), (bottom, right) = [t // 2 for t in totals], [t - t // 2 for t in totals]
-        return left, right, top, bottom
-    rows, columns = _pair(layer.padding)
-    return columns, columns, rows, rows
+        return [margin for total in reversed(totals) for margin in (total // 2, total - total // 2)]
+    return [margin for one in reversed(each(layer.padding, axes)) for margin in (one, one)]
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    """One number for both axes, or one for each."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def check_channels(x: Tensor, channels: int, axes: int) -> None:
+    """Refuse an input that no convolution with so many input channels can take."""
+    if x.ndim not in (axes + 1, axes + 2) or (not traced() and x.shape[-axes - 1] != channels):
+        raise ValueError(
+            f"expected an input (batch, {channels}, {', '.join(AXES[axes])}) or without the batch, "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
+def each(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """One number for all axes, or one for each."""
+    return (value,) * axes if isinstance(value, int) else tuple(value)

@@ -62,7 +62,11 @@ class StructuredModule(nn.Module):
         options = {"copy": True, "memory_format": torch.contiguous_format}
         kinds = {name: spec.dtype or dtype for name, spec in format.factor_specs().items()}
         self._hold(format, {name: factors[name].detach().to(device, kinds[name], **options) for name in kinds})
-        self.register_parameter("bias", _fresh_bias(format, generator, device, dtype) if bias else None)
+        size = self._bias_size(format)
+        self.register_parameter("bias", _fresh_bias(size, format.N, generator, device, dtype) if bias else None)
+
+    def _bias_size(self, format: Format) -> int:
+        return format.M
 
     def _hold(self, format: Format, factors: Mapping[str, Tensor], learns: bool = True) -> None:
         """Register the factors of a format: parameters and buffers under their own names."""
@@ -137,6 +141,10 @@ class StructuredModule(nn.Module):
         """The matrix ``(M, N)`` as a view in the layout of the dense layer's ``weight``."""
         return matrix
 
+    def out_of_dense_layout(self, weight: Tensor) -> Tensor:
+        """What has the layout of the dense layer's ``weight`` as a matrix ``(M, N)``."""
+        return weight
+
     def _recorded(self, x: Proxy) -> Any:
         """What stands for the output in a graph of ``torch.fx``: a call of the layer, as for PyTorch's own layers."""
         name = x.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
@@ -146,23 +154,37 @@ class StructuredModule(nn.Module):
             )
         return x.tracer.create_proxy("call_module", name, (x,), {})
 
+    def through(self, x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply the layer with a given way to multiply by its matrix.
+
+        Args:
+            x: What ``forward`` takes.
+            multiply: Makes ``(..., M)`` of vectors ``(..., N)``.
+
+        Returns:
+            What ``forward`` returns.
+        """
+        return self._biased(multiply(x))
+
+    def _biased(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
     def _product(self, x: Tensor) -> Tensor:
         algorithm = ""
         if self.algorithms and not plain():  # a graph for elsewhere has one way for all lengths
             tokens = x.numel() // self.format.N
             algorithm = next((name for most, name in self.algorithms.items() if most // 2 < tokens <= most), "")
-        y = self.format.matmul(x, self.factors, algorithm)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.format.matmul(x, self.factors, algorithm)
 
 
 def _fresh_bias(
-    format: Format, generator: torch.Generator | None, device: torch.device | str | None, dtype: torch.dtype
+    size: int, inputs: int, generator: torch.Generator | None, device: torch.device | str | None, dtype: torch.dtype
 ) -> nn.Parameter:
     """A bias with the distribution of a fresh ``nn.Linear``; on the meta device nothing is drawn."""
-    value = torch.empty(format.M, device=device, dtype=dtype)
+    value = torch.empty(size, device=device, dtype=dtype)
     if not value.is_meta:
-        bound = 1 / math.sqrt(format.N)
-        value.copy_((torch.rand(format.M, generator=generator, device="cpu") * 2 - 1) * bound)
+        bound = 1 / math.sqrt(inputs)
+        value.copy_((torch.rand(size, generator=generator, device="cpu") * 2 - 1) * bound)
     return nn.Parameter(value)
 
 
@@ -204,7 +226,7 @@ class StructuredLinear(StructuredModule):
             return self._recorded(x)
         if not traced() and x.shape[-1] != self.format.N:
             raise ValueError(f"expected an input with {self.format.N} features, got shape {tuple(x.shape)}")
-        return self._product(x)
+        return self.through(x, self._product)
 
     def extra_repr(self) -> str:
         """The format and whether there is a bias."""

@@ -42,6 +42,7 @@ from structmat.network.signatures import Signature
 from structmat.network.sites import DENSE_KINDS, DenseKind, dense_weight
 from structmat.network.surgery import apply_plan_, check_layers, densify_
 from structmat.nn import ReadOnlyWeight, StructuredLinear, StructuredModule
+from structmat.nn.adaptable import ADAPTABLE, Adaptable
 
 
 class StructuredConv1D(StructuredLinear):
@@ -55,6 +56,17 @@ class StructuredConv1D(StructuredLinear):
     def in_dense_layout(self, matrix: Tensor) -> Tensor:
         """The matrix as ``(in, out)``."""
         return matrix.mT
+
+    def out_of_dense_layout(self, weight: Tensor) -> Tensor:
+        """What has the layout ``(in, out)`` as a matrix ``(M, N)``."""
+        return weight.mT
+
+
+class AdaptableConv1D(Adaptable, StructuredConv1D, Conv1D):
+    """A ``StructuredConv1D`` that passes for a ``Conv1D``."""
+
+
+ADAPTABLE[StructuredConv1D] = AdaptableConv1D
 
 
 def _structured_conv1d(

@@ -164,12 +164,18 @@ class DiskBlocks:
         chain: The blocks: a chain if there is a batch.
 
     Raises:
-        ValueError: If a planned layer lies outside the blocks, or these are no chain.
+        ValueError: If a planned layer lies outside the blocks or is a part of a module, or the blocks are no chain.
     """
 
     def __init__(self, model: Any, work: WorkList, files: CheckpointReader, batch: Any = None) -> None:
         self.model, self.work, self.files = model, work, files
         planned = {name: site.names for name, site in work.sites.items()}
+        held = next((site for site in work.sites.values() if site.holder is not None), None)
+        if held is not None and held.holder is not None:
+            raise ValueError(
+                f"expected layers that are whole in the files, but {held.name!r} is a part of a "
+                f"{type(held.holder.module).__name__}; leave it out of the plan, or compress_ the model in memory"
+            )
         self.chain = Chain(tuple(list_of_blocks(model, planned)), False, ())
         if any(self.chain.outside(list(planned))):
             raise ValueError(NO_CHAIN)
