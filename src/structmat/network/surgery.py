@@ -88,7 +88,10 @@ def planned_sites(model: nn.Module, plan: Mapping[str, Format]) -> dict[str, Sit
             continue
         site = by_name.get(name)
         if site is None or site.problem:
-            reason = site.problem if site else f"it is of type {type(module).__name__}"
+            parts = [one for own in by_name.values() if own.holder and name in own.holder.names for one in own.names]
+            reason = f"it is of type {type(module).__name__}"
+            reason += f", which holds several matrices; plan {', '.join(parts)} instead" if parts else ""
+            reason = site.problem if site and site.problem else reason
             raise ValueError(f"layer {name!r} cannot be structured: {reason}")
         if tuple(site.matrix.shape) != format.shape:
             raise ValueError(f"layer {name!r} has shape {tuple(site.matrix.shape)}, but the plan says {format}")
