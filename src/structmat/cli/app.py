@@ -76,7 +76,12 @@ COMMANDS = {
     "report": Entry(
         "report:report",
         "Show what each layer of a model is and costs, and its error if compress made it.",
-        ("structmat report small", "structmat report small --json", "structmat report learned --plot pictures"),
+        (
+            "structmat report small",
+            "structmat report small --json",
+            "structmat report small --html report.html",
+            "structmat report learned --plot pictures",
+        ),
     ),
     "verify": Entry(
         "verify:verify",

@@ -19,6 +19,7 @@ from structmat.cli import models
 from structmat.cli.options import Model, Options
 from structmat.cli.output import RECORD, STATE_SCALE, read_record
 from structmat.cli.show import say
+from structmat.cli.webpage import story_of, write_page
 from structmat.formats import Format
 from structmat.inspect.plots import budget_shares, couplings, structure_maps
 from structmat.inspect.reports import NUMBERS, Report
@@ -39,6 +40,8 @@ class ReportOptions(Options):
     Attributes:
         as_json: Whether to print JSON.
         plot: The folder for pictures; None for none.
+        html: The file for the page; None for none.
+        bench: The file with times for the page; None for none.
     """
 
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False
@@ -51,11 +54,33 @@ class ReportOptions(Options):
             "layers whose structure is learned, and the couplings of each BLAST layer.",
         ),
     ] = None
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="The file for the report as a page with pictures, which any browser shows without a network.",
+        ),
+    ] = None
+    bench: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The bench.json of structmat bench MODEL, whose times the page shows."),
+    ] = None
 
 
 def report(model: Model, options: ReportOptions) -> None:
-    """Run ``structmat report``, which reads no weights but those that the counts and the pictures need."""
-    filled = with_factors(model, counted if options.plot is None else drawn)
+    """Run ``structmat report``, which reads no weights but those that the counts and the pictures need.
+
+    Args:
+        model: A folder, or a name on the Hub.
+        options: What is shown.
+
+    Raises:
+        ValueError: If there are times but no page that could show them.
+    """
+    if options.bench is not None and options.html is None:
+        raise ValueError("expected --html with --bench: the page alone shows the times")
+    filled = with_factors(model, counted if options.plot is None and options.html is None else drawn)
     found = report_on(filled)
     record = (read_record(Path(model)) if Path(model).is_dir() else None) or {}
     errors = errors_of(record, Path(model)) if record.get("command") == "compress" else {}
@@ -63,6 +88,12 @@ def report(model: Model, options: ReportOptions) -> None:
     found = dataclasses.replace(found, rows=tuple(rows))
     if options.plot is not None:
         draw(model, filled, options.plot)
+    if options.html is not None:
+        for module in structured_layers(filled).values():
+            if module.format.has_overlap:
+                hollow_(module)
+        story = story_of(Path(model).name or model, record, options.bench)
+        write_page(filled, found, story, options.html)
     if options.as_json:
         print(found.to_json())
     else:

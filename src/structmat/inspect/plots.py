@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from structmat.inspect.kinds import kinds
+from structmat.inspect.maps import overlap_map
 from structmat.nn import StructuredModule
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int | Non
     """
     if not layers:
         raise ValueError("expected at least one GBLR or Gaudi-GBLR layer to draw, got none")
-    maps = {name: _patches(layer.format.overlap(layer.factors)) for name, layer in layers.items()}
+    maps = {name: overlap_map(layer, PIXELS) for name, layer in layers.items()}
     columns = min(max(4, math.isqrt(len(maps))) if columns is None else columns, len(maps))
     rows = -(-len(maps) // columns)
     figure, grid = new_figure(2.2 * columns + 0.8, 2.2 * rows + 0.4, nrows=rows, ncols=columns, squeeze=False)
@@ -166,12 +166,6 @@ def structure_maps(layers: Mapping[str, StructuredModule], *, columns: int | Non
                 figure.colorbar(image, ax=list(grid.flat), shrink=0.6, fraction=0.04, label="components")
     figure.suptitle(title)
     return figure
-
-
-def _patches(counts: Tensor) -> Tensor:
-    """A map of at most ``PIXELS`` along each axis."""
-    M, N = counts.shape
-    return torch.nn.functional.adaptive_avg_pool2d(counts[None], (min(M, PIXELS), min(N, PIXELS)))[0]
 
 
 def _short(name: str, longest: int = 36) -> str:
@@ -202,7 +196,7 @@ def budget_shares(history: Sequence[Mapping[str, Any]], *, title: str = "") -> F
     steps = [entry["step"] for entry in history]
     figure, (axes, total) = new_figure(7.6, 5.0, nrows=2, height_ratios=(4, 1), sharex=True)
     floor = torch.zeros(len(steps))
-    for k, (label, names) in enumerate(_kinds(list(history[-1]["costs"]), history[-1]["costs"]).items()):
+    for k, (label, names) in enumerate(kinds(list(history[-1]["costs"]), history[-1]["costs"], KINDS).items()):
         bottom, ceilings = floor, []
         for name in names:
             floor = floor + torch.tensor([entry["costs"].get(name, 0.0) for entry in history])
@@ -227,23 +221,6 @@ def budget_shares(history: Sequence[Mapping[str, Any]], *, title: str = "") -> F
 
 
 _KIND_COLORS = (*COLORS, "#B8A800", "#666666")
-
-
-def _kinds(names: Sequence[str], costs: Mapping[str, float]) -> dict[str, list[str]]:
-    """Layers whose names differ in numbers alone, by what their names end with; the smallest kinds are one."""
-    patterns: dict[str, list[str]] = {}
-    for name in names:
-        patterns.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
-    for found in patterns.values():
-        found.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-    ends = [pattern.rpartition("*.")[2] for pattern in patterns]
-    labels = [end if ends.count(end) == 1 else pattern for end, pattern in zip(ends, patterns, strict=True)]
-    kinds = dict(zip(labels, patterns.values(), strict=True))
-    if len(kinds) <= KINDS:
-        return kinds
-    order = sorted(kinds, key=lambda label: sum(costs[name] for name in kinds[label]), reverse=True)
-    rest = [name for label in kinds if label in order[KINDS - 1 :] for name in kinds[label]]
-    return {**{label: kinds[label] for label in kinds if label in order[: KINDS - 1]}, "others": rest}
 
 
 def _lighter(color: str, share: float) -> tuple[float, ...]:
