@@ -20,12 +20,14 @@ from structmat.cli.calibration import CalibrationData, CalibrationOptions, Refin
 from structmat.cli.estimates import size_of
 from structmat.cli.formats import read_blocks, read_format
 from structmat.cli.models import Placement
-from structmat.cli.options import Model, Options, Target, recorded
+from structmat.cli.options import Model, Options, Target, command_line, recorded
 from structmat.cli.output import Output, fingerprint, read_record
 from structmat.cli.plan import LEAST_SHARED, kept, weigh
+from structmat.cli.push import PushOptions
 from structmat.cli.results import budget_lines, held_out_of, measured_after, measured_before, result_lines, results
 from structmat.cli.selection import PlanOrFile
 from structmat.cli.show import say
+from structmat.cli.tracking import TrackingOptions, figures_of, move_runs
 from structmat.compress.allocate import Allocation, AllocationSettings, allocate
 from structmat.compress.api import compress_
 from structmat.compress.estimate import estimate
@@ -154,6 +156,8 @@ class Compression:
         calibration: The calibration data.
         refinement: How blocks are refined.
         placement: The dtype and the device.
+        push: Whether the result is uploaded.
+        tracking: Where figures are reported to.
     """
 
     model: str
@@ -162,9 +166,11 @@ class Compression:
     calibration: CalibrationOptions
     refinement: RefinementOptions
     placement: Placement
+    push: PushOptions
+    tracking: TrackingOptions
 
     def run(self, target: Target) -> dict[str, Any]:
-        """Compress, or find out that this is done already.
+        """Compress, or find out that this is done already; then upload the result, if that is wanted.
 
         Args:
             target: Where to write.
@@ -179,6 +185,8 @@ class Compression:
         if self.refinement.refine and self.calibration.calibrate is None:
             raise ValueError("expected --calibrate with --refine, which tunes on data")
         _checks.one_of(self.fit.method, METHODS, "--method")
+        self.push.check()
+        self.tracking.check()
         skeleton = models.skeleton(self.model)
         made = self.plan.plan_for(skeleton)
         hardens = self.fit.check(made, self.placement, data=self.calibration.calibrate is not None)
@@ -191,14 +199,16 @@ class Compression:
                     output.finish({**facts, "seconds": time.perf_counter() - started})
                     for line in result_lines(facts):
                         say(line)
+        self.push.upload(target.out)
         return read_record(target.out) or {}
 
     def _output(self, target: Target, skeleton: Any) -> Output:
         """The output, with what it depends on."""
-        options = recorded(self.plan, self.fit, self.calibration, self.refinement, self.placement)
+        groups = (self.plan, self.fit, self.calibration, self.refinement, self.placement)
+        options, recipe = recorded(*groups), command_line("compress", self.model, *groups)
         files = fingerprint(self.model) or getattr(skeleton.config, "_commit_hash", None)
         facts = {"model": self.model, **options, "model_files": files}
-        return Output(target.out, "compress", facts, overwrite=target.overwrite)
+        return Output(target.out, "compress", facts, overwrite=target.overwrite, recipe=recipe)
 
     def _say_budget(self, made: Plan, skeleton: Any) -> None:
         """Tell the user what is kept, and what stays dense."""
@@ -221,19 +231,29 @@ class Compression:
             "cache": output.partial / "fits",
         }
         folder = output.new_folder()
-        if self.fit.stream:
-            made = made if data is None else self._allocated(made, None, data, how["cache"])
-            facts = streamed(self.model, skeleton, folder, made, how)
-        else:
-            loaded = models.load(self.model, self.placement)
-            self._say_time(made, data, loaded)
-            if data is not None:
-                made = self._allocated(made, loaded, data, how["cache"])
-                how["two_sided"] = self.fit.two_sided
-            facts = held_in_memory(loaded, folder, made, how, data, hardens, self.fit.quantize)
+        with self.tracking.tracker(output.partial, skeleton, output.path.name) as tracker:
+            facts = self._written(made, skeleton, folder, data, how, hardens)
+            if tracker is not None:
+                for figures in figures_of(facts):
+                    tracker.report(figures)
+        move_runs(output.partial, folder)
         for processor in processors.values():
             processor.save_pretrained(folder)
         return facts
+
+    def _written(
+        self, made: Plan, skeleton: Any, folder: Path, data: CalibrationData | None, how: dict[str, Any], hardens: bool
+    ) -> dict[str, Any]:
+        """Compress, from file to file or in memory, and write the model without its processors."""
+        if self.fit.stream:
+            made = made if data is None else self._allocated(made, None, data, how["cache"])
+            return streamed(self.model, skeleton, folder, made, how)
+        loaded = models.load(self.model, self.placement)
+        self._say_time(made, data, loaded)
+        if data is not None:
+            made = self._allocated(made, loaded, data, how["cache"])
+            how["two_sided"] = self.fit.two_sided
+        return held_in_memory(loaded, folder, made, how, data, hardens, self.fit.quantize)
 
     def _shares(self, made: Plan) -> bool:
         """Whether layers share the budget of the plan, where there is data."""
@@ -301,9 +321,11 @@ def compress(
     calibration: CalibrationOptions,
     refinement: RefinementOptions,
     placement: Placement,
+    push: PushOptions,
+    tracking: TrackingOptions,
 ) -> None:
     """Run ``structmat compress``."""
-    Compression(model, plan, fit, calibration, refinement, placement).run(target)
+    Compression(model, plan, fit, calibration, refinement, placement, push, tracking).run(target)
 
 
 def held_in_memory(
