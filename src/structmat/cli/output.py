@@ -23,6 +23,8 @@ from structmat._digests import digest_of_file, side_by_side
 from structmat._files import read_json, write_atomically
 from structmat._ranks import AbandonedError, current
 from structmat._version import __version__
+from structmat.cli.card import write_card
+from structmat.cli.options import unrooted
 from structmat.cli.show import say
 from structmat.data.sources import Source
 
@@ -51,12 +53,21 @@ class Output:
         options: What the result depends on, as JSON-compatible data.
         overwrite: Whether to replace a result that is there.
         resume: Whether a run that was interrupted goes on with other options.
+        recipe: The command as others would repeat it, which the card of a model shows.
     """
 
     def __init__(
-        self, path: Path, command: str, options: Mapping[str, Any], *, overwrite: bool = False, resume: bool = True
+        self,
+        path: Path,
+        command: str,
+        options: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        resume: bool = True,
+        recipe: str = "",
     ) -> None:
         self.path, self.command, self.overwrite, self.resume = path, command, overwrite, resume
+        self.recipe = recipe
         self.options = json.loads(json.dumps(options))
         self.partial = path.with_name(f"{path.name}.partial")
         self._lock = FileLock(self.partial / "lock", timeout=0)
@@ -267,14 +278,26 @@ class Output:
         self.folder.mkdir()
 
     def record(self, facts: Mapping[str, Any], folder: Path) -> None:
-        """Write down in a folder that the work is done.
+        """Write down in a folder that the work is done, and the card of a model that is in it.
 
         Args:
             facts: What came out, as JSON-compatible data.
             folder: The folder with everything else that is to appear.
         """
         written = {"schema": SCHEMA, "command": self.command, "options": self.options, "versions": versions(), **facts}
+        if (folder / "config.json").is_file():
+            written |= self._lineage()
+            write_card(folder, written, self.path)
         write_json(folder / RECORD, written)
+
+    def _lineage(self) -> dict[str, Any]:
+        """Where the model comes from: the name of the first one, and the commands from it to this one."""
+        model = str(self.options["model"])
+        before = (read_record(Path(model)) if Path(model).is_dir() else None) or {}
+        with _checks.about(str(Path(model) / RECORD)):
+            origin = _checks.typed(before.get("origin", unrooted(model)), str, "'origin' of the record")
+            recipe = _checks.typed(before.get("recipe", []), list, "'recipe' of the record")
+        return {"origin": origin, "recipe": [*map(str, recipe), self.recipe]}
 
     def recorded(self, folder: Path) -> dict[str, Any] | None:
         """The record in a folder that did not come to appear, if it is of this work; None otherwise."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from structmat._tables import share
 from structmat.cli.calibration import CalibrationData
 from structmat.cli.plan import weigh
-from structmat.cli.show import count, say
+from structmat.cli.show import count, megabytes, root_mean_square, say
 from structmat.evaluate.held_out import UNITS, HeldOut
 from structmat.fit import Fit
 from structmat.plan import Plan
@@ -63,11 +62,6 @@ def budget_lines(made: Plan, skeleton: Any, dtype: Any = None) -> list[str]:
         f"({share(total - before + after, total)}); {megabytes(total * size)} before, "
         f"{megabytes((total - before + after) * size)} after in {str(dtype).removeprefix('torch.')}",
     ]
-
-
-def megabytes(size: float) -> str:
-    """A number of bytes as text."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def result_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -131,8 +125,3 @@ def results(parameters: int, made: Plan, fits: Mapping[str, Fit]) -> dict[str, A
         "skipped": dict(made.skipped),
         "layers": layers,
     }
-
-
-def root_mean_square(errors: Sequence[float]) -> float:
-    """The root mean square; 0 of nothing."""
-    return math.sqrt(sum(error**2 for error in errors) / max(1, len(errors)))

@@ -245,8 +245,8 @@ def _shares(grouped: Mapping[str, Sequence[Row]], sizes: Mapping[str, tuple[int,
 
 def _caption(rows: Sequence[Row]) -> str:
     """The shapes of the layers of a kind, and what they keep in all."""
-    shapes = {f"{row.shape[0]} × {row.shape[1]}" for row in rows}
-    return f"{shapes.pop() if len(shapes) == 1 else f'{len(shapes)} shapes'}, keep {_joint(rows)['keep'] or '–'}"
+    shapes = {f"{row.shape[0]} x {row.shape[1]}" for row in rows}
+    return f"{shapes.pop() if len(shapes) == 1 else f'{len(shapes)} shapes'}, keep {_joint(rows)['keep'] or 'none'}"
 
 
 def _keeps(grouped: Mapping[str, Sequence[Row]], rows: Sequence[Row]) -> list[Panel]:
@@ -309,7 +309,7 @@ def _picture(module: nn.Module, row: Row, *, large: bool) -> Picture:
             single = maps.coupling_map(layer)
             limit = float(single.abs().flatten()[:: max(1, single.numel() // 100_000)].quantile(0.99))
             images.append((maps.signed_image_of(single, limit), "coupling of each component with each block", True))
-    caption = f"{row.format} {row.settings}, {row.shape[0]} × {row.shape[1]}, keep {_joint([row])['keep'] or '–'}"
+    caption = f"{row.format} {row.settings}, {row.shape[0]} x {row.shape[1]}, keep {_joint([row])['keep'] or 'none'}"
     return Picture(row.name, caption, tuple(images))
 
 
