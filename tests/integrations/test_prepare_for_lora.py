@@ -76,7 +76,7 @@ def test_a_change_that_is_not_of_low_rank_is_refused() -> None:
     layer = model[0]
     assert isinstance(layer, AdaptableLinear)
     assert isinstance(layer, nn.Linear)
-    with pytest.raises(ValueError, match="expected a change of low rank for LowRank.*, got one of rank 16"):
+    with pytest.raises(ValueError, match=r"expected a change of low rank for LowRank.*, got one of rank 16"):
         layer.weight.data += torch.randn(32, 16)
     with pytest.raises(RuntimeError, match="expected the weight of a structured layer to be read only, got 'mul_'"):
         layer.weight.data.mul_(2)
@@ -126,9 +126,9 @@ def test_what_the_merged_format_refuses() -> None:
     base = sm.Monarch(8, 8, blocks=2, rank=1)
     with pytest.raises(ValueError, match=r"expected a base of shape \(8, 9\)"):
         Merged(8, 9, base, 1)
-    with pytest.raises(ValueError, match="expected a base with a final structure.*it has a low-rank term already"):
+    with pytest.raises(ValueError, match=r"expected a base with a final structure.*it has a low-rank term already"):
         Merged(8, 8, Merged(8, 8, base, 1), 1)
-    with pytest.raises(ValueError, match="expected a base with a final structure.*harden_ the network first"):
+    with pytest.raises(ValueError, match=r"expected a base with a final structure.*harden_ the network first"):
         Merged(8, 8, sm.GaudiGblr(8, 8, 4), 1)
     with pytest.raises(ValueError, match=r"expected a rank of at most min\(M, N\) = 8, got 9"):
         Merged(8, 8, base, 9)
