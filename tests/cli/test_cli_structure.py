@@ -182,3 +182,34 @@ def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path, capsys: pytest.
     assert main(["compress", str(folder / "dense"), "-o", str(tmp_path / "a"), "--format", "gblr"]) == 1
     assert "gaudi_gblr" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_writes_a_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = str(folder / "texts.txt")
+    assert main(["compress", str(folder / "dense"), "-o", str(tmp_path / "small"), "--format", "blast", "--blocks", "4",
+                 "--keep", "0.5", "--uniform", "--calibrate", texts]) == 0  # fmt: skip
+    record = json.loads((tmp_path / "small/structmat.json").read_text())
+    entry = {"model": "small", "step": "decode", "tokens": 1, "speedup": 1.25, "tokens_per_second": 400.0}
+    bench = {"hardware": {"processor": "a CPU", "threads": "2"}, "models": [{**entry, "seconds": {"median": 0.0025}}]}
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    words = ["report", str(tmp_path / "small"), "--html", str(tmp_path / "out/report.html")]
+    assert main([*words, "--bench", str(tmp_path / "bench.json")]) == 0
+    assert f"wrote {tmp_path / 'out/report.html'}" in capsys.readouterr().err
+    text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    for name, facts in record["layers"].items():
+        assert f"{name}: error of the output {facts['output_error']:.3f}" in text
+    assert f'<div class="big">{record["measured_after"]:.4g}</div>' in text
+    assert "were measured on a CPU with 2 threads" in text
+    assert '<td class="right">2.5 ms</td><td class="right">400.0</td><td class="right">1.25x</td>' in text
+    assert "<dt>calibrate</dt>" in text
+    assert "data:image/png;base64," in text
+
+
+def test_times_need_a_page_and_models(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps({"hardware": {}, "layers": []}))
+    words = ["report", str(folder / "dense"), "--bench", str(tmp_path / "bench.json")]
+    assert main(words) == 1
+    assert "expected --html with --bench: the page alone shows the times" in capsys.readouterr().err
+    assert main([*words, "--html", str(tmp_path / "report.html")]) == 1
+    assert "expected times of models, got those of layers; run: structmat bench MODEL" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()

@@ -85,9 +85,11 @@ def read_speeds(path: Path) -> tuple[str, Sequence[Sequence[str]]]:
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:
-    """The name of the machine, with the number of its threads."""
-    name = hardware.get("gpu") or hardware.get("cpu") or ""
-    return str(name)
+    """The accelerator, or the processor with the number of its threads."""
+    if hardware.get("gpu"):
+        return str(hardware["gpu"])
+    processor, threads = hardware.get("processor") or "a CPU", hardware.get("threads")
+    return f"{processor} with {threads} threads" if threads else str(processor)
 
 
 def _cells(entry: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,72 @@ class Mark:
     height: float
     kind: str
     text: str
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the layers of one kind cost together, as one bar.
+
+    Attributes:
+        label: The kind.
+        formats: The formats of the layers, each with its number of layers.
+        kept: The number of parameters.
+        dense: The number of parameters if dense.
+        kept_bytes: The bytes that are stored.
+        dense_bytes: The bytes if dense.
+        track: The length of the bar if dense, in percent.
+        segments: The part of each format that remains: its class in the style sheet, where it begins, and its length.
+    """
+
+    label: str
+    formats: str
+    kept: int
+    dense: int
+    kept_bytes: int
+    dense_bytes: int
+    track: float
+    segments: tuple[tuple[str, float, float], ...]
+
+
+def share_bars(
+    grouped: Mapping[str, Sequence[Row]], sizes: Mapping[str, tuple[int, int]], classes: Mapping[str, str]
+) -> list[Share]:
+    """Draw what each kind of layers costs, the largest first.
+
+    Args:
+        grouped: The layers of each kind.
+        sizes: The bytes of each layer, as they are and if dense.
+        classes: The class in the style sheet for each format.
+
+    Returns:
+        A bar for each kind.
+    """
+    most = max((sum(row.dense_parameters for row in rows) for rows in grouped.values()), default=0) or 1
+    found = [_share(label, rows, sizes, classes, 100 / most) for label, rows in grouped.items()]
+    return sorted(found, key=lambda one: -one.dense)
+
+
+def _share(
+    label: str, rows: Sequence[Row], sizes: Mapping[str, tuple[int, int]], classes: Mapping[str, str], scale: float
+) -> Share:
+    """What the layers of one kind cost together."""
+    counts = Counter(row.format for row in rows)
+    segments: list[tuple[str, float, float]] = []
+    begin = 0.0
+    for name in counts:
+        length = scale * sum(row.parameters for row in rows if row.format == name)
+        segments.append((classes[name], begin, length))
+        begin += length
+    return Share(
+        label,
+        ", ".join(f"{number} x {name}" for name, number in counts.items()),
+        sum(row.parameters for row in rows),
+        sum(row.dense_parameters for row in rows),
+        sum(sizes[row.name][0] for row in rows),
+        sum(sizes[row.name][1] for row in rows),
+        scale * sum(row.dense_parameters for row in rows),
+        tuple(segments),
+    )
 
 
 @dataclass(frozen=True)
@@ -115,9 +182,9 @@ def error_panel(title: str, rows: Sequence[Row], caption: str, most: float) -> P
 
 
 def rounded_up(values: Iterable[float]) -> float:
-    """Find the end of an axis: the least of 0.1, 0.2, 0.5 and 1 that no value exceeds; 1 or the largest above that."""
+    """Find the end of an axis: a round number up to 1 that no value exceeds; the largest value where it is above 1."""
     most = max(values, default=1.0)
-    return next((end for end in (0.1, 0.2, 0.5, 1.0) if most <= end), most)
+    return next((end for end in (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0) if most <= end), most)
 
 
 def _axis(rows: Sequence[Row]) -> tuple[list[float], float, tuple[tuple[float, str], ...]]:

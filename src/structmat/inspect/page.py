@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from structmat import _checks
 from structmat._tables import share
 from structmat._version import __version__
 from structmat.inspect import maps
-from structmat.inspect.charts import Panel, error_panel, keep_panel, rounded_up
+from structmat.inspect.charts import Panel, error_panel, keep_panel, rounded_up, share_bars
 from structmat.inspect.kinds import OTHERS, kinds
 from structmat.inspect.reports import NUMBERS, Report, Row
 from structmat.network.sites import DENSE_KINDS, dense_weight
@@ -46,6 +47,11 @@ class Quality:
     before: float
     after: float
 
+    @property
+    def change(self) -> str:
+        """The change relative to the value before, as text; empty where that is 0."""
+        return f"{self.after / self.before - 1:+.1%}".replace("%", " %") if self.before else ""
+
 
 @dataclass(frozen=True)
 class Story:
@@ -68,31 +74,6 @@ class Story:
     quality: Quality | None = None
     speeds: Sequence[Sequence[str]] = ()
     hardware: str = ""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What the layers of one kind cost, in all.
-
-    Attributes:
-        label: The kind.
-        count: The number of layers.
-        formats: The formats of the layers.
-        kept: The number of parameters.
-        dense: The number of parameters if dense.
-        kept_bytes: The bytes that are stored.
-        dense_bytes: The bytes if dense.
-        most: The number of parameters of the largest kind if dense, for the scale.
-    """
-
-    label: str
-    count: int
-    formats: str
-    kept: int
-    dense: int
-    kept_bytes: int
-    dense_bytes: int
-    most: int
 
 
 @dataclass(frozen=True)
@@ -146,16 +127,18 @@ def _context(model: nn.Module, found: Report, story: Story) -> dict[str, Any]:
     total = stored_bytes(model)
     pictures = _pictures(model, grouped)
     head, cells = found.cells()
+    formats = _formats(found.rows)
+    classes = {name: facts["class"] for name, facts in formats.items()}
     return {
         "report": found,
         "story": story,
         "version": __version__,
         "bytes_after": total,
         "bytes_before": total + sum(dense - stored for stored, dense in sizes.values()),
-        "formats": _formats(found.rows),
+        "formats": formats,
         "structured": _joint([row for row in found.rows if row.format != "dense"]),
-        "shares": _shares(grouped, sizes),
-        "keeps": _keeps(grouped, found.rows),
+        "shares": share_bars(grouped, sizes, classes),
+        "keeps": _keeps(grouped, classes),
         "errors": _errors(grouped),
         "shown": pictures[:SHOWN],
         "folded": pictures[SHOWN:],
@@ -224,34 +207,14 @@ def _joint(rows: Sequence[Row]) -> dict[str, Any]:
     return {"kept": kept, "full": dense, "keep": share(kept, dense), "layers": len(rows)}
 
 
-def _shares(grouped: Mapping[str, Sequence[Row]], sizes: Mapping[str, tuple[int, int]]) -> list[Share]:
-    """What each kind costs, the largest first."""
-    most = max((sum(row.dense_parameters for row in rows) for rows in grouped.values()), default=1)
-    found = [
-        Share(
-            label,
-            len(rows),
-            ", ".join(dict.fromkeys(row.format for row in rows)),
-            sum(row.parameters for row in rows),
-            sum(row.dense_parameters for row in rows),
-            sum(sizes[row.name][0] for row in rows),
-            sum(sizes[row.name][1] for row in rows),
-            max(most, 1),
-        )
-        for label, rows in grouped.items()
-    ]
-    return sorted(found, key=lambda kind: -kind.dense)
-
-
 def _caption(rows: Sequence[Row]) -> str:
     """The shapes of the layers of a kind, and what they keep in all."""
     shapes = {f"{row.shape[0]} x {row.shape[1]}" for row in rows}
-    return f"{shapes.pop() if len(shapes) == 1 else f'{len(shapes)} shapes'}, keep {_joint(rows)['keep'] or 'none'}"
+    return f"{shapes.pop() if len(shapes) == 1 else f'{len(shapes)} shapes'}, keep {_joint(rows)['keep'] or '-'}"
 
 
-def _keeps(grouped: Mapping[str, Sequence[Row]], rows: Sequence[Row]) -> list[Panel]:
+def _keeps(grouped: Mapping[str, Sequence[Row]], classes: Mapping[str, str]) -> list[Panel]:
     """A panel for each kind of which some layer is structured and that comes more than once."""
-    classes = {name: facts["class"] for name, facts in _formats(rows).items()}
     return [
         keep_panel(label, rows, _caption(rows), classes)
         for label, rows in grouped.items()
@@ -274,7 +237,7 @@ def _error_caption(rows: Sequence[Row]) -> str:
         ("weight", [row.error for row in rows if row.error is not None]),
     ):
         if found:
-            return f"median error of the {what} {sorted(found)[len(found) // 2]:.3f}"
+            return f"median error of the {what} {statistics.median(found):.3f}"
     return ""
 
 
@@ -309,7 +272,7 @@ def _picture(module: nn.Module, row: Row, *, large: bool) -> Picture:
             single = maps.coupling_map(layer)
             limit = float(single.abs().flatten()[:: max(1, single.numel() // 100_000)].quantile(0.99))
             images.append((maps.signed_image_of(single, limit), "coupling of each component with each block", True))
-    caption = f"{row.format} {row.settings}, {row.shape[0]} x {row.shape[1]}, keep {_joint([row])['keep'] or 'none'}"
+    caption = f"{row.format} {row.settings}, {row.shape[0]} x {row.shape[1]}, keep {_joint([row])['keep'] or '-'}"
     return Picture(row.name, caption, tuple(images))
 
 
