@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm.auto import tqdm as drawn
@@ -13,6 +16,28 @@ from structmat._ranks import current
 
 INTERVAL = 10.0
 """The number of seconds that pass, at least, between two lines of a bar where there is no terminal."""
+
+Seen = Callable[[str, float], None]
+"""What is told the title of a bar and the share of its work that is done."""
+
+_seen: ContextVar[Seen | None] = ContextVar("_seen", default=None)
+
+
+@contextmanager
+def watched(seen: Seen) -> Iterator[None]:
+    """Tell a function how far every bar is that is made and shown while the context is entered.
+
+    Args:
+        seen: The function.
+
+    Yields:
+        Nothing.
+    """
+    token = _seen.set(seen)
+    try:
+        yield
+    finally:
+        _seen.reset(token)
 
 
 class _Lines(tqdm):
@@ -72,4 +97,15 @@ def progress_bar(*, show: bool = True, **options: Any) -> Any:
         seconds have passed since its last one, and one when it ends.
     """
     lines = not sys.stderr.isatty() and drawn.__module__ != "tqdm.notebook"
-    return (_Lines if lines else drawn)(disable=not (show and current().leads), **options)
+    show = show and current().leads
+    bar = (_Lines if lines else drawn)(disable=not show, **options)
+    seen, update = _seen.get(), bar.update
+    if seen is not None and show and bar.total:
+
+        def told(done: float = 1) -> bool | None:
+            drew = update(done)
+            seen(bar.desc.removesuffix(": "), bar.n / bar.total)
+            return drew
+
+        bar.update = told
+    return bar

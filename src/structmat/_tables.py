@@ -67,6 +67,28 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[i
     return table
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    """Lay out a table as Markdown.
+
+    Args:
+        head: The titles of the columns.
+        rows: The cells of each row.
+        right: The indices of the columns that are aligned to the right.
+
+    Returns:
+        The lines.
+
+    Example:
+        >>> print(markdown_table(("layer", "size"), [("first", "1")], right=[1]))
+        | layer | size |
+        |---|---:|
+        | first | 1 |
+    """
+    rule = "|" + "|".join("---:" if k in right else "---" for k in range(len(head))) + "|"
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in (head, *rows)]
+    return "\n".join((lines[0], rule, *lines[1:]))
+
+
 def share(part: float, whole: float) -> str:
     """``part / whole`` as the text of a cell, empty where there is no whole."""
     return f"{part / whole:.3f}" if whole else ""

@@ -26,8 +26,9 @@ def compress_pretrained(
             ``layers``, ``exclude``, ``rules``, ``skip_misfits`` and ``plan`` (a file) for the plan; ``calibrate``,
             ``samples``, ``length``, ``batch_size``, ``packed``, ``split``, ``separator`` and ``column`` for the data;
             ``refine``, ``refine_steps``, ``refine_rate``, ``effort``, ``method``, ``learn``, ``uniform``,
-            ``two_sided``, ``quantize`` and ``stream`` for the fits; ``dtype`` and ``device``. An option that is
-            repeated on the command line is a list.
+            ``two_sided``, ``quantize`` and ``stream`` for the fits; ``dtype`` and ``device``; ``push_to_hub`` and
+            ``private`` for the upload; ``report_to`` for trackers. An option that is repeated on the command line is a
+            list.
 
     Returns:
         The record, as in ``structmat.json`` in the folder: the options, the errors of the layers, the numbers of

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from structmat.cli.results import budget_lines, megabytes, result_lines
+from structmat.cli.results import budget_lines, result_lines
+from structmat.cli.show import megabytes
 from structmat.data.tokens import pad
 from structmat.evaluate import accuracy
 from structmat.evaluate.held_out import HeldOut, relative_error

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,23 +19,24 @@ from structmat._ranks import current
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationData, CalibrationOptions, RefinementOptions, read_calibration, told
 from structmat.cli.estimates import size_of
+from structmat.cli.fingerprints import fingerprint
 from structmat.cli.formats import read_blocks, read_format
 from structmat.cli.launch import joined
 from structmat.cli.models import Placement
-from structmat.cli.options import Model, Options, Target, recorded
-from structmat.cli.output import Output, fingerprint, read_record
-from structmat.cli.plan import LEAST_SHARED, kept, weigh
-from structmat.cli.results import budget_lines, held_out_of, measured_after, measured_before, result_lines, results
+from structmat.cli.options import Model, Options, Target, command_line, recorded
+from structmat.cli.output import Output, read_record
+from structmat.cli.plan import LEAST_SHARED, kept
+from structmat.cli.push import PushOptions
+from structmat.cli.results import budget_lines, held_in_memory, result_lines, streamed
 from structmat.cli.selection import PlanOrFile
 from structmat.cli.show import say
+from structmat.cli.tracking import TrackingOptions, figures_of, move_runs
 from structmat.compress.allocate import Allocation, AllocationSettings, allocate
-from structmat.compress.api import compress_
 from structmat.compress.efforts import EFFORTS
 from structmat.compress.estimate import Estimate, estimate
-from structmat.export.quantize import KINDS, quantize_
+from structmat.export.quantize import KINDS
 from structmat.fit import Method, default_method
 from structmat.formats import Blast, Format
-from structmat.network.surgery import harden_
 from structmat.plan import Plan
 
 
@@ -169,6 +169,8 @@ class Compression:
         calibration: The calibration data.
         refinement: How blocks are refined.
         placement: The dtype and the device.
+        push: Whether the result is uploaded.
+        tracking: Where figures are reported to.
     """
 
     model: str
@@ -177,9 +179,13 @@ class Compression:
     calibration: CalibrationOptions
     refinement: RefinementOptions
     placement: Placement
+    push: PushOptions
+    tracking: TrackingOptions
 
     def run(self, target: Target) -> dict[str, Any]:
         """Compress, together with the other processes that a launcher started, or find out that this is done already.
+
+        The result is uploaded then, if that is wanted.
 
         Args:
             target: Where to write.
@@ -198,6 +204,8 @@ class Compression:
         if self.refinement.refine and self.calibration.calibrate is None:
             raise ValueError("expected --calibrate with --refine, which tunes on data")
         _checks.one_of(self.fit.method, METHODS, "--method")
+        self.push.check()
+        self.tracking.check()
         skeleton = models.skeleton(self.model)
         made = self.plan.plan_for(skeleton)
         hardens = self.fit.check(made, self.placement, data=self.calibration.calibrate is not None)
@@ -211,14 +219,17 @@ class Compression:
                     output.finish({**facts, "seconds": time.perf_counter() - started})
                     for line in result_lines(facts):
                         say(line)
+        if current().leads:
+            self.push.upload(target.out)
         return read_record(target.out) or {}
 
     def _output(self, target: Target, skeleton: Any) -> Output:
         """The output, with what it depends on."""
-        options = recorded(self.plan, self.fit, self.calibration, self.refinement, self.placement)
+        groups = (self.plan, self.fit, self.calibration, self.refinement, self.placement)
+        options, spelled = recorded(*groups), command_line("compress", self.model, *groups)
         files = fingerprint(self.model) or getattr(skeleton.config, "_commit_hash", None)
         facts = {"model": self.model, **options, "model_files": files}
-        return Output(target.out, "compress", facts, overwrite=target.overwrite)
+        return Output(target.out, "compress", facts, overwrite=target.overwrite, spelled=spelled)
 
     def _say_budget(self, made: Plan, skeleton: Any) -> None:
         """Tell the user what is kept, and what stays dense."""
@@ -242,24 +253,35 @@ class Compression:
             "cache": output.partial / "fits",
         }
         folder = output.new_folder()
-        if self.fit.stream:
-            made = made if data is None else self._allocated(made, None, data, how["cache"])
-            facts = streamed(self.model, skeleton, folder, made, how)
-        else:
-            loaded = models.load(self.model, self.placement)
-            if current().leads:
-                expected = self._expected(made, data, loaded, loaded.device)
-                alone = "" if current().size == 1 else "in one process, "
-                say(f"compressing takes about {expected} {alone}from the start")
-            if data is not None:
-                made = self._allocated(made, loaded, data, how["cache"])
-                how["two_sided"] = self.fit.two_sided
-            how["effort"] = self.fit.effort
-            facts = held_in_memory(loaded, folder, made, how, data, hardens, self.fit.quantize)
+        tracking = self.tracking if current().leads else TrackingOptions()
+        with tracking.tracker(output.partial, skeleton, output.path.name) as tracker:
+            facts = self._written(made, skeleton, folder, data, how, hardens)
+            if tracker is not None:
+                for figures in figures_of(facts):
+                    tracker.report(figures)
         if current().leads:
+            move_runs(output.partial, folder)
             for processor in processors.values():
                 processor.save_pretrained(folder)
         return facts
+
+    def _written(
+        self, made: Plan, skeleton: Any, folder: Path, data: CalibrationData | None, how: dict[str, Any], hardens: bool
+    ) -> dict[str, Any]:
+        """Compress, from file to file or in memory, and write the model without its processors."""
+        if self.fit.stream:
+            made = made if data is None else self._allocated(made, None, data, how["cache"])
+            return streamed(self.model, skeleton, folder, made, how)
+        loaded = models.load(self.model, self.placement)
+        if current().leads:
+            expected = self._expected(made, data, loaded, loaded.device)
+            alone = "" if current().size == 1 else "in one process, "
+            say(f"compressing takes about {expected} {alone}from the start")
+        if data is not None:
+            made = self._allocated(made, loaded, data, how["cache"])
+            how["two_sided"] = self.fit.two_sided
+        how["effort"] = self.fit.effort
+        return held_in_memory(loaded, folder, made, how, data, hardens, self.fit.quantize)
 
     def _shares(self, made: Plan) -> bool:
         """Whether layers share the budget of the plan, where there is data."""
@@ -336,65 +358,8 @@ def compress(
     calibration: CalibrationOptions,
     refinement: RefinementOptions,
     placement: Placement,
+    push: PushOptions,
+    tracking: TrackingOptions,
 ) -> None:
     """Run ``structmat compress``."""
-    Compression(model, plan, fit, calibration, refinement, placement).run(target)
-
-
-def held_in_memory(
-    model: Any,
-    folder: Path,
-    made: Plan,
-    how: Mapping[str, Any],
-    data: CalibrationData | None,
-    hardens: bool,
-    integers: str | None,
-) -> dict[str, Any]:
-    """Compress a model in memory, measure it before and after, and write it.
-
-    Args:
-        model: The dense model, which becomes the compressed one.
-        folder: The folder to write.
-        made: The plan.
-        how: The further arguments of ``compress_``.
-        data: The calibration data; None for none.
-        hardens: Whether layers are hardened once they are fitted.
-        integers: The kind of integers that weights are stored in; None for floating point.
-
-    Returns:
-        What came out, for the record.
-    """
-    held_out = None if data is None or not current().leads else held_out_of(data, model)
-    measured = measured_before(held_out, model)
-    fits = compress_(model, made, **how)
-    if hardens:
-        harden_(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    rounded = {} if integers is None else quantize_(model, integers, batches=how["batches"])
-    measured |= measured_after(held_out, model)
-    if current().leads:
-        model.save_pretrained(folder)
-    facts = {**results(parameters, made, fits), **measured, "device": str(model.device)}
-    return facts if integers is None else {**facts, "integers": integers, "rounding_errors": rounded}
-
-
-def streamed(model: str, skeleton: Any, folder: Path, made: Plan, how: Mapping[str, Any]) -> dict[str, Any]:
-    """Compress a checkpoint from file to file; nothing is measured, since the model may be larger than the memory.
-
-    Args:
-        model: A folder, or a name on the Hub.
-        skeleton: The model without its weights.
-        folder: The folder to write.
-        made: The plan.
-        how: The further arguments of ``compress_checkpoint``.
-
-    Returns:
-        What came out, for the record.
-    """
-    if current().leads:
-        folder.rmdir()
-    streaming = importlib.import_module("structmat.integrations.transformers.streaming")
-    fits = streaming.compress_checkpoint(models.folder_of(model), folder, made, **how)
-    before, after = weigh(made)
-    parameters = sum(parameter.numel() for parameter in skeleton.parameters()) - before + after
-    return {**results(parameters, made, fits), "device": "cpu"}
+    Compression(model, plan, fit, calibration, refinement, placement, push, tracking).run(target)

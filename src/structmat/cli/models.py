@@ -192,11 +192,18 @@ def processors(model: str) -> dict[str, Any]:
 
 def has_file(model: str, file: str) -> bool:
     """Whether a folder or a repository on the Hub has a file."""
+    return file_of(model, file) is not None
+
+
+def file_of(model: str, file: str) -> Path | None:
+    """The path of a file in a folder, or of one that is fetched from the Hub; None where there is none."""
     if Path(model).is_dir():
-        return (Path(model) / file).is_file()
+        found = Path(model) / file
+        return found if found.is_file() else None
     library()
     hub = importlib.import_module("transformers.utils.hub")
-    return hub.cached_file(model, file, _raise_exceptions_for_missing_entries=False) is not None
+    cached = hub.cached_file(model, file, _raise_exceptions_for_missing_entries=False)
+    return None if cached is None else Path(cached)
 
 
 def processor_of(model: str) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,56 @@ def _plain(value: Any) -> Any:
 def recorded(*groups: Options) -> dict[str, Any]:
     """The records of several sets of options as one."""
     return {name: value for group in groups for name, value in group.record().items()}
+
+
+def command_line(command: str, model: str | os.PathLike[str], *groups: Options) -> str:
+    """Spell a command with the options that differ from the defaults, for others to repeat.
+
+    Folders that are written from the root are named by their last part, so that the text tells nothing of a machine.
+
+    Args:
+        command: The name of the command.
+        model: Its argument.
+        groups: The sets of its options, without the folder that is written.
+
+    Returns:
+        The words as a shell reads them, with ``OUT`` for the folder that is written.
+
+    Example:
+        >>> command_line("densify", "/models/small", Options())
+        'structmat densify small -o OUT'
+    """
+    words = ["structmat", command, unrooted(model), "-o", "OUT"]
+    for group in groups:
+        hints = get_type_hints(type(group), include_extras=True)
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if value != field.default:
+                words += _spelled(field.name, _declared(hints[field.name]), value)
+    return shlex.join(words)
+
+
+def unrooted(path: str | os.PathLike[str]) -> str:
+    """A path, or the last part of one that is written from the root or from the home of a user."""
+    text = os.fspath(path)
+    found = Path(text)
+    return found.name if found.is_absolute() or text.startswith("~") else text
+
+
+def _declared(hint: Any) -> list[str]:
+    """The names of an option, where it has others than its field; typer takes the first one for the default."""
+    infos = (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, typer.models.OptionInfo))
+    return [name for info in infos for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
+
+
+def _spelled(name: str, declared: list[str], value: Any) -> list[str]:
+    """An option and its value as words."""
+    flag = next((text for text in declared if text.startswith("--")), f"--{name.replace('_', '-')}")
+    yes, _, no = flag.partition("/")
+    if isinstance(value, bool):
+        return [yes if value else no or f"--no-{yes.removeprefix('--')}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [word for one in values for word in (yes, unrooted(one) if isinstance(one, (str, Path)) else str(one))]
 
 
 def command_of(function: Callable[..., Any], then: Callable[..., Any] | None = None) -> Callable[..., Any]:

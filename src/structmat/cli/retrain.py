@@ -17,11 +17,14 @@ from structmat._files import read_json
 from structmat._tables import print_table
 from structmat.cli import models
 from structmat.cli.errors import door
+from structmat.cli.fingerprints import fingerprint
 from structmat.cli.models import Placement
-from structmat.cli.options import Model, Target
-from structmat.cli.output import RECORD, STATE_SCALE, Output, fingerprint
+from structmat.cli.options import Model, Target, command_line
+from structmat.cli.output import RECORD, STATE_SCALE, Output
+from structmat.cli.push import PushOptions
 from structmat.cli.reading import length_for, measured_split
 from structmat.cli.show import say
+from structmat.cli.tracking import TrackingOptions
 from structmat.cli.training import DataOptions, TeacherOptions, TrainingOptions, arguments_class
 from structmat.data.tokens import TokenRows, token_rows
 
@@ -33,27 +36,32 @@ def retrain(
     teacher: TeacherOptions,
     training: TrainingOptions,
     placement: Placement,
+    push: PushOptions,
+    tracking: TrackingOptions,
 ) -> None:
     """Run ``structmat retrain``."""
     started = time.perf_counter()
+    push.check()
+    tracking.check()
     for name in (model, *([] if teacher.teacher is None else [teacher.teacher])):
         models.check_name(name)
     settings = {"use_cpu": models.device_named(placement.device).type == "cpu"}
     settings = {**settings, **teacher.record(), **training.record()}
     files = {"model_files": fingerprint(model), "teacher_files": fingerprint(teacher.teacher)}
     options = {"model": model, **data.record(), "dtype": placement.dtype, **settings, **files}
-    output = Output(target.out, "retrain", options, overwrite=target.overwrite, resume=False)
-    if output.said_finished():
-        return
-    work = Training(model, placement.dtype, settings, data)
+    spelled = command_line("retrain", model, data, teacher, training, placement)
+    output = Output(target.out, "retrain", options, overwrite=target.overwrite, resume=False, spelled=spelled)
+    reported = {"report_to": tracking.names, "run_name": target.out.name} if tracking.names else {}
+    work = Training(model, placement.dtype, {**settings, **reported}, data)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process alone keeps the folders
-        work.run(output.partial / "run")
+        if not output.said_finished():
+            work.run(output.partial / "run")
         return
-    with output:
-        if output.said_finished():  # by a process that has ended since, or put back
-            return
-        figures = train(work, output, started)
-    show_figures(figures)
+    if not output.said_finished():
+        with output:
+            if not output.said_finished():  # by a process that has ended since, or put back
+                show_figures(train(work, output, started))
+    push.upload(target.out)
 
 
 def show_figures(figures: Mapping[str, float]) -> None:

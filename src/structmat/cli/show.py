@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,3 +50,13 @@ def warn(text: str) -> None:
 def count(number: float) -> str:
     """A count with separators."""
     return f"{number:,.0f}"
+
+
+def megabytes(size: float) -> str:
+    """A number of bytes as text."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def root_mean_square(errors: Sequence[float]) -> float:
+    """The root mean square, by which the errors of layers are shown as one; 0 of nothing."""
+    return math.sqrt(sum(error**2 for error in errors) / max(1, len(errors)))

@@ -327,6 +327,13 @@ class Format(abc.ABC):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ", ".join(self._setting(n, v) for n, v in fields.items() if n not in ("M", "N") and v is not False)
 
+    @property
+    def kind(self) -> str:
+        """What layers of different sizes and budgets have in common: the label, and what a user chooses beside keep."""
+        chosen = {name: getattr(self, name) for name in self.budget_options() if hasattr(self, name)}
+        settings = (self._setting(name, value) for name, value in chosen.items() if value not in (False, None))
+        return ", ".join((self.label, *settings))
+
     def _setting(self, name: str, value: Any) -> str:
         """One hyperparameter as text."""
         if name == "blocks" and isinstance(value, tuple):

@@ -70,6 +70,11 @@ class Quantized(Format):
             raise ValueError(f"expected a base with final factors in floating point, got {self.base}; {remedy}")
 
     @property
+    def kind(self) -> str:
+        """The kind of the other format, and the integers."""
+        return f"{self.base.kind} in int{self.bits}"
+
+    @property
     def rounded_factors(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the factors that are integers here, by their names in the other format.
 

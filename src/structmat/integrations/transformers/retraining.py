@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, default_data_collator
+from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
 from structmat.data import Images, LabelledTexts, read_images, read_labelled_texts, read_texts, token_rows
 from structmat.data.tokens import language_collator
@@ -104,6 +106,7 @@ def retrain(
         compute_metrics=None if task == "causal-lm" else _accuracy,
     )
     Progress.into(trainer)
+    set_logging_folder(trainer)
     texts = texts_of(evaluation, None) if task == "causal-lm" and evaluation is not None else None
     measure = _measure(trainer, processor, texts, held_out, length)
     figures = train_and_keep_the_best(trainer, args.resume_from_checkpoint, measure)
@@ -112,6 +115,17 @@ def retrain(
     trainer.save_metrics("all", figures, combined=False)
     trainer.accelerator.wait_for_everyone()  # the folder is complete when any process returns
     return figures
+
+
+def set_logging_folder(trainer: StructuredTrainer) -> None:
+    """Let TensorBoard's files lie in the folder of the run, also those of the measurement before the training begins.
+
+    Args:
+        trainer: The trainer.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = os.path.join(str(trainer.args.output_dir), default_logdir())
 
 
 COLLATORS: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
