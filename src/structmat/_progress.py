@@ -97,7 +97,8 @@ def progress_bar(*, show: bool = True, **options: Any) -> Any:
         seconds have passed since its last one, and one when it ends.
     """
     lines = not sys.stderr.isatty() and drawn.__module__ != "tqdm.notebook"
-    bar = (_Lines if lines else drawn)(disable=not (show and current().leads), **options)
+    show = show and current().leads
+    bar = (_Lines if lines else drawn)(disable=not show, **options)
     seen, update = _seen.get(), bar.update
     if seen is not None and show and bar.total:
 

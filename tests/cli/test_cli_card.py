@@ -120,12 +120,12 @@ def test_the_cards_of_what_is_made_of_it(folder: Path, tmp_path: Path) -> None:
     assert main(["densify", str(folder / "small"), "-o", str(tmp_path / "plain")]) == 0
     words = ["--data", str(folder / "texts.txt"), "--steps", "2", "--device", "cpu", "--length", "16"]
     assert main(["retrain", str(folder / "small"), "-o", str(tmp_path / "better"), *words]) == 0
-    first = record_of(folder / "small")["recipe"]
+    first = record_of(folder / "small")["commands"]
     for name in ("integers", "plain", "better"):
         data, text = read(tmp_path / name)
         assert data["license"] == "other"  # from card to card
-        assert record_of(tmp_path / name)["recipe"][:1] == first
-        assert "\n".join(record_of(tmp_path / name)["recipe"]) in text
+        assert record_of(tmp_path / name)["commands"][:1] == first
+        assert "\n".join(record_of(tmp_path / name)["commands"]) in text
         assert text.lstrip().startswith("# dense, ")  # the model that all came from
     _, text = read(tmp_path / "integers")
     errors = record_of(tmp_path / "integers")["layers"]

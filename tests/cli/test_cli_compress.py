@@ -14,7 +14,8 @@ from structmat import Blast, LowRank, Refinement, allocate, compress_, load_pret
 from structmat.cli import compress as command
 from structmat.cli import main, models
 from structmat.cli.calibration import CalibrationOptions, read_calibration
-from structmat.cli.output import Output, differences, fingerprint
+from structmat.cli.fingerprints import fingerprint
+from structmat.cli.output import Output, differences
 from structmat.cli.reading import length_for
 from structmat.cli.selection import PlanOptions
 from structmat.data import token_rows

@@ -37,7 +37,7 @@ def test_a_compression_is_reported(folder: Path, tmp_path: Path) -> None:
     record = compress_pretrained(folder / "dense", tmp_path / "small", report_to="tensorboard", uniform=True, **options)
     plain = compress_pretrained(folder / "dense", tmp_path / "plain", uniform=True, **options)
     assert record["options"] == plain["options"]
-    assert "report-to" not in record["recipe"][0]
+    assert "report-to" not in record["commands"][0]
     assert not (tmp_path / "plain" / "runs").exists()
     found = scalars(tmp_path / "small")
     assert [value for _, value in found["eval/perplexity"]] == [

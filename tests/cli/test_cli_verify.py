@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from structmat import LowRank, apply_plan_, save_model
 from structmat.cli import main
-from structmat.cli.output import fingerprint
+from structmat.cli.fingerprints import fingerprint
 from training import tiny
 
 

@@ -12,8 +12,8 @@ import torch
 import typer
 
 from structmat import _checks
+from structmat.cli.fingerprints import fingerprint
 from structmat.cli.options import Options
-from structmat.cli.output import fingerprint
 from structmat.cli.reading import WHAT, Reading, length_for
 from structmat.cli.show import count, say, warn
 from structmat.compress.refinement import Refinement

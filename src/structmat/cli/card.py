@@ -318,7 +318,7 @@ def how_section(record: Mapping[str, Any]) -> Iterator[str]:
     """The commands that made the model."""
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
     yield "## How it was made"
-    yield "```sh\n" + "\n".join(record["recipe"]) + "\n```"
+    yield "```sh\n" + "\n".join(record["commands"]) + "\n```"
     yield f"`structmat.json` has the figures of every layer. The versions were {versions}."
 
 

@@ -19,15 +19,15 @@ from structmat._ranks import current
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationData, CalibrationOptions, RefinementOptions, read_calibration, told
 from structmat.cli.estimates import size_of
+from structmat.cli.fingerprints import fingerprint
 from structmat.cli.formats import read_blocks, read_format
 from structmat.cli.launch import joined
-from structmat.cli.making import held_in_memory, streamed
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Options, Target, command_line, recorded
-from structmat.cli.output import Output, fingerprint, read_record
+from structmat.cli.output import Output, read_record
 from structmat.cli.plan import LEAST_SHARED, kept
 from structmat.cli.push import PushOptions
-from structmat.cli.results import budget_lines, result_lines
+from structmat.cli.results import budget_lines, held_in_memory, result_lines, streamed
 from structmat.cli.selection import PlanOrFile
 from structmat.cli.show import say
 from structmat.cli.tracking import TrackingOptions, figures_of, move_runs
@@ -183,7 +183,9 @@ class Compression:
     tracking: TrackingOptions
 
     def run(self, target: Target) -> dict[str, Any]:
-        """Compress with the other processes that a launcher started, or find out that this is done; then upload it.
+        """Compress, together with the other processes that a launcher started, or find out that this is done already.
+
+        The result is uploaded then, if that is wanted.
 
         Args:
             target: Where to write.
@@ -224,10 +226,10 @@ class Compression:
     def _output(self, target: Target, skeleton: Any) -> Output:
         """The output, with what it depends on."""
         groups = (self.plan, self.fit, self.calibration, self.refinement, self.placement)
-        options, recipe = recorded(*groups), command_line("compress", self.model, *groups)
+        options, spelled = recorded(*groups), command_line("compress", self.model, *groups)
         files = fingerprint(self.model) or getattr(skeleton.config, "_commit_hash", None)
         facts = {"model": self.model, **options, "model_files": files}
-        return Output(target.out, "compress", facts, overwrite=target.overwrite, recipe=recipe)
+        return Output(target.out, "compress", facts, overwrite=target.overwrite, spelled=spelled)
 
     def _say_budget(self, made: Plan, skeleton: Any) -> None:
         """Tell the user what is kept, and what stays dense."""
@@ -251,7 +253,8 @@ class Compression:
             "cache": output.partial / "fits",
         }
         folder = output.new_folder()
-        with self.tracking.tracker(output.partial, skeleton, output.path.name) as tracker:
+        tracking = self.tracking if current().leads else TrackingOptions()
+        with tracking.tracker(output.partial, skeleton, output.path.name) as tracker:
             facts = self._written(made, skeleton, folder, data, how, hardens)
             if tracker is not None:
                 for figures in figures_of(facts):
@@ -299,7 +302,7 @@ class Compression:
         plan = shared_budget(self.model, model, data.batches, settings, [re.escape(name) for name in made], cache)
         dense = sum(not format.replaces for format in plan.values())
         say(f"layers share the budget by their effect on the output: {plan.kept:.3f} kept, {dense} layers stay dense")
-        return Plan(dict(plan), made.skipped, plan.two_sided, made.stays)
+        return Plan(dict(plan), made.skipped, plan.two_sided)
 
     def expected(self) -> Estimate:
         """How long all of it takes from the start, without loading the model."""

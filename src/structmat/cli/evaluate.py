@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from structmat import _checks
 from structmat._tables import print_table
 from structmat.cli import models
+from structmat.cli.fingerprints import versions
 from structmat.cli.models import Placement
 from structmat.cli.options import DATA, Options
-from structmat.cli.output import SCHEMA, versions, write_json
+from structmat.cli.output import SCHEMA, write_json
 from structmat.cli.reading import WHAT, Reading, length_for, measured_split
 from structmat.cli.show import count, say
 from structmat.data import read_images, read_labelled_texts

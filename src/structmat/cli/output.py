@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import secrets
 import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,14 +16,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from structmat import _checks
-from structmat._digests import digest_of_file, side_by_side
 from structmat._files import read_json, write_atomically
 from structmat._ranks import AbandonedError, current
-from structmat._version import __version__
 from structmat.cli.card import write_card
+from structmat.cli.fingerprints import versions
 from structmat.cli.options import unrooted
 from structmat.cli.show import say
-from structmat.data.sources import Source
 
 RECORD = "structmat.json"
 """The file in a finished folder that says what made it, and what came out."""
@@ -53,7 +48,7 @@ class Output:
         options: What the result depends on, as JSON-compatible data.
         overwrite: Whether to replace a result that is there.
         resume: Whether a run that was interrupted goes on with other options.
-        recipe: The command as others would repeat it, which the card of a model shows.
+        spelled: The command as others would repeat it, which the card of a model shows.
     """
 
     def __init__(
@@ -64,10 +59,10 @@ class Output:
         *,
         overwrite: bool = False,
         resume: bool = True,
-        recipe: str = "",
+        spelled: str = "",
     ) -> None:
         self.path, self.command, self.overwrite, self.resume = path, command, overwrite, resume
-        self.recipe = recipe
+        self.spelled = spelled
         self.options = json.loads(json.dumps(options))
         self.partial = path.with_name(f"{path.name}.partial")
         self._lock = FileLock(self.partial / "lock", timeout=0)
@@ -296,8 +291,8 @@ class Output:
         before = (read_record(Path(model)) if Path(model).is_dir() else None) or {}
         with _checks.about(str(Path(model) / RECORD)):
             origin = _checks.typed(before.get("origin", unrooted(model)), str, "'origin' of the record")
-            recipe = _checks.typed(before.get("recipe", []), list, "'recipe' of the record")
-        return {"origin": origin, "recipe": [*map(str, recipe), self.recipe]}
+            commands = _checks.typed(before.get("commands", []), list, "'commands' of the record")
+        return {"origin": origin, "commands": [*map(str, commands), self.spelled]}
 
     def recorded(self, folder: Path) -> dict[str, Any] | None:
         """The record in a folder that did not come to appear, if it is of this work; None otherwise."""
@@ -376,41 +371,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     changed = [name for name in (*before, *(n for n in now if n not in before)) if before.get(name) != now.get(name)]
     hashes = {name: name.replace("_", " ") for name in changed if name.endswith(("_files", "_content"))}
     return ", ".join(hashes.get(name, f"{name}: {before.get(name)!r}, now {now.get(name)!r}") for name in changed)
-
-
-def fingerprint(source: str | os.PathLike[str] | Source | None, *, named: bool = True) -> str | None:
-    """Hash the names and the contents of a file or of the files of a folder; a new date alone changes nothing.
-
-    Args:
-        source: A path, the name of something on the Hub, or a source of data, which may be a pattern.
-        named: Whether the name of the file or folder itself counts, beside the names within the folder.
-
-    Returns:
-        The hash; None where there is no such file or folder.
-    """
-    if source is None:
-        return None
-    parsed = source if isinstance(source, Source) else Source(os.fspath(source), slice(None))
-    files = parsed.files
-    if not files and not Path(parsed.name).exists():
-        return None
-    top = Path(parsed.name) if Path(parsed.name).exists() else Path(os.path.commonpath(files))
-    parent = top.parent if named else top
-    total = hashlib.sha256()
-    for file, content in zip(files, side_by_side(digest_of_file, files), strict=True):
-        total.update(f"{file.relative_to(parent)}|{content}|".encode())
-    return total.hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """The versions of the libraries that compute."""
-    found = {"structmat": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _remove(path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from structmat import _checks
 from structmat._files import write_atomically
 from structmat._names import meant
-from structmat.cli.output import versions
+from structmat.cli.fingerprints import versions
 from structmat.cli.steps import KINDS, MODEL, Step, digest_of, parameters
 
 NAMED = Path(__file__).with_name("recipes")

@@ -17,9 +17,10 @@ from structmat._files import read_json
 from structmat._tables import print_table
 from structmat.cli import models
 from structmat.cli.errors import door
+from structmat.cli.fingerprints import fingerprint
 from structmat.cli.models import Placement
 from structmat.cli.options import Model, Target, command_line
-from structmat.cli.output import RECORD, STATE_SCALE, Output, fingerprint
+from structmat.cli.output import RECORD, STATE_SCALE, Output
 from structmat.cli.push import PushOptions
 from structmat.cli.reading import length_for, measured_split
 from structmat.cli.show import say
@@ -48,8 +49,8 @@ def retrain(
     settings = {**settings, **teacher.record(), **training.record()}
     files = {"model_files": fingerprint(model), "teacher_files": fingerprint(teacher.teacher)}
     options = {"model": model, **data.record(), "dtype": placement.dtype, **settings, **files}
-    recipe = command_line("retrain", model, data, teacher, training, placement)
-    output = Output(target.out, "retrain", options, overwrite=target.overwrite, resume=False, recipe=recipe)
+    spelled = command_line("retrain", model, data, teacher, training, placement)
+    output = Output(target.out, "retrain", options, overwrite=target.overwrite, resume=False, spelled=spelled)
     reported = {"report_to": tracking.names, "run_name": target.out.name} if tracking.names else {}
     work = Training(model, placement.dtype, {**settings, **reported}, data)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process alone keeps the folders

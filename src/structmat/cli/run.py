@@ -18,8 +18,9 @@ from filelock import FileLock, Timeout
 from structmat import _checks
 from structmat._tables import print_table
 from structmat.cli.compress import Compression
+from structmat.cli.fingerprints import fingerprint, versions
 from structmat.cli.options import Options
-from structmat.cli.output import RECORD, SCHEMA, fingerprint, read_record, versions, write_json
+from structmat.cli.output import RECORD, SCHEMA, read_record, write_json
 from structmat.cli.recipe import Recipe, read_recipe, with_settings
 from structmat.cli.show import say, warn
 from structmat.cli.steps import MODEL, NOWHERE, Step

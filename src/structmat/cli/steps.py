@@ -14,8 +14,8 @@ from structmat import _checks
 from structmat._names import meant
 from structmat.cli import models
 from structmat.cli.app import COMMANDS
+from structmat.cli.fingerprints import fingerprint
 from structmat.cli.options import Options
-from structmat.cli.output import fingerprint
 from structmat.cli.parser import function_of, parsed_by
 from structmat.data.sources import Source
 

@@ -13,9 +13,10 @@ import typer
 from structmat import _checks
 from structmat.cli import models
 from structmat.cli.calibration import CalibrationOptions, batches_of
+from structmat.cli.fingerprints import fingerprint
 from structmat.cli.models import DtypeOption, Placement
 from structmat.cli.options import Model, Options, Target, command_line, recorded
-from structmat.cli.output import Output, fingerprint
+from structmat.cli.output import Output
 from structmat.cli.show import count, say
 from structmat.data.chats import chat_text
 from structmat.data.tokens import encode, pad
@@ -96,8 +97,8 @@ class Weights(Options):
 def densify(model: Model, target: Target, weights: Weights) -> None:
     """Run ``structmat densify``."""
     record = {"model": model, **recorded(weights), "model_files": fingerprint(models.check_name(model))}
-    recipe = command_line("densify", model, weights)
-    output = Output(target.out, "densify", record, overwrite=target.overwrite, recipe=recipe)
+    spelled = command_line("densify", model, weights)
+    output = Output(target.out, "densify", record, overwrite=target.overwrite, spelled=spelled)
     if output.said_finished():
         return
     with output:
@@ -132,8 +133,8 @@ def quantize(
     if calibration.calibrate is not None:
         record |= recorded(calibration)
     record["model_files"] = fingerprint(models.check_name(model))
-    recipe = command_line("quantize", model, integers, calibration, weights)
-    output = Output(target.out, "quantize", record, overwrite=target.overwrite, recipe=recipe)
+    spelled = command_line("quantize", model, integers, calibration, weights)
+    output = Output(target.out, "quantize", record, overwrite=target.overwrite, spelled=spelled)
     if output.said_finished():
         return
     with output:
@@ -146,8 +147,8 @@ def quantize(
 def harden(model: Model, target: Target, weights: Weights) -> None:
     """Run ``structmat harden``."""
     record = {"model": model, **recorded(weights), "model_files": fingerprint(models.check_name(model))}
-    recipe = command_line("harden", model, weights)
-    output = Output(target.out, "harden", record, overwrite=target.overwrite, recipe=recipe)
+    spelled = command_line("harden", model, weights)
+    output = Output(target.out, "harden", record, overwrite=target.overwrite, spelled=spelled)
     if output.said_finished():
         return
     with output:
@@ -171,8 +172,8 @@ def import_blast(
 ) -> None:
     """Run ``structmat import-blast``."""
     record = {"model": str(folder), "model_files": fingerprint(folder)}
-    recipe = command_line("import-blast", folder)
-    output = Output(target.out, "import-blast", record, overwrite=target.overwrite, recipe=recipe)
+    spelled = command_line("import-blast", folder)
+    output = Output(target.out, "import-blast", record, overwrite=target.overwrite, spelled=spelled)
     if output.said_finished():
         return
     models.library()

@@ -15,8 +15,8 @@ import typer
 from structmat import _checks
 from structmat._names import meant
 from structmat.cli import models
+from structmat.cli.fingerprints import fingerprint
 from structmat.cli.options import DATA, Options
-from structmat.cli.output import fingerprint
 from structmat.cli.reading import WHAT, Reading
 from structmat.data.sources import Source
 
