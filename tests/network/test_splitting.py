@@ -207,7 +207,10 @@ def test_what_stays_dense_is_named_with_its_reason() -> None:
         (lambda m: m["one"].register_buffer("more", torch.ones(1)), "it holds 'more' too"),
         (lambda m: setattr(m["one"], "forward", m["one"].forward), "its forward was replaced"),
         (lambda m: m["one"].in_proj_weight.register_hook(lambda g: g), "its weight has gradient hooks"),
-        (lambda m: m["one"].to(torch.complex64), "no plain matrix of floating-point numbers but complex64"),
+        (
+            lambda m: setattr(m["one"], "in_proj_weight", nn.Parameter(torch.zeros(24, 8, dtype=torch.complex64))),
+            "no plain matrix of floating-point numbers but complex64",
+        ),
         (lambda m: m.update({"one": type("Own", (nn.GRU,), {})(8, 8)}), "it is a Own, a GRU that may use its weights"),
     ],
 )

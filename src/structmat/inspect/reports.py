@@ -241,7 +241,8 @@ def _reasons(model: nn.Module, plan: Plan | None) -> dict[str, str]:
             usual if planned is None else "it is planned as dense" if not planned.replaces else "it is not replaced yet"
         )
         for one in site.names:
-            reasons.setdefault(one, site.problem or usual)
+            for own, _ in site.module.named_modules() if site.problem else [("", site.module)]:
+                reasons.setdefault(f"{one}.{own}".strip("."), site.problem or usual)
     return reasons
 
 

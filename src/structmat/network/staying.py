@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from structmat._names import alike
 from structmat.network.fused import opened
-from structmat.network.sites import Site, find_sites
+from structmat.network.sites import DENSE_KINDS, Site, find_sites
 from structmat.nn import StructuredModule
 
 LOOKED_UP = "an embedding is looked up, not multiplied by"
@@ -82,7 +82,7 @@ def unseen_weights(model: nn.Module, sites: dict[str, Site] | None = None) -> di
     """
     found = opened(model)
     sites = find_sites(model) if sites is None else sites
-    seen = {name for site in sites.values() if id(site.module) not in found.problems for name in site.names}
+    seen = {name for site in sites.values() if isinstance(site.module, tuple(DENSE_KINDS)) for name in site.names}
     unseen: dict[str, str] = {}
     done: set[int] = set()
     for name, module in found.modules:
