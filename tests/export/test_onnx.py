@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,3 +201,36 @@ def test_a_language_model_generates(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert torch.equal(continued(tmp_path / "small.onnx", tokens, 12), expected)
     assert main(words) == 1
     assert "is a file, which --overwrite replaces" in capsys.readouterr().err
+
+
+class Called(nn.Module):
+    """A module that is called in its own way."""
+
+    def __init__(self, module: nn.Module, run: Any) -> None:
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.module, x)
+
+
+SPLIT = {
+    "attention": (nn.MultiheadAttention(16, 4, batch_first=True), (2, 5, 16), lambda m, x: m(x, x, x)[0]),
+    "lstm": (nn.LSTM(16, 16, batch_first=True, bidirectional=True), (2, 5, 16), lambda m, x: m(x)[0]),
+    "gru": (nn.GRU(16, 16, batch_first=True), (2, 5, 16), lambda m, x: m(x)[0]),
+    "conv": (nn.Conv1d(16, 16, 3, padding=1), (2, 16, 9), lambda m, x: m(x)),
+    "groups": (nn.Conv2d(16, 16, 3, padding=1, groups=2), (2, 16, 6, 7), lambda m, x: m(x)),
+    "transposed": (nn.ConvTranspose2d(16, 16, 3, 2, 1, 1), (2, 16, 6, 7), lambda m, x: m(x)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SPLIT))
+def test_modules_that_hold_several_matrices(name: str, tmp_path: Path) -> None:
+    module, shape, call = SPLIT[name]
+    model = Called(copy.deepcopy(module), call).eval()
+    apply_plan_(model, make_plan(model, "low_rank", keep=0.6))
+    found = to_onnx(model, tmp_path / "split.onnx", torch.randn(shape), axes={"x": {0: "batch"}})
+    assert found.difference < 1e-5
+    x = torch.randn(3, *shape[1:])
+    close(run(found.path, x)[0], model(x).detach())
