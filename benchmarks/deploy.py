@@ -77,10 +77,10 @@ def network(kind: str, keep: float | None, dtype: str, name: str) -> nn.Module:
     plan = {} if keep is None else dict(make_plan(model, {layers: Blast}, keep=keep, blocks=BLOCKS))
     if dtype in KINDS:
         shapes = {n: site.matrix.shape for n, site in find_sites(model).items() if n.endswith("_proj")}
-        plan = {n: Quantized(*shape, plan.get(n) or Dense(*shape), *KINDS[dtype]) for n, shape in shapes.items()}
+        plan = {n: Quantized(M, N, plan.get(n) or Dense(M, N), *KINDS[dtype]) for n, (M, N) in shapes.items()}
     if plan:
         apply_plan_(model, plan)
-    return model.to(torch.float16 if dtype == "float16" else torch.float32).eval()
+    return model.to(dtype=torch.float16 if dtype == "float16" else torch.float32).eval()  # pyright: ignore
 
 
 def opened(where: str, path: Path, threads: int) -> Run:
@@ -112,7 +112,7 @@ def written(where: str, model: nn.Module, folder: Path, sizes: dict[str, int]) -
         return found.path, found.size
     path = folder / "checkpoint"
     if not path.exists():
-        model.save_pretrained(path)
+        model.save_pretrained(path)  # pyright: ignore - a model of transformers
     return path, sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
@@ -159,7 +159,7 @@ def measure(kind: str, where: str, threads: int, name: str, folder: Path) -> dic
     """All calls of one network in one runtime."""
     versions = INTEGERS if kind == "integers" else VERSIONS
     with torch.inference_mode(False):
-        models = {version: network(kind, *made, name) for version, made in versions.items()}
+        models = {version: network(kind, made[0], made[1], name) for version, made in versions.items()}
     drawn: dict[str, Any] = {}
     found: dict[str, Any] = {}
     for call, sizes in CALLS[kind].items():
@@ -200,7 +200,7 @@ def measure_vllm(threads: int, name: str, folder: Path) -> dict[str, Any]:
     for version, made in VERSIONS.items():
         own = folder / version
         own.mkdir()
-        path, one["bytes"][version] = written("checkpoint", network("smollm2", *made, name), own, {})
+        path, one["bytes"][version] = written("checkpoint", network("smollm2", made[0], made[1], name), own, {})
         engines[version] = vllm.LLM(str(path), skip_tokenizer_init=True, **options)
         print(f"smollm2, vllm: {version} is ready", flush=True)
     prompt = [{"prompt_token_ids": list(range(100, 228))}]

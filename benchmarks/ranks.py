@@ -122,7 +122,7 @@ class Watch:
                 return function(*args, **kwargs)
             finally:
                 spent = time.process_time() - start
-                self.seconds[kind] += spent - self._inside.pop()
+                self.seconds[kind] += spent - self._inside.pop()  # pyright: ignore - one of its keys
                 self._inside[-1] += spent
 
         return call

@@ -107,5 +107,5 @@ def progress_bar(*, show: bool = True, **options: Any) -> Any:
             seen(bar.desc.removesuffix(": "), bar.n / bar.total)
             return drew
 
-        bar.update = told
+        bar.update = told  # pyright: ignore[reportAttributeAccessIssue]
     return bar

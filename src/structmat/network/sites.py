@@ -246,9 +246,9 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             problem = "it is the whole model, which cannot be replaced in place; wrap it in nn.Sequential"
         else:
             problem = next((one for m in alike if (one := _problem_of(m))), None)
-        modules = (module, *(m for m in alike if m is not module))
+        own = (module, *(m for m in alike if m is not module))
         holder = found.holders.get(id(module))
-        sites[name] = Site(name, tuple(n for m in modules for n in names[id(m)]), modules, problem, holder)
+        sites[name] = Site(name, tuple(n for m in own for n in names[id(m)]), own, problem, holder)
     return sites
 
 

@@ -147,15 +147,15 @@ class Adaptable(StructuredModule):
         self._hold(format, {name: factor.detach() for name, factor in factors.items()}, learns)
 
 
-class AdaptableLinear(Adaptable, StructuredLinear, nn.Linear):
+class AdaptableLinear(Adaptable, StructuredLinear, nn.Linear):  # pyright: ignore - it is one of ours, and passes for PyTorch's
     """A ``StructuredLinear`` that passes for an ``nn.Linear``."""
 
 
-class AdaptableConv1d(Adaptable, StructuredConv1d, nn.Conv1d):
+class AdaptableConv1d(Adaptable, StructuredConv1d, nn.Conv1d):  # pyright: ignore - it is one of ours, and passes for PyTorch's
     """A ``StructuredConv1d`` that passes for an ``nn.Conv1d``."""
 
 
-class AdaptableConv2d(Adaptable, StructuredConv2d, nn.Conv2d):
+class AdaptableConv2d(Adaptable, StructuredConv2d, nn.Conv2d):  # pyright: ignore - it is one of ours, and passes for PyTorch's
     """A ``StructuredConv2d`` that passes for an ``nn.Conv2d``."""
 
 

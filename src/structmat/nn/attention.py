@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,13 @@ class SplitAttention(SplitModule):
         biases = (None, None, None) if attention.in_proj_bias is None else _thirds(attention.in_proj_bias)
         self.q_proj, self.k_proj, self.v_proj = map(linear_over, weights, biases)
         self.out_proj = linear_over(attention.out_proj.weight, attention.out_proj.bias)
-        self.register_parameter("bias_k", attention.bias_k)
-        self.register_parameter("bias_v", attention.bias_v)
+        self.register_parameter("bias_k", attention.bias_k)  # pyright: ignore[reportArgumentType]
+        self.register_parameter("bias_v", attention.bias_v)  # pyright: ignore[reportArgumentType]
         self.train(attention.training)
+
+    def _added(self) -> tuple[Tensor, Tensor]:
+        """The key and the value that the module itself adds."""
+        return self.get_parameter("bias_k"), self.get_parameter("bias_v")
 
     def joined(self) -> nn.MultiheadAttention:
         """PyTorch's own attention with the same weights; every projection must be dense."""
@@ -63,7 +68,7 @@ class SplitAttention(SplitModule):
             device="meta",
         )
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        found: dict[str, Tensor | None] = dict(zip(names, weights, strict=True))
+        found: dict[str, Any] = dict(zip(names, weights, strict=True))
         if attention._qkv_same_embed_dim:
             found = {"in_proj_weight": joined_parameter(weights)}
         found |= {"in_proj_bias": joined_parameter(biases) if biases else None}
@@ -146,7 +151,7 @@ class SplitAttention(SplitModule):
         """Keys and values with those that the module itself adds, and how many these are."""
         extra = 0
         if self.bias_k is not None:
-            more = [self._heads(one.expand(k.shape[0], 1, -1).to(k.dtype)) for one in (self.bias_k, self.bias_v)]
+            more = [self._heads(one.expand(k.shape[0], 1, -1).to(k.dtype)) for one in self._added()]
             k, v, extra = torch.cat([k, more[0]], 2), torch.cat([v, more[1]], 2), extra + 1
         if self.add_zero_attn:
             k, v = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +48,11 @@ class SplitRecurrent(SplitModule):
 
     def joined(self) -> nn.RNNBase:
         """PyTorch's own module with the same weights; every layer must be dense."""
-        options = {"nonlinearity": self.mode.removeprefix("RNN_").lower()} if self.kind is nn.RNN else {}
+        options: dict[str, Any] = (
+            {"nonlinearity": self.mode.removeprefix("RNN_").lower()} if self.kind is nn.RNN else {}
+        )
         options |= {"proj_size": self.proj_size} if self.kind is nn.LSTM else {}
-        module = self.kind(
+        module = self.kind(  # pyright: ignore - each kind has its own arguments
             self.input_size,
             self.hidden_size,
             self.num_layers,

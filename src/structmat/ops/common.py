@@ -120,7 +120,7 @@ def unwatched(*tensors: Tensor) -> bool:
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch.autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
         or any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors)
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from structmat._progress import watched
 
