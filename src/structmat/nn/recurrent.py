@@ -52,7 +52,8 @@ class SplitRecurrent(SplitModule):
             {"nonlinearity": self.mode.removeprefix("RNN_").lower()} if self.kind is nn.RNN else {}
         )
         options |= {"proj_size": self.proj_size} if self.kind is nn.LSTM else {}
-        module = self.kind(  # pyright: ignore - each kind has its own arguments
+        kind: Any = self.kind  # each has its own arguments
+        module = kind(
             self.input_size,
             self.hidden_size,
             self.num_layers,
