@@ -197,8 +197,8 @@ def test_the_public_list() -> None:
         "Blast", "BlockDiagonal", "BlockSparse", "Dense", "Fit", "Format", "GaudiGblr", "Gblr", "LowRank", "Monarch",
         "Plan", "Refinement", "Rule", "StructuredConv2d", "StructuredLinear", "__version__", "allocate", "apply_plan_",
         "autotune_", "calibrate", "compress_", "compress_pretrained", "default_method", "densify_", "harden_",
-        "load_model", "load_pretrained", "make_plan", "plan_of", "quantize_", "register_format", "report", "save_model",
-        "tile_",
+        "load_model", "load_pretrained", "make_plan", "plan_of", "prepare_for_lora", "quantize_", "register_format",
+        "report", "save_model", "tile_",
     ]  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def test_check_saves_of_a_block_sparse_matrix_whose_blocks_alone_would_save():
     ("data", "message"),
     [
         ({"M": 4, "N": 4}, "expected the format's name to be one of 'dense', 'low_rank', "),
-        ({"format": "butterfly", "M": 4, "N": 4}, "'quantized', got 'butterfly'"),
+        ({"format": "butterfly", "M": 4, "N": 4}, "'merged', got 'butterfly'"),
         ({"format": "low_rank", "M": 4, "N": 4}, "the fields of a low_rank format do not fit: "),
         ({"format": "dense", "M": 4, "N": 4, "rank": 1}, "the fields of a dense format do not fit: "),
         ({"format": "low_rank", "M": 4, "N": 4, "rank": 9}, "expected a rank of at most min(M, N) = 4, got 9"),
@@ -264,7 +264,7 @@ def test_conv_refuses_other_geometry():
 
 
 def test_the_convolution_kind_refuses_other_layers():
-    with refuses("expected an nn.Conv2d, got Linear", TypeError):
+    with refuses("expected an nn.Conv1d or nn.Conv2d, got Linear", TypeError):
         DENSE_KINDS[nn.Conv2d].structured(nn.Linear(4, 4), Dense(4, 4), None, None)
 
 

@@ -17,7 +17,7 @@ from structmat.formats import Format, format_named
 from structmat.formats.registry import formats_from_json
 from structmat.network.selecting import Selector, fault, matches, spell
 from structmat.network.sites import Site, find_sites
-from structmat.network.staying import staying
+from structmat.network.staying import what_stays
 from structmat.nn import StructuredModule
 
 SCHEMA_VERSION = 1
@@ -300,7 +300,7 @@ def make_plan(
             continue
         if format is not None:
             layers[name] = format
-    return Plan(layers, skipped, stays=staying(model, {*layers, *skipped}, UNPICKED))
+    return Plan(layers, skipped, stays=what_stays(model, {*layers, *skipped}, UNPICKED))
 
 
 def _format_of(site: Site, rule: Rule) -> Format | None:

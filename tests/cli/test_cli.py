@@ -195,7 +195,13 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_every_structure_is_in_the_demo() -> None:
-    assert set(usual_structures()) == set(FORMATS) - {"dense", "gblr", "tiled_gblr", "quantized"}  # made from others
+    assert set(usual_structures()) == set(FORMATS) - {
+        "dense",
+        "gblr",
+        "tiled_gblr",
+        "quantized",
+        "merged",
+    }  # made from others
 
 
 def test_a_budget_that_nothing_fits_is_refused_before_training(

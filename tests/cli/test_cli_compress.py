@@ -236,7 +236,7 @@ def test_an_interrupted_run_goes_on_with_other_options(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(command, "results", interrupted)
+        patch.setattr("structmat.cli.results.results", interrupted)
         assert compress(folder, out) == 130
     assert capsys.readouterr().err.splitlines()[-2:] == [
         f"{out}.partial keeps what is done; run the same command again to go on",
@@ -246,7 +246,7 @@ def test_an_interrupted_run_goes_on_with_other_options(
     assert len(fits) == 4
     times = [path.stat().st_mtime_ns for path in fits]
     with monkeypatch.context() as patch:
-        patch.setattr(command, "results", interrupted)
+        patch.setattr("structmat.cli.results.results", interrupted)
         assert compress(folder, out, "--exclude", ".*0.self_attn.q_proj") == 130
     err = capsys.readouterr().err
     assert f"going on with the interrupted run in {out}.partial, with other options (exclude: [], now [" in err

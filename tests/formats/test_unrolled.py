@@ -7,7 +7,7 @@ from torch import nn
 from conformance import CASES, LARGE
 from structmat import Format
 
-WITHOUT = {"minimal", "gblr", "tiled_gblr", "gaudi_gblr", "btt"}
+WITHOUT = {"merged", "minimal", "gblr", "tiled_gblr", "gaudi_gblr", "btt"}
 UNROLLED = {name: format for name, format in (CASES | LARGE).items() if format.name not in WITHOUT}
 
 

@@ -21,6 +21,7 @@ from structmat import (
     report,
 )
 from structmat._tables import share, table_text
+from structmat.plan import UNPICKED
 
 
 def network() -> nn.Sequential:
@@ -101,6 +102,9 @@ class Tied(nn.Module):
         return self.head(self.second(self.first(self.embedding(x))))
 
 
+SHARED = "its weight is shared with 'embedding' (Embedding), which would keep the dense one; untie them first"
+
+
 @pytest.mark.parametrize("structured", [False, True])
 def test_shared_weights_are_counted_once_but_multiplied_twice(structured: bool) -> None:
     model = Tied()
@@ -111,7 +115,7 @@ def test_shared_weights_are_counted_once_but_multiplied_twice(structured: bool) 
     assert [(row.name, row.parameters, row.dense_parameters, row.note) for row in result.rows] == [
         ("first", size, 64, ""),
         ("second", 0, 0, "shares its weight"),
-        ("head", 80, 80, ""),
+        ("head", 80, 80, SHARED),
     ]
     assert [row.multiplications for row in result.rows] == [3 * size, 3 * size, 3 * 80]
     assert (result.parameters, result.dense_parameters) == (size + 16 + 80, 64 + 16 + 80)
@@ -121,10 +125,10 @@ def test_errors_and_reasons_are_shown() -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(3, 4, 3))
     plan = make_plan(model, {nn.Linear: LowRank, nn.Conv2d: LowRank}, misfits="skip")
     fits = compress_(model, plan, progress=False)
-    first, second, third = report(model, fits=fits, plan=plan).rows
-    assert (first.error, second.error, third.error) == (fits["0"].error, None, fits["2"].error)
-    assert (first.note, third.note) == ("", "")
-    assert second.note == "it is a convolution with 2 groups; only groups=1 has one matrix"
+    rows = {row.name: row for row in report(model, fits=fits, plan=plan).rows}
+    assert set(rows) == {"0", "1.group_0", "1.group_1", "2"}
+    assert {name: row.error for name, row in rows.items()} == {name: fits[name].error for name in rows}
+    assert {row.note for row in rows.values()} == {""}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +152,7 @@ def test_data_json_and_text_agree() -> None:
     assert data["rows"][0]["shape"] == [6, 8]
     assert data["parameters"] == result.parameters
     lines = str(result).splitlines()
-    assert len(lines) == 2 + 2 + 1
+    assert len(lines) == 2 + 2 + 1 + 1  # the last one names the norm
     assert lines[0].split() == [
         "layer",
         "format",
@@ -194,8 +198,8 @@ def test_a_failing_call_leaves_the_network_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_plan_without_skipped_layers_adds_no_notes() -> None:
-    assert [row.note for row in report(network(), plan=Plan({})).rows] == ["", ""]
+def test_a_layer_that_is_not_in_the_plan_says_so() -> None:
+    assert [row.note for row in report(network(), plan=Plan({})).rows] == ["", UNPICKED]
 
 
 def test_tables_are_aligned() -> None:
@@ -207,8 +211,9 @@ def test_tables_are_aligned() -> None:
 def test_a_skipped_layer_is_named_with_its_reason() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
     plan = make_plan(model, {nn.Linear: LowRank}, misfits="skip")
-    notes = {row.name: row.note for row in report(model, plan=plan).rows}
-    assert notes == {"0": "", "1.out_proj": plan.skipped["1.out_proj"]}
+    rows = report(model, plan=plan).rows
+    parts = ["1.q_proj", "1.k_proj", "1.v_proj", "1.out_proj"]
+    assert {row.name: row.note for row in rows} == dict.fromkeys(["0", *parts], "it is not replaced yet")
 
 
 def test_the_error_is_found_under_any_name_of_a_module() -> None:

@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     exec("\n".join(snippets), {})
     assert "model.layers.0.mlp.up_proj" in capsys.readouterr().out
-    assert {folder.name for folder in tmp_path.iterdir()} == {"small", "adapter", "dit"}
+    assert {folder.name for folder in tmp_path.iterdir()} == {"small", "adapter", "merged", "dit"}

@@ -67,7 +67,9 @@ def test_trained_merged_and_taken_back(structure: str, options: dict[str, Any], 
     sm.save_model(plain, tmp_path / "merged.safetensors")
     fresh = sm.densify_(network(structure, **options))
     loaded = sm.load_model(fresh, tmp_path / "merged.safetensors")
-    assert torch.equal(loaded(x), plain(x))
+    saved = plain.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
+    torch.testing.assert_close(loaded(x), plain(x), rtol=1e-5, atol=1e-6)
     assert not any(isinstance(module, Adaptable) for module in loaded.modules())
 
 

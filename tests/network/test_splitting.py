@@ -83,7 +83,7 @@ def test_every_matrix_is_a_site(model: nn.Module) -> None:
     assert all(site.problem is None for site in sites.values())
     assert not split_modules(model)
     assert {row.name: row.shape for row in sm.report(model).rows} == PARTS
-    assert all(row.note == "it can be structured" for row in sm.report(model).rows)
+    assert {row.note for row in sm.report(model).rows} == {""}
 
 
 @pytest.mark.parametrize("data", ["none", "calibration", "batches"])
@@ -146,6 +146,7 @@ def test_a_module_that_is_split_but_dense_is_saved_and_loaded(tmp_path: Path) ->
     assert torch.equal(loaded[0](x)[0], model[0](x)[0])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("grads", [False, True])
 def test_an_encoder_in_evaluation_is_right_with_padding(grads: bool) -> None:
     torch.manual_seed(0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from structmat._ranks import AbandonedError
 from structmat._version import __version__
 from structmat.cli import show
 from structmat.cli.errors import REPORT, explained
@@ -188,9 +188,9 @@ def run(arguments: Sequence[str]) -> int:
             status = commands.main(list(arguments), prog_name="structmat", standalone_mode=False, obj=told)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
-    except AbandonedError:
-        return 1
     except Exception as error:
+        if isinstance(error, getattr(sys.modules.get("structmat._ranks"), "AbandonedError", ())):
+            return 1  # another process tells
         line = explained(error)
         if line is None:
             show.error(REPORT)

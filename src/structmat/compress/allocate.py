@@ -24,7 +24,7 @@ from structmat.network.calls import device_of, evaluating, moved, undisturbed
 from structmat.network.chain import find_chain
 from structmat.network.sites import find_sites
 from structmat.network.splitting import unfused
-from structmat.network.staying import staying
+from structmat.network.staying import what_stays
 from structmat.plan import UNPICKED, FormatChoice, Plan, Rule, Selector, as_rule
 
 
@@ -270,7 +270,7 @@ def allocated(
     library = {name: candidates(formats[name], found.errors[name], price) for name in formats}
     dense = sum(one[-1].cost for one in library.values())
     search = Search(library, _budget(model, library, settings, dense), found.sensitivity)
-    stays = staying(model, {*library, *skipped}, UNPICKED)
+    stays = what_stays(model, {*library, *skipped}, UNPICKED)
     counted = unit if isinstance(unit, str) else getattr(unit, "name", "cost")
     return _allocation(search, search.best(), (skipped, stays), counted, found.effect)
 

@@ -54,16 +54,14 @@ def compress_(
     Args:
         model: The network.
         plan: The format of each layer by name; layers planned as ``Dense`` stay.
-        method: One method for all layers, or a function of the format, which may return None for ``default_method``;
-            None for that of the effort.
+        method: A method, or a function of the format (None from it: ``default_method``); None for that of the effort.
         calibration: The moments of the layers' inputs, from ``calibrate``.
         batches: The inputs of one call of the network each: a tensor, a tuple of arguments, or a mapping of keyword
             arguments, whose ``attention_mask`` says which tokens count.
         refine: How to tune the factors of each block, which needs ``batches``; None for not at all.
-        two_sided: Whether to weigh errors by gradients too, which needs ``batches``; layers that no gradient reaches
-            are fitted without. None for what the plan was made for: a plan of ``allocate`` expects such errors.
-        effort: ``"quick"``, ``"default"`` or ``"best"``: how many steps the fits of BLAST take, and on how much data
-            gradients are gathered.
+        two_sided: Whether to weigh errors by gradients too, where ``batches`` give a layer any; None for what the plan
+            was made for: a plan of ``allocate`` expects such errors.
+        effort: ``"quick"``, ``"default"`` or ``"best"``: the steps of BLAST fits, and the data for gradients.
         cache: The folder for finished fits; None for none.
         progress: Whether to show a progress bar, with a time estimate.
 

@@ -79,12 +79,12 @@ class Merged(Format):
         return base + low_rank_matmul(x, factors[TERM[0]], factors[TERM[1]])
 
     def num_parameters(self, factors: Factors | None = None) -> int:
-        """Those of both parts."""
+        """The number of parameters of both parts."""
         own = None if factors is None else self._base_factors(factors)
         return self.base.num_parameters(own) + self.rank * (self.M + self.N)
 
     def multiplications(self, tokens: int = 1, factors: Factors | None = None) -> int:
-        """Those of both products."""
+        """The number of multiplications of both products."""
         own = None if factors is None else self._base_factors(factors)
         return self.base.multiplications(tokens, own) + tokens * self.rank * (self.M + self.N)
 

@@ -241,13 +241,14 @@ def _error_caption(rows: Sequence[Row]) -> str:
     return ""
 
 
+def _has_map(module: nn.Module) -> bool:
+    """Whether there is a map of a layer."""
+    return isinstance(module, StructuredModule) and (module.format.has_overlap or module.format.has_couplings)
+
+
 def _pictures(model: nn.Module, grouped: Mapping[str, Sequence[Row]]) -> list[Picture]:
     """The maps of all layers that have some; first one from the middle of each kind, and then the others in order."""
-    drawn = {
-        label: [row for row in rows if isinstance(module := model.get_submodule(row.name), StructuredModule)
-                and (module.format.has_overlap or module.format.has_couplings)]
-        for label, rows in grouped.items()
-    }  # fmt: skip
+    drawn = {label: [row for row in rows if _has_map(model.get_submodule(row.name))] for label, rows in grouped.items()}
     first = {rows[len(rows) // 2].name for rows in drawn.values() if rows}
     every = list(itertools.chain.from_iterable(drawn.values()))
     ordered = [row for row in every if row.name in first] + [row for row in every if row.name not in first]

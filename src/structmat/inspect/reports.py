@@ -236,10 +236,9 @@ def _reasons(model: nn.Module, plan: Plan | None) -> dict[str, str]:
     reasons = {} if plan is None else dict(plan.skipped)
     for site in find_sites(model).values():
         planned = None if plan is None else next((plan[one] for one in site.names if one in plan), None)
-        usual = UNPICKED if plan is not None else "it can be structured"
-        usual = (
-            usual if planned is None else "it is planned as dense" if not planned.replaces else "it is not replaced yet"
-        )
+        usual = "" if plan is None else UNPICKED
+        if planned is not None:
+            usual = "it is not replaced yet" if planned.replaces else "it is planned as dense"
         for one in site.names:
             for own, _ in site.module.named_modules() if site.problem else [("", site.module)]:
                 reasons.setdefault(f"{one}.{own}".strip("."), site.problem or usual)

@@ -3,7 +3,7 @@
 from structmat.network.adapters import Adapter, register_adapter
 from structmat.network.chain import Chain, find_chain
 from structmat.network.sites import Site, find_sites, structured_layers
-from structmat.network.staying import staying, unseen_weights
+from structmat.network.staying import unseen_weights, what_stays
 from structmat.network.surgery import apply_plan_, densify_, harden_, put_fits_, tile_
 
 __all__ = [
@@ -17,8 +17,8 @@ __all__ = [
     "harden_",
     "put_fits_",
     "register_adapter",
-    "staying",
     "structured_layers",
     "tile_",
     "unseen_weights",
+    "what_stays",
 ]

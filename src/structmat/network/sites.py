@@ -77,6 +77,8 @@ def _conv(
     def made(
         layer: Any, format: Format, factors: Mapping[str, Tensor] | None, generator: torch.Generator | None
     ) -> StructuredConv:
+        if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+            raise TypeError(f"expected an nn.Conv1d or nn.Conv2d, got {type(layer).__name__}")
         return kind(
             format,
             layer.kernel_size,

@@ -16,7 +16,7 @@ LOOKED_UP = "an embedding is looked up, not multiplied by"
 NO_MATRIX = "their parameters are no matrices"
 
 
-def staying(model: nn.Module, known: Collection[str], otherwise: str) -> dict[str, str]:
+def what_stays(model: nn.Module, known: Collection[str], otherwise: str) -> dict[str, str]:
     """Say of everything in a network that holds parameters and is not structured why it stays dense.
 
     Args:

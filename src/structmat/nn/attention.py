@@ -91,8 +91,8 @@ class SplitAttention(SplitModule):
 
         Args:
             query: ``(L, B, E)``, ``(B, L, E)`` with ``batch_first``, or ``(L, E)``.
-            key: ``(S, B, kdim)``, and likewise.
-            value: ``(S, B, vdim)``, and likewise.
+            key: ``(S, B, kdim)``, ``(B, S, kdim)`` with ``batch_first``, or ``(S, kdim)``.
+            value: ``(S, B, vdim)``, ``(B, S, vdim)`` with ``batch_first``, or ``(S, vdim)``.
             key_padding_mask: ``(B, S)`` or ``(S,)``: true where a key is padding, or what is added to the scores.
             need_weights: Whether the weights are returned too.
             attn_mask: ``(L, S)`` or ``(B heads, L, S)``: true where a query does not see a key, or what is added.

@@ -192,7 +192,7 @@ def _margins(layer: StructuredConv | nn.Conv1d | nn.Conv2d, axes: int) -> list[i
 
 
 def check_channels(x: Tensor, channels: int, axes: int) -> None:
-    """Refuse an input that no convolution with so many input channels can take."""
+    """Refuse an input that no convolution with this many input channels can take."""
     if x.ndim not in (axes + 1, axes + 2) or (not traced() and x.shape[-axes - 1] != channels):
         raise ValueError(
             f"expected an input (batch, {channels}, {', '.join(AXES[axes])}) or without the batch, "

@@ -56,8 +56,7 @@ def retrain(
     the caller chose ``eval_strategy``, or saves nothing in between, only the last state and the start are compared; a
     training that learns a structure always ends with its last state.
 
-    The model, its processor and the metrics are saved in ``args.output_dir``. Under ``torchrun``, every process takes
-    its part of the batches. ``args.resume_from_checkpoint`` resumes a run.
+    Model, processor and metrics are saved in ``args.output_dir``. Under ``torchrun``, processes share the batches.
 
     Args:
         model: A model of transformers, for one of the three tasks.
