@@ -1,6 +1,7 @@
 """``structmat compress`` in several processes: the bytes are those of one, whatever becomes of the others.
 
-The environment variable STRUCTMAT_KILLS says how many processes are killed in the long test; 20 is the long mode.
+The environment variable STRUCTMAT_KILLS says how many processes are killed in the long test; without it, the tests that
+take minutes each are skipped.
 """
 
 import os
@@ -20,6 +21,8 @@ from training import tiny
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")]
 
 KILLS = int(os.environ.get("STRUCTMAT_KILLS", "2"))
+
+LONG = pytest.mark.skipif("STRUCTMAT_KILLS" not in os.environ, reason="takes minutes: set STRUCTMAT_KILLS=20")
 
 PATIENCE = 30.0
 """The most seconds for which a process may be left once another one was killed."""
@@ -67,18 +70,20 @@ def reference(folder: Path) -> dict[str, bytes]:
     return finished(launch(folder, folder / "one", 1), folder / "one")
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=LONG)])
 def test_in_memory(folder: Path, reference: dict[str, bytes], size: int, tmp_path: Path) -> None:
     assert finished(launch(folder, tmp_path / "out", size), tmp_path / "out") == reference
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@LONG
 def test_streamed(folder: Path, tmp_path: Path) -> None:
     found = [finished(launch(folder, tmp_path / str(n), n, "--stream"), tmp_path / str(n)) for n in (1, 2, 4)]
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == 4
 
 
+@LONG
 def test_two_machines(folder: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     """Two agents that meet on the loopback address, as they would from two machines."""
     port, out = free_port(), tmp_path / "out"
@@ -90,6 +95,7 @@ def test_two_machines(folder: Path, reference: dict[str, bytes], tmp_path: Path)
     assert weights(out) == reference
 
 
+@LONG
 def test_an_error_is_told_once(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
@@ -101,6 +107,7 @@ def test_an_error_is_told_once(folder: Path, tmp_path: Path) -> None:
     assert "structmat/cli" not in told
 
 
+@LONG
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -138,6 +145,7 @@ def kept(out: Path) -> set[str]:
     return {path.name for path in out.with_name(f"{out.name}.partial").glob("fits/*.safetensors")}
 
 
+@LONG
 def test_killed_processes(folder: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     """Runs of which a process is killed, each resumed by another number of processes."""
     draws, out, killed, before = random.Random(KILLS), tmp_path / "out", 0, set[str]()

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
@@ -375,6 +376,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 @needs_datasets
+@pytest.mark.skipif("STRUCTMAT_KILLS" not in os.environ, reason="takes minutes: set STRUCTMAT_KILLS=20")
 @pytest.mark.slow
 def test_a_killed_run_resumes_in_every_step(folder: Path, tmp_path: Path, forks: Forks) -> None:
     recipe, chance = of_all_kinds(folder), random.Random(0)
