@@ -9,7 +9,7 @@ REASONS: dict[str, tuple[str, str]] = {
     "depthwise": (r"it is a convolution with \d+ groups", "one small filter for each channel"),
     "fused": (r".*held by a \w+Experts", "experts fused in one parameter"),
     "router": (r".*held by a \w+Router", "a router of its own class"),
-    "convolution": (r".*held by a (Conv1d|ParametrizationList)", "a convolution over time"),
+    "convolution": (r".*held by a (Conv1d|ParametrizationList)|.*convolution|.*[Cc]onv|.*group", "a convolution over time"),
     "table": (r".*held by a", "a learned table"),
     "attention": (r".*MultiheadAttention|it is a NonDynamicallyQuantizableLinear", "part of `nn.MultiheadAttention`"),
     "own kind": (
@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
         dense={"gate_up_proj": "fused", "down_proj": "fused", "gate.weight": "router"},
         run="model.layers",
     ),
-    "Mamba 2": Family("in_proj out_proj lm_head", dense={"conv1d.weight": "convolution"}, run="backbone.layers"),
+    "Mamba 2": Family("in_proj out_proj lm_head", dense={"conv1d": "convolution"}, run="backbone.layers"),
     "RWKV": Family("key value receptance output head", run="rwkv.blocks", quick=True),
     "BERT": Family("query key value dense", dense={"classifier": "small"}, run="bert.encoder.layer", quick=True),
     "RoBERTa": Family("query key value dense", dense={"decoder": "tied"}, run="roberta.encoder.layer"),
@@ -140,12 +140,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "BART": Family("k_proj v_proj q_proj out_proj fc1 fc2", dense={"lm_head": "tied"}, run="lists"),
     "Whisper": Family(
-        "k_proj v_proj q_proj out_proj fc1 fc2",
-        dense={"proj_out": "tied", "conv1.weight": "convolution", "conv2.weight": "convolution"},
+        "conv1 conv2 k_proj v_proj q_proj out_proj fc1 fc2",
+        dense={"proj_out": "tied"},
         run="lists",
     ),
     "wav2vec 2.0": Family(
-        "projection k_proj v_proj q_proj out_proj intermediate_dense output_dense lm_head",
+        "conv projection k_proj v_proj q_proj out_proj intermediate_dense output_dense lm_head",
         dense={"conv.weight": "convolution"},
         run="wav2vec2.encoder.layers",
         lost=".*",
@@ -157,7 +157,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "SigLIP": Family(
         "k_proj v_proj q_proj out_proj fc1 fc2 head patch_embedding",
-        dense={"out_proj": "attention", "in_proj_weight": "attention"},
+        dense={},
         run="lists",
         apart=r".*(vision|visual|projector).*",
         lost=r"text_model\.head",

@@ -214,10 +214,8 @@ class MomentSums:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T right (N, N)`` of vectors ``(T, N)``, whose rounding is below the smallest ridge in single precision."""
-    if torch.float64 in (left.dtype, right.dtype):
-        return left.double().mT @ right.double()
-    return (left.float().mT @ right.float()).double()
+    """``left^T right (N, N)`` of vectors ``(T, N)``, in double precision: rounding must leave no negative eigenvalue."""
+    return left.double().mT @ right.double()
 
 
 def _best_ridge(learnt: Tensor, held_out: Tensor) -> float:
