@@ -9,7 +9,10 @@ REASONS: dict[str, tuple[str, str]] = {
     "depthwise": (r"it is a convolution with \d+ groups", "one small filter for each channel"),
     "fused": (r".*held by a \w+Experts", "experts fused in one parameter"),
     "router": (r".*held by a \w+Router", "a router of its own class"),
-    "convolution": (r".*held by a (Conv1d|ParametrizationList)|.*convolution|.*[Cc]onv|.*group", "a convolution over time"),
+    "convolution": (
+        r".*held by a (Conv1d|ParametrizationList)|.*convolution|.*[Cc]onv|.*group",
+        "a convolution over time",
+    ),
     "table": (r".*held by a", "a learned table"),
     "attention": (r".*MultiheadAttention|it is a NonDynamicallyQuantizableLinear", "part of `nn.MultiheadAttention`"),
     "own kind": (
@@ -146,7 +149,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "wav2vec 2.0": Family(
         "conv projection k_proj v_proj q_proj out_proj intermediate_dense output_dense lm_head",
-        dense={"conv.weight": "convolution"},
+        dense={"conv": "convolution"},
         run="wav2vec2.encoder.layers",
         lost=".*",
     ),
@@ -159,6 +162,7 @@ FAMILIES: dict[str, Family] = {
         "k_proj v_proj q_proj out_proj fc1 fc2 head patch_embedding",
         dense={},
         run="lists",
+        lost=".*",
         apart=r".*(vision|visual|projector).*",
         lost=r"text_model\.head",
     ),
