@@ -162,9 +162,8 @@ FAMILIES: dict[str, Family] = {
         "k_proj v_proj q_proj out_proj fc1 fc2 head patch_embedding",
         dense={},
         run="lists",
-        lost=".*",
         apart=r".*(vision|visual|projector).*",
-        lost=r"text_model\.head",
+        lost=r"text_model\.head|vision_model\.head\.attention.*",
     ),
     "LLaVA": Family(
         "patch_embedding k_proj v_proj q_proj out_proj fc1 fc2 linear_1 linear_2 o_proj gate_proj "

@@ -214,7 +214,7 @@ class MomentSums:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T right (N, N)`` of vectors ``(T, N)``, in double precision: rounding must leave no negative eigenvalue."""
+    """``left^T right (N, N)`` of vectors ``(T, N)``, in double precision, as no eigenvalue may be negative."""
     return left.double().mT @ right.double()
 
 
