@@ -163,7 +163,7 @@ FAMILIES: dict[str, Family] = {
         dense={},
         run="lists",
         apart=r".*(vision|visual|projector).*",
-        lost=r"text_model\.head|vision_model\.head\.attention.*",
+        lost=r"text_model\.head",
     ),
     "LLaVA": Family(
         "patch_embedding k_proj v_proj q_proj out_proj fc1 fc2 linear_1 linear_2 o_proj gate_proj "
