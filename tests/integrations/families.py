@@ -9,10 +9,7 @@ REASONS: dict[str, tuple[str, str]] = {
     "depthwise": (r"it is a convolution with \d+ groups", "one small filter for each channel"),
     "fused": (r".*held by a \w+Experts", "experts fused in one parameter"),
     "router": (r".*held by a \w+Router", "a router of its own class"),
-    "convolution": (
-        r".*held by a (Conv1d|ParametrizationList)|.*convolution|.*[Cc]onv|.*group",
-        "a convolution over time",
-    ),
+    "computed": (r"it is a ParametrizedConv1d, a Conv1d that may use", "a convolution whose weight is computed"),
     "table": (r".*held by a", "a learned table"),
     "attention": (r".*MultiheadAttention|it is a NonDynamicallyQuantizableLinear", "part of `nn.MultiheadAttention`"),
     "own kind": (
@@ -111,7 +108,7 @@ FAMILIES: dict[str, Family] = {
         dense={"gate_up_proj": "fused", "down_proj": "fused", "gate.weight": "router"},
         run="model.layers",
     ),
-    "Mamba 2": Family("in_proj out_proj lm_head", dense={"conv1d": "convolution"}, run="backbone.layers"),
+    "Mamba 2": Family("in_proj out_proj lm_head", dense={"conv1d": "depthwise"}, run="backbone.layers"),
     "RWKV": Family("key value receptance output head", run="rwkv.blocks", quick=True),
     "BERT": Family("query key value dense", dense={"classifier": "small"}, run="bert.encoder.layer", quick=True),
     "RoBERTa": Family("query key value dense", dense={"decoder": "tied"}, run="roberta.encoder.layer"),
@@ -149,7 +146,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "wav2vec 2.0": Family(
         "conv projection k_proj v_proj q_proj out_proj intermediate_dense output_dense lm_head",
-        dense={"conv": "convolution"},
+        dense={"conv": "computed"},
         run="wav2vec2.encoder.layers",
         lost=".*",
     ),
